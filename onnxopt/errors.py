@@ -1,0 +1,72 @@
+"""What can go wrong, and the exit code the command line gives it.
+
+    OnnxoptError                 4  an internal error: a bug in onnxopt
+    ├── UsageError               2  an option, pass, recipe or data source that cannot be used
+    ├── ModelError               2  a file that is no usable ONNX model, or a place it cannot be written to
+    ├── ClaimError               1  a claim failed: equivalence, accuracy, budget
+    ├── ProviderError            3  an execution provider that was asked for cannot run here
+    └── RuntimeMissingError      2  onnxruntime is not installed
+
+Each message says who, what was found, and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+__all__ = [
+    "ClaimError",
+    "ModelError",
+    "OnnxoptError",
+    "ProviderError",
+    "RuntimeMissingError",
+    "UsageError",
+    "did_you_mean",
+]
+
+
+class OnnxoptError(Exception):
+    """Base of every error that onnxopt raises on purpose."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class UsageError(OnnxoptError, ValueError):
+    """An option, pass, recipe or data source that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(OnnxoptError, ValueError):
+    """A file that is no usable ONNX model, or a place it cannot be written to."""
+
+    exit_code = 2
+
+
+class ClaimError(OnnxoptError):
+    """A claim failed: the numbers do not hold, or a budget is not kept."""
+
+    exit_code = 1
+
+
+class ProviderError(OnnxoptError):
+    """An execution provider that was asked for cannot run here."""
+
+    exit_code = 3
+
+
+class RuntimeMissingError(OnnxoptError, ImportError):
+    """onnxruntime is not installed."""
+
+    exit_code = 2
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The tail of a message about an unknown word: `` (did you mean 'x'?)``, or the list of known words."""
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(words)})" if words else ""
