@@ -1,0 +1,186 @@
+"""Questions and edits that every pass needs; subgraphs and functions are graphs too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = [
+    "NONDETERMINISTIC",
+    "constant_array",
+    "constant_of",
+    "float_attr",
+    "graphs",
+    "has_reference",
+    "int_attr",
+    "ints_attr",
+    "is_deterministic",
+    "nodes",
+    "roots",
+    "sole_user",
+    "static_shape",
+    "str_attr",
+    "subgraphs_of",
+    "tensors",
+    "value_names",
+]
+
+NONDETERMINISTIC = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Standard ops that draw random numbers, whatever their inputs; Dropout does so only in training."""
+
+
+def roots(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph and the body of each model-local function."""
+    yield model.graph
+    for function in model.functions.values():
+        yield function.graph
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """Every graph: the main graph, function bodies, and all graphs nested in their nodes."""
+    for root in roots(model):
+        yield root
+        yield from root.subgraphs()
+
+
+def nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of every graph, outer nodes before those in their bodies."""
+    for root in roots(model):
+        yield from root.all_nodes()
+
+
+def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that a node holds in its attributes (If, Loop, Scan and the like)."""
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.value
+
+
+def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Every tensor in the model: initializers, then tensor attributes, graph by graph."""
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            for attr in node.attributes.values():
+                if attr.is_ref():
+                    continue
+                if attr.type == ir.AttributeType.TENSOR:
+                    yield attr.as_tensor()
+                elif attr.type == ir.AttributeType.TENSORS:
+                    yield from attr.value
+
+
+def value_names(model: ir.Model) -> set[str]:
+    """The names of all values in all graphs."""
+    names: set[str] = set()
+    for graph in graphs(model):
+        names.update(v.name for v in graph.inputs if v.name)
+        names.update(graph.initializers)
+        for node in graph:
+            names.update(v.name for v in node.outputs if v.name)
+    return names
+
+
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor a value always has, or None.
+
+    An initializer that is also a graph input is the user's to override and no constant.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    if value.is_initializer():
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain or has_reference(node):
+        return None
+    for name, attr in node.attributes.items():
+        if name == "value":
+            return attr.as_tensor()
+        if name in ("value_float", "value_floats"):
+            return ir.tensor(np.array(attr.value, np.float32))
+        if name in ("value_int", "value_ints"):
+            return ir.tensor(np.array(attr.value, np.int64))
+    return None
+
+
+def constant_array(value: ir.Value | None, limit: int | None = None) -> np.ndarray | None:
+    """The constant's elements as numpy sees them, or None; `limit` (bytes) leaves larger ones unread."""
+    tensor = constant_of(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING:
+        return None
+    if limit is not None and tensor.nbytes > limit:
+        return None
+    return tensor.numpy()
+
+
+def sole_user(value: ir.Value) -> ir.Node | None:
+    """The only node that reads the value, once, in the value's own graph; None if a graph output or shared."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    user = next(iter(uses)).node
+    producer = value.producer()
+    return user if producer is None or user.graph is producer.graph else None
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape as integers where every dimension is known, else None."""
+    if value is None or value.shape is None:
+        return None
+    dims = value.shape.dims
+    return tuple(d for d in dims if isinstance(d, int)) if all(isinstance(d, int) for d in dims) else None
+
+
+def has_reference(node: ir.Node) -> bool:
+    """Whether an attribute refers to one of the enclosing function, so that its value is unknown here."""
+    return any(attr.is_ref() for attr in node.attributes.values())
+
+
+def int_attr(node: ir.Node, name: str, default: int) -> int:
+    """An int attribute, or the default where it is absent."""
+    attr = node.attributes.get(name)
+    return default if attr is None else attr.as_int()
+
+
+def float_attr(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute, or the default where it is absent."""
+    attr = node.attributes.get(name)
+    return default if attr is None else attr.as_float()
+
+
+def str_attr(node: ir.Node, name: str, default: str) -> str:
+    """A string attribute, or the default where it is absent."""
+    attr = node.attributes.get(name)
+    return default if attr is None else attr.as_string()
+
+
+def ints_attr(node: ir.Node, name: str) -> tuple[int, ...] | None:
+    """A list-of-int attribute, or None where it is absent."""
+    attr = node.attributes.get(name)
+    return None if attr is None else tuple(attr.as_ints())
+
+
+def is_deterministic(node: ir.Node, known_domains: Mapping[str, int] | None = None) -> bool:
+    """Whether the node gives the same outputs for the same inputs, each time it runs.
+
+    Ops of domains other than ONNX's own are trusted only where `known_domains` names them.
+    """
+    if node.domain not in ("", "ai.onnx.ml") and node.domain not in (known_domains or {}):
+        return False
+    if node.op_type in NONDETERMINISTIC:
+        return False
+    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        training = constant_array(node.inputs[2])
+        if training is None or bool(training.any()):
+            return False
+    return all(is_deterministic(inner, known_domains) for graph in subgraphs_of(node) for inner in graph)

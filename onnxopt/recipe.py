@@ -1,0 +1,149 @@
+"""Pipelines as text: `fold-constants{max_bytes=65536},fold-batchnorm`, or the same list in a TOML file.
+
+    description = "what it is for"
+    passes = ["fold-constants{max_bytes=65536}", "fold-batchnorm"]
+
+Options have one spelling, that of the dataclass field, in Python, here and on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.resources
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.pipeline import Pipeline
+
+__all__ = ["ENTRY_POINTS", "known_passes", "load_recipe", "parse_pass", "parse_passes", "recipes"]
+
+ENTRY_POINTS = "onnxopt.passes"
+"""The entry-point group in which other packages offer passes."""
+
+PassFactory = Callable[..., ir.passes.PassBase]
+
+
+def known_passes() -> dict[str, PassFactory]:
+    """Pass name -> class: those that ship with onnxopt, then those of installed packages."""
+    from onnxopt.passes import BUILTIN
+
+    known: dict[str, PassFactory] = {one.name: one for one in BUILTIN}
+    for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
+        if entry.name in known:
+            raise UsageError(f"pass {entry.name!r} of {entry.value} has the name of another pass")
+        try:
+            known[entry.name] = entry.load()
+        except Exception as error:
+            raise UsageError(f"pass {entry.name!r} cannot be loaded from {entry.value}: {error}") from error
+    return known
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that ship with onnxopt: name -> what it is for."""
+    folder = importlib.resources.files("onnxopt.passes") / "recipes"
+    found = {f.name.removesuffix(".toml"): f.read_text() for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {name: str(tomllib.loads(text).get("description", "")) for name, text in sorted(found.items())}
+
+
+def load_recipe(name: str | os.PathLike[str]) -> Pipeline:
+    """A pipeline from a TOML file, or from a recipe that ships with onnxopt, by its name.
+
+    Raises:
+        UsageError: no such recipe, not TOML, or it names an unknown pass or option.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise UsageError(f"recipe {path}: cannot be read: {error.strerror}") from None
+    else:
+        shipped = recipes()
+        if str(name) not in shipped:
+            raise UsageError(f"unknown recipe {str(name)!r}{did_you_mean(str(name), shipped)}")
+        text = (importlib.resources.files("onnxopt.passes") / "recipes" / f"{name}.toml").read_text()
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {name}: not TOML: {error}") from None
+    unknown = set(table) - {"description", "passes", "rounds"}
+    if unknown:
+        word = min(unknown)
+        raise UsageError(f"recipe {name}: unknown key {word!r}{did_you_mean(word, ('description', 'passes', 'rounds'))}")
+    entries, rounds = table.get("passes"), table.get("rounds", Pipeline.rounds)
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise UsageError(f'recipe {name}: expected a list: passes = ["fold-constants", ...]')
+    if not isinstance(rounds, int) or rounds < 1:
+        raise UsageError(f"recipe {name}: rounds must be a positive integer, not {rounds!r}")
+    return Pipeline(tuple(parse_pass(entry) for entry in entries), rounds)
+
+
+def parse_passes(text: str) -> tuple[ir.passes.PassBase, ...]:
+    """The passes of a comma-separated list such as `eliminate-dead,fold-constants{max_bytes=0}`."""
+    return tuple(parse_pass(part) for part in re.split(r",(?![^{]*\})", text) if part.strip())
+
+
+def parse_pass(text: str) -> ir.passes.PassBase:
+    """One pass from its spelling `name` or `name{option=value,...}`.
+
+    Raises:
+        UsageError: unknown pass or option, or a value of the wrong type; with the nearest known word.
+    """
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\{(.*)\})?\s*", text)
+    if match is None:
+        raise UsageError(f"pass {text!r}: expected name or name{{option=value}}")
+    name, options = match[1], match[2] or ""
+    known = known_passes()
+    if name not in known:
+        raise UsageError(f"unknown pass {name!r}{did_you_mean(name, known)}")
+    given = {}
+    for part in filter(None, (p.strip() for p in options.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"{name}: expected option=value, found {part!r}")
+        given[key.strip()] = value.strip()
+    return known[name](**_typed(name, known[name], given))
+
+
+def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[str, object]:
+    if not given:
+        return {}
+    if not dataclasses.is_dataclass(factory):
+        raise UsageError(f"{name}: takes no options")
+    hints = typing.get_type_hints(factory)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(factory)}
+    typed = {}
+    for key, text in given.items():
+        if key not in fields:
+            raise UsageError(f"{name}: unknown option {key!r}{did_you_mean(key, fields) or ': it has none'}")
+        typed[key] = _value(f"{name}: {key}", fields[key], text)
+    return typed
+
+
+def _value(who: str, kind: object, text: str) -> object:
+    """Text as the type of a field: bool, int, float, str, a Literal of strings, or a tuple (`a+b`)."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if text not in arguments:
+            raise UsageError(f"{who}: unknown value {text!r}{did_you_mean(text, arguments)}")
+        return text
+    if origin is tuple:
+        return tuple(_value(who, arguments[0], part) for part in text.split("+") if part)
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    readers: Sequence[type] = (int, float, str)
+    for reader in readers:
+        if kind is reader:
+            try:
+                return reader(text)
+            except ValueError:
+                break
+    raise UsageError(f"{who}: expected {getattr(kind, '__name__', kind)}, found {text!r}")

@@ -1,0 +1,322 @@
+"""Rules and the driver that applies them.
+
+A rule looks at one node and says one of three things: `None` (my pattern is not here), an `Edit`
+(a described change, not yet made) or it raises `Declined` (my pattern is here, but the rewrite would
+be wrong, and why). The driver asks the ledger for leave, makes the change, and looks again only at
+what the change touched.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.errors import OnnxoptError
+from onnxopt.graph import roots, value_names
+
+__all__ = ["Declined", "Edit", "Ledger", "Rewrite", "Rule", "Scope", "drive", "scopes"]
+
+AttributeValue = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
+
+
+class Declined(Exception):  # noqa: N818 - a decision, not an error
+    """The pattern is there, but the rewrite is not safe; the message says why."""
+
+
+class UnendingError(OnnxoptError):
+    """A pass goes on rewriting what it has rewritten."""
+
+
+@dataclass(frozen=True, order=True)
+class Rewrite:
+    """One change to the graph: which pass and rule made it, and where."""
+
+    pass_name: str
+    rule: str
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.pass_name}: {self.rule} at {self.site!r}"
+
+
+@dataclass
+class Ledger:
+    """Gives leave for each rewrite, counts them, and keeps the reasons of those that were declined.
+
+    limit: grant this many rewrites in all, then no more; None for no limit.
+    left_out: rewrites that are never granted.
+    """
+
+    limit: int | None = None
+    left_out: frozenset[Rewrite] = frozenset()
+    pass_name: str = ""
+    granted: list[Rewrite] = field(default_factory=list)
+    declined: dict[Rewrite, str] = field(default_factory=dict)
+    touched: dict[ir.Node, None] = field(default_factory=dict)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and len(self.granted) >= self.limit
+
+    def leaves_out(self, rewrite: Rewrite) -> bool:
+        """Whether this rewrite is one that is never granted."""
+        return rewrite in self.left_out
+
+    def claim(self, rule: str, site: str) -> bool:
+        """Ask for leave before a change; False: leave the graph as it is there."""
+        rewrite = Rewrite(self.pass_name, rule, site)
+        if self.exhausted or self.leaves_out(rewrite):
+            return False
+        self.granted.append(rewrite)
+        self.declined.pop(rewrite, None)
+        return True
+
+    def decline(self, rule: str, site: str, reason: str) -> None:
+        """Record why a rewrite that applies is not made."""
+        self.declined[Rewrite(self.pass_name, rule, site)] = reason
+
+    def touch(self, nodes: Iterable[ir.Node]) -> None:
+        """Record nodes that are new or have new inputs, so that they are checked."""
+        self.touched.update(dict.fromkeys(nodes))
+
+
+@dataclass
+class Scope:
+    """A graph that stands for itself (the main graph or a function's body) with all that is nested in it."""
+
+    graph: ir.Graph
+    opset: int
+    """Version of the default operator set."""
+    holds_initializers: bool
+    """False in functions, and below IR version 4, where each initializer would have to be a graph input."""
+    names: set[str]
+    """All value names of the model; names of new values are added."""
+
+    def fresh(self, like: str) -> str:
+        """A name that no value has."""
+        name, number = like, 0
+        while name in self.names:
+            number += 1
+            name = f"{like}_{number}"
+        self.names.add(name)
+        return name
+
+
+def scopes(model: ir.Model) -> Iterator[Scope]:
+    """The scopes of a model: the main graph, then each function."""
+    names = value_names(model)
+    for root in roots(model):
+        opset = root.opset_imports.get("", 1)
+        yield Scope(root, opset, root is model.graph and model.ir_version >= 4, names)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A node to be made: ir nodes register as readers when they are built, so they are built at commit."""
+
+    domain: str
+    op_type: str
+    inputs: tuple[ir.Value | None, ...]
+    attributes: Sequence[ir.Attr]
+    outputs: tuple[ir.Value, ...]
+    name: str | None
+
+
+class Edit:
+    """A change to make: new nodes in front of `anchor`, and the old values they stand for.
+
+    Nothing is changed before `commit`. Nodes that nobody reads any more afterwards are removed,
+    from `anchor` upwards.
+    """
+
+    def __init__(self, anchor: ir.Node, scope: Scope) -> None:
+        self._anchor = anchor
+        self._scope = scope
+        self._planned: list[_Planned] = []
+        self._initializers: list[ir.Value] = []
+        self._named: dict[ir.Value, str] = {}
+        self._replaced: list[tuple[ir.Value, ir.Value]] = []
+
+    def constant(self, array: np.ndarray | ir.TensorProtocol, like: str | None) -> ir.Value:
+        """A new constant; its name is fresh and starts with `like`."""
+        tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
+        value = ir.Value(type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        self._named[value] = like or "constant"
+        if self._scope.holds_initializers:
+            value.const_value = tensor
+            self._initializers.append(value)
+        else:
+            attr = ir.AttrTensor("value", tensor)
+            self._planned.append(_Planned("", "Constant", (), (attr,), (value,), None))
+        return value
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, AttributeValue] | None = None,
+        *,
+        domain: str = "",
+        name: str | None = None,
+    ) -> ir.Value:
+        """A new node with one output; the output. `name` is the node's, by default the anchor's."""
+        return self.ops(op_type, inputs, attributes, domain=domain, name=name, outputs=1)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, AttributeValue] | None = None,
+        *,
+        outputs: int,
+        domain: str = "",
+        name: str | None = None,
+    ) -> tuple[ir.Value, ...]:
+        """A new node with several outputs; the outputs."""
+        attrs = ir.convenience.convert_attributes(attributes or {})
+        values = tuple(ir.Value() for _ in range(outputs))
+        base = self._anchor.outputs[0].name or op_type
+        self._named.update(dict.fromkeys(values, base))
+        node_name = self._anchor.name if name is None else name
+        self._planned.append(_Planned(domain, op_type, tuple(inputs), attrs, values, node_name))
+        return values
+
+    def replace(self, old: ir.Value, new: ir.Value) -> Edit:
+        """Let all that read `old` read `new`; a graph output keeps its name, type and shape."""
+        self._replaced.append((old, new))
+        return self
+
+    def check(self) -> None:
+        """Raise `Declined` where a graph output could not keep its name."""
+        for old, new in self._replaced:
+            if not old.is_graph_output() or new in self._named and new not in self._initializers:
+                continue
+            producer = new.producer()
+            if producer is None or producer.graph is not old.graph:
+                raise Declined("is a graph output whose value comes from outside the graph")
+            if new.is_graph_output():
+                raise Declined("is a graph output of the same value as another one")
+
+    def commit(self) -> tuple[list[ir.Node], list[ir.Node]]:
+        """Make the change; the new nodes, and the old ones that read or feed what changed."""
+        graph = self._anchor.graph
+        assert isinstance(graph, ir.Graph)
+        taken = [old for old, new in self._replaced if new in self._named and new not in self._initializers]
+        names = {new: old.name for old, new in reversed(self._replaced) if old in taken}
+        for old in taken:
+            old.name = None
+        for value, like in self._named.items():
+            value.name = names.get(value) or self._scope.fresh(like)
+        for value in self._initializers:
+            graph.register_initializer(value)
+        nodes = [
+            ir.Node(p.domain, p.op_type, p.inputs, p.attributes, outputs=p.outputs, name=p.name)
+            for p in self._planned
+        ]
+        graph.insert_before(self._anchor, nodes)
+        readers = [usage.node for old, _ in self._replaced for usage in old.uses()]
+        for old, new in self._replaced:
+            substitute(old, new)
+        above = _remove_unread([self._anchor, *(p for old, _ in self._replaced if (p := old.producer()))])
+        return nodes, [n for n in (*readers, *above) if n.graph is not None]
+
+
+def substitute(old: ir.Value, new: ir.Value) -> None:
+    """Let all that read `old` read `new`; where `old` is a graph output, `new` takes its place and name."""
+    if new.type is None:
+        new.type = old.type
+    if new.shape is None and old.shape is not None:
+        new.shape = old.shape.copy()
+    if old.is_graph_output():
+        if old.name is not None:
+            name, old.name = old.name, None
+            new.name = name
+        new.type = old.type
+        new.shape = old.shape.copy() if old.shape is not None else None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
+    """Remove nodes whose outputs nobody reads, from `start` upwards; the nodes above that are still read."""
+    work, above = deque(start), dict[ir.Node, None]()
+    while work:
+        node = work.popleft()
+        if not isinstance(node.graph, ir.Graph):
+            continue
+        if any(v.uses() or v.is_graph_output() for v in node.outputs):
+            above[node] = None
+            continue
+        work.extend(p for v in node.inputs if v is not None and (p := v.producer()))
+        node.graph.remove(node, safe=True)
+    return list(above)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rewrite of one pattern, found from the node it ends in.
+
+    name: short, in words, for reports.
+    op_types: the operators that the pattern can end in; `domain::Op` outside the default domain.
+    apply: looks at such a node; gives an `Edit`, None, or raises `Declined`. It changes nothing.
+    """
+
+    name: str
+    op_types: tuple[str, ...]
+    apply: Callable[[ir.Node, Scope], Edit | None]
+
+
+def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
+    """Apply the rules in every scope until none fires, re-examining only what changed.
+
+    Time is linear in nodes plus rewrites: rules are indexed by operator and a work list holds the
+    nodes to look at.
+    """
+    index: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for op_type in rule.op_types:
+            index.setdefault(op_type, []).append(rule)
+    for scope in scopes(model):
+        work = deque(node for node in scope.graph.all_nodes() if _key(node) in index)
+        waiting = set(work)
+        left = 100 + 20 * len(work)
+        while work and not ledger.exhausted:
+            node = work.popleft()
+            waiting.discard(node)
+            touched = _visit(node, index.get(_key(node), ()), scope, ledger)
+            left -= bool(touched)
+            if left < 0:
+                raise UnendingError(f"{ledger.pass_name}: keeps rewriting around node {node.name!r}")
+            for other in touched:
+                if other not in waiting and _key(other) in index:
+                    work.append(other)
+                    waiting.add(other)
+
+
+def _key(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
+    """Apply the first rule that fires; the nodes to look at again."""
+    for rule in rules:
+        if node.graph is None:
+            break
+        site = node.outputs[0].name or node.name or node.op_type
+        try:
+            edit = rule.apply(node, scope)
+            if edit is None:
+                continue
+            edit.check()
+        except Declined as reason:
+            ledger.decline(rule.name, site, str(reason))
+            continue
+        if ledger.claim(rule.name, site):
+            new, near = edit.commit()
+            ledger.touch((*new, *near))
+            return [*new, *near]
+    return []

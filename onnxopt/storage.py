@@ -1,0 +1,204 @@
+"""Write models: streamed, atomic, the same bytes each time.
+
+A model is first staged, whole, in a temporary folder beside its target, and then moved into place.
+External data goes into a file that carries its own hash in its name, so that new data never
+overwrites the data of the model that still stands there: a process killed at any moment leaves the
+old model or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+from onnxopt.errors import ModelError
+from onnxopt.graph import graphs, tensors
+from onnxopt.model import (
+    LARGEST_PROTOBUF,
+    in_memory,
+    serialize,
+    swapped,
+    tensor_bytes,
+    uses_external_data,
+)
+
+__all__ = ["Staged", "commit", "dump", "save", "stage", "staging"]
+
+_ALIGNMENT = 4096
+"""Tensors at least this large go into the external file, each on such a boundary, so that it can be mapped."""
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model written whole in a temporary folder: its file, and that of its external data if it has one."""
+
+    model_file: Path
+    data_file: Path | None
+    sources: frozenset[Path]
+    """External data files that the model in memory still reads from."""
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
+    """Write the model at `path`, atomically; the model itself is not changed.
+
+    Args:
+        model: the model; external weights are streamed, never held in memory whole.
+        path: the target file.
+        external_data: weights in a file beside the model, `<name>.<hash>.data`. By default they
+            are where they are now: external if any was, or if one protobuf could not hold them.
+
+    Raises:
+        ModelError: the place cannot be written to, the disk is full, or the graph is too large.
+    """
+    target = Path(path)
+    with staging(target) as folder:
+        return commit(stage(model, folder, target.name, external_data=external_data), target)
+
+
+def dump(model: ir.Model) -> onnx.ModelProto:
+    """The model as one protobuf, weights included.
+
+    Raises:
+        ModelError: more than 2 GB of weights, which need a path to be saved to.
+    """
+    size = tensor_bytes(model)
+    if size > LARGEST_PROTOBUF:
+        raise ModelError(f"model: {size} bytes of weights do not fit one protobuf (2 GB): save it to a path")
+    with swapped(model, in_memory):
+        return ir.to_proto(model)
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, removed at the end; write errors become one clear line."""
+    folder: Path | None = None
+    try:
+        if target.is_dir():
+            raise ModelError(f"{target}: cannot be written: it is a folder")
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield folder
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool | None = None) -> Staged:
+    """Write the model as `folder/name`, ready to be opened there or moved by `commit`."""
+    if external_data is None:
+        external_data = uses_external_data(model) or tensor_bytes(model) > LARGEST_PROTOBUF
+    data_file, offsets = _write_data(model, folder, name) if external_data else (None, {})
+
+    def place(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
+        if data_file is None or id(tensor) not in offsets:
+            return in_memory(tensor)
+        return ir.ExternalTensor(
+            data_file.name,
+            offsets[id(tensor)],
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name="",
+            base_dir=folder,
+        )
+
+    with swapped(model, place):
+        content = serialize(model)
+    model_file = folder / name
+    with model_file.open("wb") as stream:
+        stream.write(content)
+        _sync(stream)
+    sources = frozenset(Path(t.path) for t in tensors(model) if isinstance(t, ir.ExternalTensor))
+    return Staged(model_file, data_file, sources)
+
+
+def commit(staged: Staged, target: Path) -> Path:
+    """Move a staged model into place, data first; then remove data files that only the replaced model read."""
+    outdated = set(_own_data_files(target)) - staged.sources if target.exists() else set()
+    if staged.data_file is not None:
+        os.replace(staged.data_file, target.parent / staged.data_file.name)
+        outdated.discard(target.parent / staged.data_file.name)
+    os.replace(staged.model_file, target)
+    _sync_folder(target.parent)
+    for file in outdated:
+        file.unlink(missing_ok=True)
+    return target
+
+
+def _own_data_files(target: Path) -> list[Path]:
+    pattern = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.data")
+    return [file for file in target.parent.iterdir() if pattern.fullmatch(file.name)]
+
+
+def _write_data(model: ir.Model, folder: Path, name: str) -> tuple[Path | None, dict[int, int]]:
+    """Stream the large weights into one file, named by its SHA-256; also the offset of each tensor, by id."""
+    digest = hashlib.sha256()
+    draft = folder / "data"
+    offsets: dict[int, int] = {}
+    with draft.open("wb") as stream:
+        for tensor in _large_weights(model):
+            if id(tensor) in offsets:
+                continue
+            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+            offsets[id(tensor)] = stream.tell()
+            digest.update(stream.tell().to_bytes(8, "little"))
+            for chunk in _chunks(tensor):
+                stream.write(chunk)
+                digest.update(chunk)
+        _sync(stream)
+    if not offsets:
+        draft.unlink()
+        return None, {}
+    return draft.rename(folder / f"{name}.{digest.hexdigest()[:16]}.data"), offsets
+
+
+def _large_weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= _ALIGNMENT and tensor.dtype != ir.DataType.STRING:
+                yield tensor
+
+
+def _chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
+    """The tensor's bytes; external ones are read from their file, not mapped, to keep memory flat."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        data = memoryview(tensor.tobytes())
+        yield from (data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK))
+        return
+    with open(tensor.path, "rb") as source:
+        source.seek(tensor.offset or 0)
+        left = tensor.nbytes
+        while left and (chunk := source.read(min(left, _CHUNK))):
+            left -= len(chunk)
+            yield chunk
+    if left:
+        raise ModelError(f"{tensor.path}: cut off while tensor {tensor.name!r} was read")
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

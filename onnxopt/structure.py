@@ -1,0 +1,171 @@
+"""Is the model still a model? Checked after each pass, where it changed; and the contract with its user.
+
+The contract: graph inputs and outputs keep their names, order, types and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from onnxopt.errors import OnnxoptError
+from onnxopt.graph import constant_of, has_reference, roots, subgraphs_of
+from onnxopt.model import skeleton
+
+__all__ = ["Signature", "StructureError", "checker_complaint", "find_problem", "signature_of"]
+
+_READABLE = 4096
+"""Bytes of a constant that shape inference is shown: shapes, axes and the like."""
+
+
+class StructureError(OnnxoptError):
+    """A pass left a graph that is no valid graph, or broke the contract with the model's user."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A graph input or output: its name, type and shape as text."""
+
+    name: str
+    type: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the user of a model relies on."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def signature_of(model: ir.Model) -> Signature:
+    """The graph inputs and outputs, in order."""
+
+    def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:
+        return tuple(Port(v.name or "", str(v.type), str(v.shape)) for v in values)
+
+    return Signature(ports(model.graph.inputs), ports(model.graph.outputs))
+
+
+def find_problem(model: ir.Model, touched: Iterable[ir.Node] = ()) -> str | None:
+    """The first thing that makes the graph invalid, as a sentence; None if all is well.
+
+    The whole graph is walked for dangling values, order and single assignment; `touched` nodes are
+    also held against their operator's schema, types and shapes.
+    """
+    for root in roots(model):
+        complaint = next(_walk(root, set(), {}), None)
+        if complaint:
+            return complaint
+    if model.ir_version < 4:
+        inputs = set(model.graph.inputs)
+        for value in model.graph.initializers.values():
+            if value not in inputs:
+                return f"initializer {value.name!r} is no graph input, which IR version {model.ir_version} asks for"
+    opsets = dict(model.graph.opset_imports)
+    for node in touched:
+        if node.graph is not None and (complaint := _node_problem(node, opsets, model.ir_version)):
+            return complaint
+    return None
+
+
+def _walk(graph: ir.Graph, defined: set[ir.Value], names: dict[str, ir.Value]) -> Iterator[str]:
+    """Problems of a graph; `defined` and `names` hold what the graphs around it have defined so far."""
+    added: list[ir.Value] = []
+
+    def define(value: ir.Value) -> str | None:
+        if value in defined:
+            return None
+        if value.name and names.setdefault(value.name, value) is not value:
+            return f"two values are named {value.name!r}"
+        defined.add(value)
+        added.append(value)
+        return None
+
+    for value in (*graph.inputs, *graph.initializers.values()):
+        if problem := define(value):
+            yield problem
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in defined:
+                yield f"node {node.name!r} ({node.op_type}) reads {value.name!r}, which nothing before it defines"
+        for body in subgraphs_of(node):
+            yield from _walk(body, defined, names)
+        for value in node.outputs:
+            if problem := define(value):
+                yield problem
+    for value in graph.outputs:
+        if value not in defined:
+            yield f"graph output {value.name!r} is defined nowhere"
+        elif not value.name:
+            yield "a graph output has no name"
+    for value in added:
+        defined.discard(value)
+        if value.name and names.get(value.name) is value:
+            del names[value.name]
+
+
+def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str | None:
+    """Hold one node against its schema, and its outputs against what the schema infers."""
+    version = opsets.get(node.domain)
+    if version is None or has_reference(node) or any(True for _ in subgraphs_of(node)):
+        return None
+    if not onnx.defs.has(node.op_type, version, node.domain):
+        known = onnx.defs.has(node.op_type, node.domain)
+        return f"{node.op_type} is not in opset {version}" if known else None
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    if node.op_type == "Constant":
+        return None
+    proto = ir.to_proto(node)
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = ir_version
+    context.opset_imports = opsets
+    types = {v.name: ir.serde.serialize_value(v).type for v in node.inputs if v is not None and v.type and v.name}
+    data = {
+        v.name: ir.to_proto(tensor)
+        for v in node.inputs
+        if v is not None and (tensor := constant_of(v)) is not None and tensor.nbytes <= _READABLE and v.name
+    }
+    try:
+        onnx.checker.check_node(proto, context)
+        if any(v is not None and v.type is None for v in node.inputs):
+            return None
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()], ir_version=ir_version
+        )
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return f"node {node.name!r} ({node.op_type}): {' '.join(str(error).split())}"
+    for value in node.outputs:
+        if value.name in inferred and (clash := _clash(value, inferred[value.name])):
+            return f"node {node.name!r} ({node.op_type}): {value.name!r} {clash}"
+    return None
+
+
+def _clash(value: ir.Value, inferred: onnx.TypeProto) -> str | None:
+    """How an inferred type contradicts the one on record, or None."""
+    if not inferred.HasField("tensor_type") or not isinstance(value.type, ir.TensorType):
+        return None
+    found = inferred.tensor_type
+    if found.elem_type and found.elem_type != value.type.dtype.value:
+        return f"is {value.type.dtype.name} on record, {ir.DataType(found.elem_type).name} by its operator"
+    if value.shape is None or not found.HasField("shape"):
+        return None
+    if len(found.shape.dim) != len(value.shape):
+        return f"has rank {len(value.shape)} on record, {len(found.shape.dim)} by its operator"
+    for axis, (on_record, dim) in enumerate(zip(value.shape.dims, found.shape.dim, strict=True)):
+        if isinstance(on_record, int) and dim.HasField("dim_value") and dim.dim_value != on_record:
+            return f"has size {on_record} on axis {axis} on record, {dim.dim_value} by its operator"
+    return None
+
+
+def checker_complaint(model: ir.Model) -> str | None:
+    """What `onnx.checker` says of the whole model (without its large weights), in one line; None if it passes."""
+    try:
+        onnx.checker.check_model(skeleton(model))
+    except onnx.checker.ValidationError as error:
+        return " ".join(str(error).split())
+    return None
