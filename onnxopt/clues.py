@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, nodes, subgraphs_of
 from onnxopt.inputs import Dim, axis_name
+from onnxopt.weights import Links, hints_for, pins_of
 
 __all__ = ["Clues", "Limit", "clues_of"]
 
@@ -28,19 +29,17 @@ _MOVES = frozenset(
 )  # fmt: skip
 # Arguments that steer an operator: (operator, input) -> lowest and highest value that always work.
 _ARGUMENTS = {
-    ("Loop", 0): (1, 3), ("TopK", 1): (1, 1), ("Range", 0): (0, 0), ("Range", 1): (2, 6), ("Range", 2): (1, 1),
-    ("Slice", 1): (0, 0), ("Slice", 2): (2, 4), ("Slice", 3): (0, 0), ("Slice", 4): (1, 1), ("Expand", 1): (1, 1),
-    ("Reshape", 1): (1, 1), ("ConstantOfShape", 0): (1, 4), ("Tile", 1): (1, 2), ("Pad", 1): (0, 1),
+    ("Loop", 0): (1, 3), ("TopK", 1): (1, 1), ("Tile", 1): (1, 2), ("Pad", 1): (0, 1),
+    ("Range", 0): (0, 0), ("Range", 1): (2, 6), ("Range", 2): (1, 1),
+    ("Slice", 1): (0, 0), ("Slice", 2): (2, 4), ("Slice", 3): (0, 0), ("Slice", 4): (1, 1),
+    ("Expand", 1): (1, 1), ("Reshape", 1): (1, 1), ("ConstantOfShape", 0): (1, 4),
     ("Resize", 2): (1, 2), ("Resize", 3): (4, 8), ("OneHot", 1): (4, 8), ("Squeeze", 1): (0, 0),
     ("Unsqueeze", 1): (0, 0), ("CumSum", 1): (0, 0), ("Trilu", 1): (0, 1),
     ("LSTM", 4): (1, 1), ("GRU", 4): (1, 1), ("RNN", 4): (1, 1),
-    **{(f"Reduce{kind}", 1): (0, 0) for kind in ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare")},
+    **{(f"Reduce{kind}", 1): (0, 0) for kind in ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2")},
 }  # fmt: skip
 _POSITIVE = frozenset({"Sqrt", "Log", "Pow"})
-_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 _SMALL = 1 << 16
-_NEAR_NODES = 200
-_MOST_HINTS = 24
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Clues:
     """It is the shape argument of a Reshape."""
     is_mask: bool = False
     is_positive: bool = False
-    pins: dict[int, int] = field(default_factory=dict)
-    """Axis -> the size that a weight asks for."""
+    pins: dict[int, dict[int, None]] = field(default_factory=dict)
+    """Axis -> the sizes that weights ask for, in order; several where branches differ."""
     hints: tuple[int, ...] = ()
     """Sizes and small integer constants close to the input, nearest first."""
 
@@ -85,19 +84,16 @@ def clues_of(model: ir.Model) -> dict[str, Clues]:
     """The clues for every input without a default, by name."""
     onward, origins = _links(model)
     return {
-        value.name or "": replace(_trace(value, onward, origins), hints=_hints(value, onward))
+        value.name or "": replace(_trace(value, onward, origins), hints=hints_for(value, onward))
         for value in model.graph.inputs
         if not value.is_initializer()
     }
 
 
-_Links = dict[ir.Value, list[ir.Value]]
-
-
-def _links(model: ir.Model) -> tuple[_Links, _Links]:
-    """Where values go on under another name (into and out of bodies and functions), and where they come from."""
-    onward: _Links = defaultdict(list)
-    origins: _Links = defaultdict(list)
+def _links(model: ir.Model) -> tuple[Links, Links]:
+    """Where values go on under another name, into and out of bodies and functions, and the way back."""
+    onward: Links = defaultdict(list)
+    origins: Links = defaultdict(list)
 
     def link(sources: Iterable[ir.Value | None], targets: Iterable[ir.Value]) -> None:
         for source, target in zip(sources, targets, strict=False):
@@ -122,7 +118,7 @@ def _links(model: ir.Model) -> tuple[_Links, _Links]:
     return onward, origins
 
 
-def _trace(start: ir.Value, onward: _Links, origins: _Links) -> Clues:
+def _trace(start: ir.Value, onward: Links, origins: Links) -> Clues:
     clues = Clues()
     seen = {start}
     queue = deque([_Step(start)])
@@ -139,7 +135,7 @@ def _trace(start: ir.Value, onward: _Links, origins: _Links) -> Clues:
     return clues
 
 
-def _read(node: ir.Node, index: int, step: _Step, clues: Clues, origins: _Links) -> Clues:
+def _read(node: ir.Node, index: int, step: _Step, clues: Clues, origins: Links) -> Clues:
     """What one use of the value adds."""
     size = _table_size(node, index, origins)
     if size is not None:
@@ -151,15 +147,13 @@ def _read(node: ir.Node, index: int, step: _Step, clues: Clues, origins: _Links)
     if node.op_type in _COMPARISONS:
         fresh = [number for number in _compared(node, index, step) if number not in clues.compared]
         clues.compared.extend(fresh)
-    # (1 - mask) * -10000, added to attention scores; scale * 1 + offset = 0 tells it from other affine steps
-    inverted = abs(step.scale) >= 1000 and step.scale + step.offset == 0
-    if inverted or (node.op_type == "Cast" and int_attr(node, "to", 0) == ir.DataType.BOOL):
+    if _masks(node, index, step):
         clues = replace(clues, is_mask=True)
     if node.op_type in _POSITIVE and index == 0 and not _takes_negatives(node):
         clues = replace(clues, is_positive=True)
     if step.intact:
-        for axis, length in _pins(node, index):
-            clues.pins.setdefault(axis, length)
+        for axis, length in pins_of(node, index):
+            clues.pins.setdefault(axis, {})[length] = None
     return clues
 
 
@@ -195,10 +189,21 @@ def _compared(node: ir.Node, index: int, step: _Step) -> list[int]:
     other = constant_array(node.inputs[1 - index], _SMALL)
     if other is None or other.dtype.kind not in "iuf":
         return []
-    numbers = [round((float(number) - step.offset) / step.scale) for number in np.unique(other)]
+    constants = np.unique(other[np.isfinite(other)]).tolist()
+    numbers = [round((constant - step.offset) / step.scale) for constant in constants]
     if node.op_type == "Equal":
         return numbers
     return [near for number in numbers for near in (number - 1, number + 1)]
+
+
+def _masks(node: ir.Node, index: int, step: _Step) -> bool:
+    """Whether the input turns into a bool, or into ``(1 - x) * -10000`` to be added to attention scores."""
+    if node.op_type == "Cast":
+        return int_attr(node, "to", 0) == ir.DataType.BOOL
+    if node.op_type != "Mul" or (step.scale, step.offset) != (-1, 1):
+        return False
+    factor = constant_array(node.inputs[1 - index], _SMALL)
+    return factor is not None and bool(np.all(np.abs(factor) >= 1000))
 
 
 def _takes_negatives(node: ir.Node) -> bool:
@@ -209,7 +214,7 @@ def _takes_negatives(node: ir.Node) -> bool:
     return exponent is not None and bool(np.all(exponent == np.round(exponent)))
 
 
-def _table_size(node: ir.Node, index: int, origins: _Links) -> Dim | None:
+def _table_size(node: ir.Node, index: int, origins: Links) -> Dim | None:
     """Entries of the table that input `index` looks up: 1 where unknown, None where it is no index."""
     op = node.op_type
     if op == "OneHot":
@@ -229,7 +234,7 @@ def _table_size(node: ir.Node, index: int, origins: _Links) -> Dim | None:
     return None
 
 
-def _axis(table: ir.Value | None, axis: int, origins: _Links) -> Dim:
+def _axis(table: ir.Value | None, axis: int, origins: Links) -> Dim:
     shape = _shaped(table, origins)
     if shape is None or shape.shape is None or not -len(shape.shape) <= axis < len(shape.shape):
         return 1
@@ -237,7 +242,7 @@ def _axis(table: ir.Value | None, axis: int, origins: _Links) -> Dim:
     return 1 if size is None else size
 
 
-def _smallest_axis(table: ir.Value | None, first: int, origins: _Links) -> Dim:
+def _smallest_axis(table: ir.Value | None, first: int, origins: Links) -> Dim:
     """The smallest of the axes that a row of indices may address."""
     shape = _shaped(table, origins)
     if shape is None or shape.shape is None:
@@ -247,14 +252,14 @@ def _smallest_axis(table: ir.Value | None, first: int, origins: _Links) -> Dim:
     return min(known) if known and len(known) == len(sizes) else 1
 
 
-def _shaped(value: ir.Value | None, origins: _Links) -> ir.Value | None:
+def _shaped(value: ir.Value | None, origins: Links) -> ir.Value | None:
     """The first value with a shape on the way back through steps that keep it."""
     for _ in range(16):
         if value is None or value.shape is not None:
             return value
         tensor = constant_of(value)
         if tensor is not None:
-            return ir.Value(name=value.name, shape=ir.Shape(tensor.shape))
+            return ir.Value(name=value.name, shape=ir.Shape(tensor.shape.dims))
         node = value.producer()
         if node is None:
             value = next(iter(origins.get(value, ())), None)
@@ -263,61 +268,3 @@ def _shaped(value: ir.Value | None, origins: _Links) -> ir.Value | None:
         else:
             return None
     return None
-
-
-def _weight(node: ir.Node, index: int) -> tuple[int, ...]:
-    """The shape of a weight; () where the input is computed or absent."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    tensor = constant_of(value)
-    if tensor is None and value is not None and value.is_initializer():
-        tensor = value.const_value
-    return () if tensor is None else tuple(int(size) for size in tensor.shape.dims)
-
-
-def _pins(node: ir.Node, index: int) -> Iterator[tuple[int, int]]:
-    """The axes of input `index` whose size a weight fixes."""
-    op = node.op_type
-    if op in ("Add", "Sub", "Mul", "Div"):
-        other = _weight(node, 1 - index)
-        yield from ((axis - len(other), size) for axis, size in enumerate(other) if size > 1)
-    elif op in _RECURRENT and index in (0, 5, 6):
-        weight = _weight(node, 1 if index == 0 else 2)
-        yield from [(2, weight[-1])] if weight else []
-    elif index == 0:
-        weight = _weight(node, 1)
-        if op == "Conv" and len(weight) > 2:
-            yield 1, weight[1] * int_attr(node, "group", 1)
-        elif op in ("ConvTranspose", "BatchNormalization", "InstanceNormalization") and weight:
-            yield 1, weight[0]
-        elif op == "LayerNormalization" and weight:
-            yield -1, weight[-1]
-        elif op == "MatMul" and len(weight) > 1:
-            yield -1, weight[-2]
-        elif op == "Gemm" and len(weight) == 2:
-            yield 1 - int_attr(node, "transA", 0), weight[int_attr(node, "transB", 0)]
-
-
-def _hints(start: ir.Value, onward: _Links) -> tuple[int, ...]:
-    found: dict[int, None] = {}
-    seen: set[ir.Node] = set()
-    queue = deque([start])
-    while queue and len(seen) < _NEAR_NODES and len(found) < _MOST_HINTS:
-        value = queue.popleft()
-        queue.extend(onward.get(value, ()))
-        for node in value.consumers():
-            if node in seen:
-                continue
-            seen.add(node)
-            found.update(dict.fromkeys(_numbers(node)))
-            queue.extend(node.outputs)
-    return tuple(found)[:_MOST_HINTS]
-
-
-def _numbers(node: ir.Node) -> Iterator[int]:
-    """Sizes of a node's weights, last axis but one first, and its small integer constants."""
-    for index, value in enumerate(node.inputs):
-        shape = _weight(node, index)
-        yield from (size for size in (*shape[-2:], *shape[:-2]) if size > 1)
-        array = constant_array(value, 64)
-        if array is not None and array.dtype.kind in "iu":
-            yield from (int(number) for number in array.flat if 1 < number < _SMALL)

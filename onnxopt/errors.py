@@ -2,6 +2,7 @@
 
     OnnxoptError                 4  an internal error: a bug in onnxopt
     ├── UsageError               2  an option, pass, recipe or data source that cannot be used
+    │   └── NoSamplesError       2  no valid input for a model could be made up
     ├── ModelError               2  a file that is no usable ONNX model, or a place it cannot be written to
     ├── ClaimError               1  a claim failed: equivalence, accuracy, budget
     ├── ProviderError            3  an execution provider that was asked for cannot run here
@@ -19,6 +20,7 @@ from typing import ClassVar
 __all__ = [
     "ClaimError",
     "ModelError",
+    "NoSamplesError",
     "OnnxoptError",
     "ProviderError",
     "RuntimeMissingError",
@@ -37,6 +39,10 @@ class UsageError(OnnxoptError, ValueError):
     """An option, pass, recipe or data source that cannot be used."""
 
     exit_code = 2
+
+
+class NoSamplesError(UsageError):
+    """No valid input for a model could be made up: sizes or data are needed from the user."""
 
 
 class ModelError(OnnxoptError, ValueError):

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxopt.errors import UsageError
 
-__all__ = ["Dim", "Input", "axis_name", "overridable_inputs", "required_inputs"]
+__all__ = ["Dim", "Input", "axis_name", "overridable_inputs", "required_inputs", "resolve"]
 
 Dim = int | str | ir.SymbolicDim
 """A fixed size, the name of a dynamic axis, or an expression over such names (``past + seq``)."""
@@ -50,7 +50,7 @@ class Input:
         )
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape once each dynamic axis has a size; sizes are at least 1 where an expression gives less.
+        """The shape once each dynamic axis has a size.
 
         Raises:
             UsageError: the model declares no rank.
@@ -60,14 +60,14 @@ class Input:
                 f"input {self.name!r} declares no shape, so no feed can be made for it; "
                 f"give --shape {self.name}=1x3x224x224 or --data"
             )
-        return tuple(_size(dim, sizes) for dim in self.dims)
+        return tuple(resolve(dim, sizes) for dim in self.dims)
 
 
 def required_inputs(model: ir.Model) -> tuple[Input, ...]:
     """The inputs without a default, in the graph's order.
 
     Raises:
-        UsageError: an input is a sequence or a map, which no array can feed.
+        UsageError: an input is a sequence or has no element type, so that no array can feed it.
     """
     return tuple(_input(value) for value in model.graph.inputs if not value.is_initializer())
 
@@ -105,10 +105,11 @@ def _input(value: ir.Value) -> Input:
     return Input(name, dtype, tuple(dim for dim in axes if dim is not None))
 
 
-def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
+def resolve(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The size of an axis; 1 for a name that `sizes` lacks."""
     if isinstance(dim, int):
         return dim
     if isinstance(dim, str):
-        return sizes[dim]
+        return sizes.get(dim, 1)
     size = dim.evaluate(sizes)
     return max(size, 1) if isinstance(size, int) else 1

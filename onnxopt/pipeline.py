@@ -21,7 +21,7 @@ from onnxopt.model import tensor_bytes
 from onnxopt.rewrite import Ledger, Rewrite, Rule, drive
 from onnxopt.structure import checker_complaint, find_problem, signature_of
 
-__all__ = ["Kind", "LeftOut", "Outcome", "Pass", "Pipeline", "Proof", "Step", "pass_name"]
+__all__ = ["Kind", "LeftOut", "Outcome", "Pass", "Pipeline", "Proof", "Step", "pass_name", "spelling"]
 
 Kind = Literal["exact", "reorder", "lossy"]
 """The promise of a pass: bit-equal, equal up to the order of float operations, or worse within a budget."""
@@ -79,6 +79,11 @@ def _spell(value: object) -> str:
 def pass_name(one: ir.passes.PassBase) -> str:
     """The name of a pass; a plain onnx_ir pass goes by its class."""
     return one.name if isinstance(one, Pass) else type(one).__name__
+
+
+def spelling(one: ir.passes.PassBase) -> str:
+    """The pass as a recipe spells it; a plain onnx_ir pass by its name alone."""
+    return str(one) if isinstance(one, Pass) else pass_name(one)
 
 
 @dataclass(frozen=True)

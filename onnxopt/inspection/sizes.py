@@ -17,11 +17,12 @@ from onnx_ir.passes.common import InlinePass
 
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import graphs
+from onnxopt.inspection.values import LARGEST, settle_values
 
 __all__ = ["UNKNOWN", "ZERO", "Amount", "Sized", "Shapes", "product", "sized"]
 
-_KEPT_ELEMENTS = 1024
-"""Shape arithmetic reads tensors far smaller than this; anything larger is a weight."""
+_ROUNDS = 4
+"""Of inference and shape arithmetic in turns; each reaches through another level of symbolic shapes."""
 _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _OPERATORS = re.compile(r"[-+*/()\s]+")
 
@@ -162,13 +163,25 @@ def sized(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) ->
         for dim in (value.shape or ())
         if not isinstance(dim, int) and dim.value is not None
     )
-    failure = None
-    try:
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True)
-        copy = ir.from_proto(proto)
-    except (onnx.shape_inference.InferenceError, EncodeError, RuntimeError, ValueError) as error:
-        failure = " ".join(str(error).split()) or type(error).__name__
+    failure = _infer(copy)
     return Sized(copy.graph, Shapes(symbols), failure)
+
+
+def _infer(model: ir.Model) -> str | None:
+    """Write inferred shapes into the model; gives the reason where inference gave up."""
+    scratch = model
+    for _ in range(_ROUNDS):
+        try:
+            proto = onnx.shape_inference.infer_shapes(ir.to_proto(scratch), data_prop=True)
+        except (onnx.shape_inference.InferenceError, EncodeError, RuntimeError, ValueError) as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        scratch = ir.from_proto(proto)
+        if not settle_values(scratch):
+            break
+    for node, inferred in zip(model.graph.all_nodes(), scratch.graph.all_nodes(), strict=True):
+        for value, known in zip(node.outputs, inferred.outputs, strict=True):
+            value.shape, value.type = known.shape, known.type
+    return None
 
 
 def _hollow(model: ir.Model) -> None:
@@ -184,7 +197,7 @@ def _hollow(model: ir.Model) -> None:
 
 
 def _hollow_tensor(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    if tensor.size > _KEPT_ELEMENTS:
+    if tensor.size > LARGEST:
         return ir.ExternalTensor("hollow", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape), name=name)
     if isinstance(tensor, ir.ExternalTensor):
         return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)

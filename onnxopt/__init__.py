@@ -1,0 +1,105 @@
+"""onnxopt: an ONNX graph optimizer that proves its numbers and measures its speed.
+
+    import onnxopt
+    result = onnxopt.optimize("model.onnx", target="cpu")
+    print(result.report.verdict.summary)
+    result.save("model.opt.onnx")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxopt.api import Result, optimize
+    from onnxopt.benchmarking import Timing, bench
+    from onnxopt.diagnosis import diagnose
+    from onnxopt.errors import (
+        ClaimError,
+        ModelError,
+        OnnxoptError,
+        ProviderError,
+        RuntimeMissingError,
+        UsageError,
+    )
+    from onnxopt.inspection import Inspection, inspect
+    from onnxopt.model import load
+    from onnxopt.pipeline import Pass, Pipeline
+    from onnxopt.recipe import load_recipe, parse_pass
+    from onnxopt.reporting import Report
+    from onnxopt.rewrite import Declined, Edit, Rule, Scope
+    from onnxopt.storage import save
+    from onnxopt.verification import Verdict, verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ClaimError": "errors",
+    "Declined": "rewrite",
+    "Edit": "rewrite",
+    "Inspection": "inspection",
+    "ModelError": "errors",
+    "OnnxoptError": "errors",
+    "Pass": "pipeline",
+    "Pipeline": "pipeline",
+    "ProviderError": "errors",
+    "Report": "reporting",
+    "Result": "api",
+    "Rule": "rewrite",
+    "RuntimeMissingError": "errors",
+    "Scope": "rewrite",
+    "Timing": "benchmarking",
+    "UsageError": "errors",
+    "Verdict": "verification",
+    "bench": "benchmarking",
+    "diagnose": "diagnosis",
+    "inspect": "inspection",
+    "load": "model",
+    "load_recipe": "recipe",
+    "optimize": "api",
+    "parse_pass": "recipe",
+    "save": "storage",
+    "verify": "verification",
+}
+
+__all__ = [
+    "ClaimError",
+    "Declined",
+    "Edit",
+    "Inspection",
+    "ModelError",
+    "OnnxoptError",
+    "Pass",
+    "Pipeline",
+    "ProviderError",
+    "Report",
+    "Result",
+    "Rule",
+    "RuntimeMissingError",
+    "Scope",
+    "Timing",
+    "UsageError",
+    "Verdict",
+    "__version__",
+    "bench",
+    "diagnose",
+    "inspect",
+    "load",
+    "load_recipe",
+    "optimize",
+    "parse_pass",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported when they are first used, so that `import onnxopt` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onnxopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"onnxopt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

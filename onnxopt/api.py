@@ -1,0 +1,258 @@
+"""The workflows behind the public functions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+import onnxopt
+from onnxopt.benchmarking import Timing
+from onnxopt.benchmarking import bench as measure
+from onnxopt.data import Feeds, read_feeds, synthesize
+from onnxopt.errors import NoSamplesError, ProviderError, UsageError, did_you_mean
+from onnxopt.model import ModelLike, fingerprint, opener
+from onnxopt.pipeline import Kind, Outcome, Pipeline, Proof, pass_name, spelling
+from onnxopt.recipe import load_recipe, parse_pass
+from onnxopt.reporting import Report, measure_size
+from onnxopt.runtimes import UnsupportedModelError
+from onnxopt.storage import dump, save
+from onnxopt.targets import find_target
+from onnxopt.verification import Baseline, Verdict
+
+__all__ = ["Result", "build_pipeline", "optimize"]
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done, and how much of it is done (0 to 1) where that is known."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An optimized model and the report on it."""
+
+    graph: ir.Model
+    report: Report
+    _source: ModelLike
+
+    @property
+    def model(self) -> bytes | onnx.ModelProto | ir.Model:
+        """The model as the kind that was given: bytes for bytes or a file, an `ir.Model` for a path.
+
+        Raises:
+            ModelError: bytes or a `ModelProto` were given and would now exceed 2 GB.
+        """
+        if isinstance(self._source, str | os.PathLike | ir.Model):
+            return self.graph
+        proto = dump(self.graph)
+        return proto if isinstance(self._source, onnx.ModelProto) else proto.SerializeToString(deterministic=True)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model atomically, see `onnxopt.save`."""
+        return save(self.graph, path)
+
+
+def build_pipeline(
+    recipe: str | os.PathLike[str] | Pipeline,
+    *,
+    passes: Sequence[str | ir.passes.PassBase] = (),
+    skip: Sequence[str] = (),
+    freeze_initializers: bool = False,
+) -> Pipeline:
+    """The pipeline of a recipe, or of `passes` where any are given, without those in `skip`.
+
+    Raises:
+        UsageError: an unknown recipe, pass or option, or a name in `skip` that the pipeline does not have.
+    """
+    pipeline = recipe if isinstance(recipe, Pipeline) else load_recipe(recipe)
+    if passes:
+        pipeline = replace(pipeline, passes=tuple(parse_pass(p) if isinstance(p, str) else p for p in passes))
+    names = [pass_name(one) for one in pipeline.passes]
+    for name in skip:
+        if name not in names:
+            raise UsageError(f"cannot skip {name!r}: the pipeline has no such pass{did_you_mean(name, names)}")
+    kept = tuple(one for one in pipeline.passes if pass_name(one) not in skip)
+    if freeze_initializers:
+        kept = (parse_pass("freeze-initializers"), *kept)
+    return replace(pipeline, passes=kept)
+
+
+def optimize(
+    model: ModelLike,
+    *,
+    target: str = "cpu",
+    recipe: str | os.PathLike[str] | Pipeline | None = None,
+    passes: Sequence[str | ir.passes.PassBase] = (),
+    skip: Sequence[str] = (),
+    freeze_initializers: bool = False,
+    stop_after: int | None = None,
+    data: str | os.PathLike[str] | Iterable[Feeds] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    verify: bool = True,
+    bench: bool = True,
+    metadata: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Rewrite a model, prove that its numbers hold, and measure whether it is faster.
+
+    What breaks the numbers is left out and reported. Where nothing can be proved, or the result is
+    measurably slower, the model is left as it was.
+
+    Args:
+        model: a path, bytes, a binary file, a `ModelProto` or an `ir.Model`; it is not changed.
+        target: where it is to run: cpu, cuda, tensorrt or generic (standard operators only).
+        recipe: a shipped recipe's name, a TOML file or a `Pipeline`; by default the target's.
+        passes: passes to run instead of the recipe's, as in a recipe or as objects.
+        skip: names of passes of the recipe to leave out.
+        freeze_initializers: let initializers that are graph inputs become constants.
+        stop_after: make this many rewrites, then stop.
+        data: samples to prove on (see `onnxopt.data.read_feeds`); by default synthetic ones.
+        shapes: sizes for dynamic graph inputs, by input name.
+        seed: of synthetic samples and of the measurement.
+        verify: prove the numbers; without it only structure is checked.
+        bench: measure latency on the target's provider.
+        metadata: record passes, versions and the input's fingerprint in the model's metadata.
+        progress: called with each thing that is done.
+
+    Raises:
+        ModelError, UsageError: input that cannot be used.
+        RuntimeMissingError: onnxruntime is needed for `verify` or `bench` and is not installed.
+    """
+    started = time.perf_counter()
+    if hasattr(model, "read"):
+        model = model.read()
+    where = find_target(target)
+    pipeline = build_pipeline(
+        recipe or where.recipe, passes=passes, skip=skip, freeze_initializers=freeze_initializers
+    )
+    job = _Job(model, opener(model), pipeline, shapes, seed, progress or _silent)
+    job.progress("reading the model", None)
+    original = job.open_model()
+    samples = None if data is None else list(read_feeds(data, model))
+    if verify:
+        outcome, verdict = _rewrite_and_prove(job, samples, stop_after, freeze_initializers)
+    else:
+        outcome, verdict = job.run(stop_after=stop_after), None
+        job.notes.append("the numbers were not verified: only structure was checked")
+    if not outcome.settled:
+        job.notes.append(f"the passes still changed the graph after {outcome.rounds} rounds")
+    timing = _measure(job, outcome, where.provider, samples) if bench else None
+    slower = timing is not None and timing.verdict == "slower"
+    if slower:
+        job.notes.append("left as it was: the rewritten model is measurably slower")
+    rewritten = job.open_model() if slower else outcome.model
+    if metadata and outcome.changes and not slower:
+        _record(rewritten, model, outcome)
+    report = Report(
+        source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
+        target=where.name,
+        passes=tuple(spelling(one) for one in pipeline.passes),
+        seed=seed,
+        versions=_versions(),
+        before=measure_size(original, shapes),
+        after=measure_size(rewritten, shapes),
+        steps=outcome.steps,
+        left_out=outcome.left_out,
+        rounds=outcome.rounds,
+        left_as_it_was=slower or not outcome.changes,
+        verdict=verdict,
+        timing=timing,
+        notes=tuple(job.notes),
+        seconds=time.perf_counter() - started,
+    )
+    return Result(rewritten, report, model)
+
+
+def _silent(_what: str, _share: float | None) -> None:
+    """The progress of a caller who asked for none."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the steps of one call of `optimize` share."""
+
+    model: ModelLike
+    open_model: Callable[[], ir.Model]
+    pipeline: Pipeline
+    shapes: Mapping[str, Sequence[int]] | None
+    seed: int
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, *, prove: Proof | None = None, stop_after: int | None = None) -> Outcome:
+        """Run the pipeline, and tell of each pass."""
+        return self.pipeline.run(
+            self.open_model,
+            prove=prove,
+            stop_after=stop_after,
+            on_pass=lambda name: self.progress(f"rewriting: {name}", None),
+        )
+
+
+def _rewrite_and_prove(
+    job: _Job, samples: list[Feeds] | None, stop_after: int | None, frozen: bool
+) -> tuple[Outcome, Verdict]:
+    """Run the pipeline under proof; where nothing can be shown of the original, make no rewrite."""
+    job.progress("running the original", None)
+    if samples is None:
+        try:
+            samples = synthesize(job.model, seed=job.seed, shapes=job.shapes)
+        except NoSamplesError as error:
+            job.notes.append(str(error))
+            samples = []
+    baseline = Baseline.measure(job.model, samples)
+    verdict = baseline.compare(job.model)
+
+    def prove(candidate: ir.Model, kind: Kind) -> str | None:
+        nonlocal verdict
+        job.progress("proving the numbers", None)
+        verdict = baseline.compare(candidate, kind=kind, frozen=frozen)
+        return None if verdict.ok else verdict.reason
+
+    if baseline.obstacle:
+        job.notes.append("left as it was: nothing can be proved of this model; --no-verify rewrites it unproved")
+        return job.run(stop_after=0), verdict
+    return job.run(prove=prove, stop_after=stop_after), verdict
+
+
+def _measure(
+    job: _Job, outcome: Outcome, provider: str, samples: list[Feeds] | None
+) -> Timing | None:
+    """Time the original and the result on the target's provider; None, with a note, where that cannot be."""
+    if not outcome.changes:
+        job.notes.append("speed not measured: nothing was changed")
+        return None
+    try:
+        return measure(
+            job.model,
+            outcome.model,
+            provider=provider,
+            feeds=samples,
+            seed=job.seed,
+            shapes=job.shapes,
+            progress=lambda share: job.progress("measuring the speed", share),
+        )
+    except (ProviderError, UnsupportedModelError, NoSamplesError) as error:
+        job.notes.append(f"speed not measured: {error}")
+        return None
+
+
+def _record(model: ir.Model, source: ModelLike, outcome: Outcome) -> None:
+    """Write into the model's metadata what was done to it, by which versions, and to which input."""
+    applied = [step.name for step in outcome.steps if step.changes]
+    versions = " ".join(f"{name}={version}" for name, version in _versions().items())
+    model.metadata_props["onnxopt.passes"] = ",".join(applied)
+    model.metadata_props["onnxopt.versions"] = versions
+    model.metadata_props["onnxopt.input_sha256"] = fingerprint(source)
+
+
+def _versions() -> dict[str, str]:
+    """The versions that the result depends on."""
+    others = ("onnx", "onnx-ir", "numpy")
+    return {"onnxopt": onnxopt.__version__, **{name: importlib.metadata.version(name) for name in others}}

@@ -1,0 +1,77 @@
+"""What the commands share: options of more than one command, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from onnxopt.data import parse_shape
+from onnxopt.errors import ModelError
+
+__all__ = ["console", "data_option", "json_option", "progress", "seed_option", "shape_option", "shapes_of", "write_json"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+shape_option = click.option(
+    "--shape", "shape", multiple=True, metavar="NAME=1x3x224x224", help="Size of a dynamic input. Repeatable."
+)
+data_option = click.option(
+    "--data", metavar="PATH", help="Samples: a folder of .npz or .npy, one .npz, or file.py:function."
+)
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of synthetic samples.")
+json_option = click.option(
+    "--json", "json_file", metavar="FILE", help="Write the report as JSON; - for standard output."
+)
+
+
+def shapes_of(given: Sequence[str]) -> Mapping[str, Sequence[int]] | None:
+    """The `--shape` options as input name -> shape."""
+    return dict(parse_shape(text) for text in given) or None
+
+
+def console(json_file: str | None) -> Console:
+    """Where tables go: standard output, or standard error while JSON goes to standard output."""
+    return Console(stderr=json_file == "-", highlight=False, soft_wrap=False)
+
+
+def write_json(report: Mapping[str, Any], json_file: str | None) -> None:
+    """Write a report to a file or to standard output; do nothing where none is asked for."""
+    if json_file is None:
+        return
+    text = json.dumps(report, indent=2, allow_nan=False)
+    if json_file == "-":
+        click.echo(text)
+        return
+    try:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{json_file}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float | None], None]]:
+    """A line on standard error that says what is being done; nothing where that is no terminal."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def show(what: str, share: float | None) -> None:
+            bar.update(task, description=what, total=None if share is None else 1.0, completed=share or 0.0)
+
+        yield show

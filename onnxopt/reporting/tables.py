@@ -1,0 +1,142 @@
+"""Reports as tables on a terminal: before and after at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from onnxopt.benchmarking import Timing
+from onnxopt.pipeline import Step
+from onnxopt.reporting.report import Report, Size
+from onnxopt.verification import Verdict
+
+__all__ = ["amount", "count_bytes", "plain_table", "print_report", "print_timing", "print_verdict"]
+
+_GOOD, _BAD, _DIM = "green", "red", "dim"
+
+
+def plain_table(*columns: str, title: str | None = None) -> Table:
+    """A table with a rule under its head and no other lines; columns that start with `>` are right-aligned."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def amount(value: int | str) -> str:
+    """A count as people read it: `1 234`, `5.6 M`; text (a formula in dynamic sizes) as it is."""
+    if isinstance(value, str):
+        return value if len(value) <= 24 else value[:23] + "…"
+    if abs(value) < 100_000:
+        return f"{value:,}".replace(",", " ")
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}" if abs(value) < 1000 * size else f"{value / size:.0f} {unit}"
+    return str(value)
+
+
+def count_bytes(value: int) -> str:
+    """Bytes as people read them: `812 B`, `10.9 MB`."""
+    return amount(value) + ("B" if abs(value) >= 100_000 else " B")
+
+
+def print_report(
+    report: Report, console: Console, *, written: Path | None = None, list_declined: bool = False
+) -> None:
+    """Print what `optimize` did: sizes, passes, proof, speed, and where the result is."""
+    console.print(f"[bold]{escape(report.source)}[/]  target {report.target}  passes {len(report.passes)}")
+    console.print()
+    console.print(_sizes(report.before, report.after))
+    console.print()
+    _print_steps(report, console, list_declined)
+    for left in report.left_out:
+        console.print(Text(f"left out: {left.rewrite}: {left.reason}", style=_BAD))
+    console.print()
+    if report.verdict is not None:
+        print_verdict(report.verdict, console)
+    if report.timing is not None:
+        print_timing(report.timing, console)
+    for note in report.notes:
+        console.print(Text(f"note     {note}", style=_DIM))
+    if written is not None:
+        console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+
+
+def _sizes(before: Size, after: Size) -> Table:
+    table = plain_table("", ">before", ">after", ">change")
+    rows: Mapping[str, tuple[int | str, int | str]] = {
+        "nodes": (before.nodes, after.nodes),
+        "initializers": (before.initializers, after.initializers),
+        "parameters": (before.parameters, after.parameters),
+        "bytes": (before.bytes, after.bytes),
+        "MACs": (before.macs, after.macs),
+    }
+    for name, (old, new) in rows.items():
+        show = count_bytes if name == "bytes" else amount
+        table.add_row(name, show(old), show(new), _change(old, new))  # type: ignore[operator]
+    return table
+
+
+def _change(old: int | str, new: int | str) -> Text:
+    if old == new:
+        return Text("same", style=_DIM)
+    if isinstance(old, str) or isinstance(new, str):
+        return Text("changed")
+    if not old:
+        return Text(f"+{new}")
+    share = (new - old) / old
+    return Text(f"{share:+.1%}".replace("-", "−"), style=_GOOD if share < 0 else "")
+
+
+def _print_steps(report: Report, console: Console, list_declined: bool) -> None:
+    quiet = [step.name for step in report.steps if not step.changes and not step.declined]
+    table = plain_table("pass", ">changed", ">nodes", ">bytes", ">ms", "declined")
+    for step in report.steps:
+        if step.name not in quiet:
+            table.add_row(
+                step.name,
+                str(step.changes),
+                f"{step.nodes:+}" if step.nodes else "",
+                _signed_bytes(step.bytes),
+                f"{step.seconds * 1e3:.0f}",
+                _declined(step),
+            )
+    if table.row_count:
+        console.print(table)
+    if quiet:
+        console.print(Text(f"nothing to do: {', '.join(quiet)}", style=_DIM))
+    if list_declined:
+        for step in report.steps:
+            for reason, sites in step.declined.items():
+                for site in sites:
+                    console.print(Text(f"  {step.name}: {site}: {reason}", style=_DIM))
+
+
+def _signed_bytes(change: int) -> str:
+    return f"{'+' if change > 0 else '−'}{count_bytes(abs(change))}" if change else ""
+
+
+def _declined(step: Step) -> Text:
+    return Text("; ".join(f"{len(sites)}: {reason}" for reason, sites in step.declined.items()), style=_DIM)
+
+
+def print_verdict(verdict: Verdict, console: Console) -> None:
+    """The proof in one line, coloured by its outcome, and what has to be said about it."""
+    style = _GOOD if verdict.ok else _BAD
+    console.print(Text("proof    ", style="bold") + Text(verdict.summary, style=style))
+    for note in verdict.notes:
+        console.print(Text(f"         {note}", style=_DIM))
+
+
+def print_timing(timing: Timing, console: Console) -> None:
+    """The measurement in one line."""
+    style = {"faster": _GOOD, "slower": _BAD}.get(timing.verdict, "")
+    console.print(Text("speed    ", style="bold") + Text(timing.summary, style=style))
+    loading = f"load {timing.open_before_ms:.3g} ms before, {timing.open_after_ms:.3g} ms after"
+    where = f"{timing.runtime}, {timing.provider}, {timing.threads} thread(s), {timing.machine}"
+    console.print(Text(f"         {loading}; {where}", style=_DIM))
