@@ -1,4 +1,4 @@
-"""A BERT-like encoder as an exporter decomposes it: no fused op, shapes computed in the graph, random weights."""
+"""A BERT-like encoder as an exporter decomposes it: no fused op, shape arithmetic, random weights."""
 
 from __future__ import annotations
 

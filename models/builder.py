@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,21 +15,22 @@ Port = tuple[str, Sequence[int | str]]
 
 
 class Builder:
-    """Collects a graph; each op returns the name of its (first) output.
+    """Collects a graph; each op returns its (first) output's name. `prefix` keeps a subgraph's names apart.
 
     >>> b = Builder(seed=0)
     >>> y = b.add("Relu", "x")
     >>> model = b.model("relu", inputs=[("x", ["batch", 4])], outputs=[(y, ["batch", 4])])
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, prefix: str = "") -> None:
         self.rng = np.random.default_rng(seed)
+        self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
     def add(self, op: str, *inputs: str, outputs: int | Sequence[str] = 1, **attrs: Any) -> str:
         """Append a node. `outputs` is how many, or their names."""
-        label = f"{op}_{len(self.nodes)}"
+        label = f"{self.prefix}{op}_{len(self.nodes)}"
         if isinstance(outputs, int):
             outputs = [label if i == 0 else f"{label}:{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), list(outputs), name=label, **attrs))
@@ -38,7 +40,7 @@ class Builder:
         self, value: ArrayLike, dtype: type[np.generic] = np.float32, name: str | None = None
     ) -> str:
         """An initializer."""
-        name = name or f"const_{len(self.initializers)}"
+        name = name or f"{self.prefix}const_{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
@@ -48,7 +50,7 @@ class Builder:
 
     def weight(self, *shape: int, scale: float | None = None, name: str | None = None) -> str:
         """A random float32 initializer; by default He scaled, the fan-in being all axes but the first."""
-        deviation = scale if scale is not None else float(np.sqrt(2 / max(1, np.prod(shape[1:]))))
+        deviation = scale if scale is not None else math.sqrt(2 / max(1, math.prod(shape[1:])))
         return self.constant(self.rng.normal(0, deviation, shape), name=name)
 
     def graph(

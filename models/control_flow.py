@@ -33,7 +33,7 @@ def control_flow(seed: int = 0) -> onnx.ModelProto:
 
 def _loop_body() -> onnx.GraphProto:
     """Captures ``flip``; its If captures the state."""
-    b = Builder()
+    b = Builder(prefix="loop_")
     b.add("If", "flip", outputs=["chosen"], then_branch=_scan_branch(), else_branch=_plain_branch())
     b.add("Identity", "keep_going", outputs=["go_on"])
     b.add("Tanh", "chosen", outputs=["next"])
@@ -50,12 +50,12 @@ def _loop_body() -> onnx.GraphProto:
 
 def _scan_branch() -> onnx.GraphProto:
     """Running sums over the rows of the loop's state; the Scan's body captures the outermost ``bias``."""
-    inner = Builder()
+    inner = Builder(prefix="scan_")
     inner.add("Add", "sum", "element", outputs=["more"])
     inner.add("Add", "more", "bias", outputs=["total"])
     inner.add("Identity", "total", outputs=["emitted"])
     body = inner.graph("scan_body", [("sum", [8]), ("element", [8])], [("total", [8]), ("emitted", [8])])
-    b = Builder()
+    b = Builder(prefix="then_")
     zero = b.constant(np.zeros(8), name="zero")
     b.add("Scan", zero, "state", outputs=["last_sum", "sums"], body=body, num_scan_inputs=1)
     b.add("Mul", "sums", "last_sum", outputs=["then_out"])
@@ -64,6 +64,6 @@ def _scan_branch() -> onnx.GraphProto:
 
 def _plain_branch() -> onnx.GraphProto:
     """Captures the loop's state and the outermost ``weight``."""
-    b = Builder()
+    b = Builder(prefix="else_")
     b.add("Add", b.add("MatMul", "state", "weight"), "state", outputs=["else_out"])
     return b.graph("else_branch", [], [("else_out", ["rows", 8])])

@@ -1,8 +1,8 @@
 """A small trained CNN for 8x8 digits, and the data it was trained on.
 
-The digits are synthetic: a 5x7 bitmap font, shifted, rotated, scaled and sampled to 8x8 pixels with noise and a
-random intensity. No handwriting and no public dataset is in them, so an accuracy on them says whether a rewrite or
-a quantization kept the model's function, and nothing about reading real digits.
+The digits are synthetic: a 5x7 bitmap font, shifted, rotated, scaled and sampled to 8x8 pixels with noise and
+a random intensity. No handwriting and no public dataset is in them, so an accuracy on them says whether a
+rewrite or a quantization kept the model's function, and nothing about reading real digits.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw labelled digits.
 
     Returns:
-        images, float32 (count, 1, 8, 8), from about -0.3 to 1.3; labels, int64 (count,), 0 to 9.
+        images, float32 (count, 1, 8, 8), from about -0.6 to 1.5; labels, int64 (count,), 0 to 9.
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, count)
     angle = rng.normal(0, 0.12, (count, 1, 1))
     scale = rng.uniform(0.85, 1.15, (count, 1, 1))
-    shift = rng.uniform(-0.8, 0.8, (2, count, 1, 1))
+    shift = rng.uniform(-1, 1, (2, count, 1, 1))
     rows, columns = np.mgrid[:8, :8] - 3.5
     y = (np.cos(angle) * rows - np.sin(angle) * columns) / scale + shift[0] + 3
     x = (np.sin(angle) * rows + np.cos(angle) * columns) / scale + shift[1] + 2
-    images = _sample(labels, y, x) * rng.uniform(0.6, 1.0, (count, 1, 1)) + rng.normal(0, 0.08, (count, 8, 8))
+    images = _sample(labels, y, x) * rng.uniform(0.6, 1.0, (count, 1, 1)) + rng.normal(0, 0.13, (count, 8, 8))
     return images[:, None].astype(np.float32), labels.astype(np.int64)
 
 

@@ -10,8 +10,8 @@ from models.builder import Builder
 def resnet20(seed: int = 0, classes: int = 10) -> onnx.ModelProto:
     """``image`` float32 (batch, 3, 32, 32) to ``logits`` (batch, classes).
 
-    The running statistics are near those that He-scaled convolutions give for an input of unit variance, and the
-    second BatchNormalization of each block is damped, so that activations neither vanish nor explode.
+    The running statistics are near those that He-scaled convolutions give for an input of unit variance, and
+    the second BatchNormalization of each block is damped, so that activations neither vanish nor explode.
     """
     b = Builder(seed)
 

@@ -48,8 +48,8 @@ def big_model(folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int 
 
     A chain of MatMuls (8192 x 8192, 256 MiB each), each followed by an Identity, an Add and a Mul that can be
     folded: ``x`` float32 (batch, 8192) to ``y``. Each weight has one block of 8 rows of numbers and is zero
-    elsewhere; the file system keeps the zeros as holes, so that the file takes a few megabytes of disk. The blocks
-    of consecutive weights lie so that each feeds the next.
+    elsewhere, so that outputs are dense and not trivial; the file system keeps the zeros as holes, and the
+    file takes a few megabytes of disk.
     """
     folder = Path(folder)
     width, rows = 8192, 8

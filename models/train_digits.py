@@ -2,12 +2,13 @@
 
     python models/train_digits.py            # writes models/digits_cnn.onnx and prints the held-out accuracy
 
-A convolution is a matrix product over patches (im2col); gradients are written out by hand; Adam does the steps.
+A convolution is a matrix product over patches (im2col), gradients are written out by hand, and Adam steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def initial(seed: int) -> Params:
     """He-initialized weights by name; ``mean`` and ``var`` are the running statistics."""
     rng = np.random.default_rng(seed)
     params: Params = {}
-    for i, (c_in, c_out) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False)):
+    for i, (c_in, c_out) in enumerate(itertools.pairwise(CHANNELS)):
         params[f"conv{i}.weight"] = rng.normal(0, np.sqrt(2 / (9 * c_in)), (c_out, c_in, 3, 3))
         params[f"bn{i}.scale"], params[f"bn{i}.bias"] = np.ones(c_out), np.zeros(c_out)
         params[f"bn{i}.mean"], params[f"bn{i}.var"] = np.zeros(c_out), np.ones(c_out)

@@ -1,9 +1,9 @@
 """onnxopt: an ONNX graph optimizer that proves its numbers and measures its speed.
 
-    import onnxopt
-    result = onnxopt.optimize("model.onnx", target="cpu")
-    print(result.report.verdict.summary)
-    result.save("model.opt.onnx")
+import onnxopt
+result = onnxopt.optimize("model.onnx", target="cpu")
+print(result.report.verdict.summary)
+result.save("model.opt.onnx")
 """
 
 from __future__ import annotations

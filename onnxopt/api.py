@@ -50,7 +50,11 @@ class Result:
         if isinstance(self._source, str | os.PathLike | ir.Model):
             return self.graph
         proto = dump(self.graph)
-        return proto if isinstance(self._source, onnx.ModelProto) else proto.SerializeToString(deterministic=True)
+        return (
+            proto
+            if isinstance(self._source, onnx.ModelProto)
+            else proto.SerializeToString(deterministic=True)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the model atomically, see `onnxopt.save`."""
@@ -75,7 +79,9 @@ def build_pipeline(
     names = [pass_name(one) for one in pipeline.passes]
     for name in skip:
         if name not in names:
-            raise UsageError(f"cannot skip {name!r}: the pipeline has no such pass{did_you_mean(name, names)}")
+            raise UsageError(
+                f"cannot skip {name!r}: the pipeline has no such pass{did_you_mean(name, names)}"
+            )
     kept = tuple(one for one in pipeline.passes if pass_name(one) not in skip)
     if freeze_initializers:
         kept = (parse_pass("freeze-initializers"), *kept)
@@ -216,14 +222,14 @@ def _rewrite_and_prove(
         return None if verdict.ok else verdict.reason
 
     if baseline.obstacle:
-        job.notes.append("left as it was: nothing can be proved of this model; --no-verify rewrites it unproved")
+        job.notes.append(
+            "left as it was: nothing can be proved of this model; --no-verify rewrites it unproved"
+        )
         return job.run(stop_after=0), verdict
     return job.run(prove=prove, stop_after=stop_after), verdict
 
 
-def _measure(
-    job: _Job, outcome: Outcome, provider: str, samples: list[Feeds] | None
-) -> Timing | None:
+def _measure(job: _Job, outcome: Outcome, provider: str, samples: list[Feeds] | None) -> Timing | None:
     """Time the original and the result on the target's provider; None, with a note, where that cannot be."""
     if not outcome.changes:
         job.notes.append("speed not measured: nothing was changed")

@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import UsageError
-from onnxopt.inputs import Input, overridable_inputs, required_inputs
 from onnxopt.model import ModelLike, load
 from onnxopt.synthesis import synthesize
+from onnxopt.synthesis.inputs import Input, overridable_inputs, required_inputs
 
 __all__ = ["FeedSource", "Feeds", "Samples", "parse_shape", "python_target", "read_feeds", "synthesize"]
 
@@ -251,9 +252,12 @@ def _from_npz(path: Path, contract: _Contract) -> Samples:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it is a .npy")
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"--data: {path}: not a readable .npz: {_told(error)}") from error
 
 

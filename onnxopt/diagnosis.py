@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import onnxopt
@@ -68,13 +69,18 @@ def diagnose(
     """
     installed = _by_name(distributions())
     owners = _owners(installed)
-    gpu = shutil.which("nvidia-smi") is not None if has_gpu is None else has_gpu
+    gpu = _has_nvidia_driver() if has_gpu is None else has_gpu
     checks = [Check("python", "ok", platform.python_version()), Check("onnxopt", "ok", onnxopt.__version__)]
     checks += [_library(name, installed) for name in _LIBRARIES]
     checks += _runtime(owners, installed, probe, gpu)
     checks += _machine(machine() if here is None else here)
     checks.append(_third_party(installed))
     return Diagnosis(tuple(checks))
+
+
+def _has_nvidia_driver() -> bool:
+    """Containers may have the device without the tool."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
 
 
 def _by_name(found: Iterable[metadata.Distribution]) -> dict[str, metadata.Distribution]:
@@ -94,7 +100,7 @@ def _library(name: str, installed: Mapping[str, metadata.Distribution]) -> Check
 
 
 def _owners(installed: Mapping[str, metadata.Distribution]) -> list[str]:
-    """The distributions that put their files into ``onnxruntime/``: of several, the last one installed won."""
+    """The distributions whose files make up ``onnxruntime/``."""
     suspects = (name for name in installed if name.startswith(("onnxruntime", "ort-")))
     return sorted(
         name for name in suspects if any(file.as_posix() == _OWNED for file in installed[name].files or ())
@@ -126,7 +132,8 @@ def _clash(owners: Sequence[str], installed: Mapping[str, metadata.Distribution]
     return Check(
         "onnxruntime clash",
         "fail",
-        f"{shown} overwrite each other's files; which one is imported is chance, and uninstalling one breaks both",
+        f"{shown} overwrite each other's files: the last one installed is imported, and to uninstall one "
+        "breaks the other",
         f"pip uninstall -y {' '.join(owners)} && pip install {_kept(owners)}",
     )
 

@@ -124,7 +124,7 @@ def constant_array(value: ir.Value | None, limit: int | None = None) -> np.ndarr
 
 
 def sole_user(value: ir.Value) -> ir.Node | None:
-    """The only node that reads the value, once, in the value's own graph; None if a graph output or shared."""
+    """The one node, in the value's own graph, that reads it, once; None if shared or a graph output."""
     uses = value.uses()
     if len(uses) != 1 or value.is_graph_output():
         return None

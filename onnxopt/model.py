@@ -62,7 +62,9 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
         return lambda: _load_file(path)
     if hasattr(source, "read"):
         return opener(source.read())
-    raise ModelError(f"model: expected a path, bytes, a file, a ModelProto or an ir.Model, not {type(source)}")
+    raise ModelError(
+        f"model: expected a path, bytes, a file, a ModelProto or an ir.Model, not {type(source)}"
+    )
 
 
 def load(source: ModelLike) -> ir.Model:
@@ -252,7 +254,7 @@ def serialize(model: ir.Model) -> bytes:
 
 @contextlib.contextmanager
 def materialize(source: ModelLike) -> Iterator[Path | bytes]:
-    """Something a runtime can open: a path as it is, small models as bytes, large ones in a temporary folder."""
+    """What a runtime can open: a path as it is, small models as bytes, large ones in a temporary folder."""
     from onnxopt.storage import dump, stage
 
     if isinstance(source, str | os.PathLike):

@@ -193,9 +193,7 @@ class Pipeline:
             left_out[self._widen(culprit, left_out)] = problem
         return self._outcome(done, left_out)
 
-    def _attempt(
-        self, model: ir.Model, ledger: Ledger, on_pass: Callable[[str], None] | None
-    ) -> _Attempt:
+    def _attempt(self, model: ir.Model, ledger: Ledger, on_pass: Callable[[str], None] | None) -> _Attempt:
         done = _Attempt(model, ledger, [_Tally() for _ in self.passes])
         signature, quiet = signature_of(model), 0
         for number, (position, one) in enumerate(self._turns()):

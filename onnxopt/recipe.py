@@ -49,7 +49,9 @@ def known_passes() -> dict[str, PassFactory]:
 def recipes() -> dict[str, str]:
     """The recipes that ship with onnxopt: name -> what it is for."""
     folder = importlib.resources.files("onnxopt.passes") / "recipes"
-    found = {f.name.removesuffix(".toml"): f.read_text() for f in folder.iterdir() if f.name.endswith(".toml")}
+    found = {
+        f.name.removesuffix(".toml"): f.read_text() for f in folder.iterdir() if f.name.endswith(".toml")
+    }
     return {name: str(tomllib.loads(text).get("description", "")) for name, text in sorted(found.items())}
 
 
@@ -77,7 +79,9 @@ def load_recipe(name: str | os.PathLike[str]) -> Pipeline:
     unknown = set(table) - {"description", "passes", "rounds"}
     if unknown:
         word = min(unknown)
-        raise UsageError(f"recipe {name}: unknown key {word!r}{did_you_mean(word, ('description', 'passes', 'rounds'))}")
+        raise UsageError(
+            f"recipe {name}: unknown key {word!r}{did_you_mean(word, ('description', 'passes', 'rounds'))}"
+        )
     entries, rounds = table.get("passes"), table.get("rounds", Pipeline.rounds)
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise UsageError(f'recipe {name}: expected a list: passes = ["fold-constants", ...]')

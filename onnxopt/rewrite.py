@@ -8,7 +8,7 @@ what the change touched.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +20,9 @@ from onnxopt.graph import roots, value_names
 
 __all__ = ["Declined", "Edit", "Ledger", "Rewrite", "Rule", "Scope", "drive", "scopes"]
 
-AttributeValue = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
+AttributeValue = (
+    int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
+)
 
 
 class Declined(Exception):  # noqa: N818 - a decision, not an error
@@ -40,7 +42,7 @@ class Rewrite:
     site: str
 
     def __str__(self) -> str:
-        return f"{self.pass_name}: {self.rule} at {self.site!r}"
+        return f"{self.pass_name}: {self.rule}" + (f" at {self.site!r}" if self.site else "")
 
 
 @dataclass
@@ -96,13 +98,15 @@ class Scope:
     """False in functions, and below IR version 4, where each initializer would have to be a graph input."""
     names: set[str]
     """All value names of the model; names of new values are added."""
+    numbers: Counter[str] = field(default_factory=Counter)
+    """How often a name was asked for, so that the next free one is found at once."""
 
     def fresh(self, like: str) -> str:
         """A name that no value has."""
-        name, number = like, 0
+        name = like
         while name in self.names:
-            number += 1
-            name = f"{like}_{number}"
+            self.numbers[like] += 1
+            name = f"{like}_{self.numbers[like]}"
         self.names.add(name)
         return name
 

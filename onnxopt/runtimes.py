@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import math
 import os
 import sys
 import weakref
@@ -22,7 +21,6 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import onnx.parser
-import onnx_ir as ir
 
 from onnxopt.errors import (
     ModelError,
@@ -33,6 +31,7 @@ from onnxopt.errors import (
     did_you_mean,
 )
 from onnxopt.model import ModelLike, materialize
+from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
 
 __all__ = [
     "Level",
@@ -41,6 +40,7 @@ __all__ = [
     "Session",
     "TensorInfo",
     "UnsupportedModelError",
+    "one_line",
     "open_session",
     "providers",
     "runtime_version",
@@ -57,11 +57,7 @@ _EP_NAMES = {
 _LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
 # TF32 keeps 10 bits of a float's mantissa: no number measured with it proves anything.
 _EP_DEFAULTS: Mapping[str, Mapping[str, str]] = {"cuda": {"use_tf32": "0"}}
-# Types that numpy lacks: onnxruntime takes and gives their memory only.
-_RAW = frozenset({"bfloat16", "float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz"})
-_NEEDS = (
-    "it needs an NVIDIA GPU, its driver, and the CUDA (and TensorRT) that onnxruntime-gpu is built for"
-)
+_NEEDS = "it needs an NVIDIA GPU, its driver, and the CUDA (and TensorRT) that onnxruntime-gpu is built for"
 _PROBE = '<ir_version: 8, opset_import: ["": 13]> probe (float[4] x) => (float[4] y) { y = Add(x, x) }'
 
 
@@ -86,20 +82,6 @@ class Provider:
     available: bool
     reason: str
     version: str
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input or output of a session.
-
-    `type` is ONNX Runtime's spelling, ``tensor(float)`` or ``seq(tensor(int64))``; `dtype` that of the
-    elements, object for strings; in `shape` a symbol or None is a dynamic axis (() also for an unknown rank).
-    """
-
-    name: str
-    type: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]
 
 
 def runtime_version() -> str:
@@ -138,11 +120,11 @@ class Session:
         self.raw = raw
         self.provider = provider
         self.label = label
-        self.inputs = tuple(map(_info, raw.get_inputs()))
-        self.overridable = tuple(map(_info, raw.get_overridable_initializers()))
-        self.outputs = tuple(map(_info, raw.get_outputs()))
+        self.inputs = tuple(map(describe, raw.get_inputs()))
+        self.overridable = tuple(map(describe, raw.get_overridable_initializers()))
+        self.outputs = tuple(map(describe, raw.get_outputs()))
         self._types = {info.name: info.type for info in (*self.inputs, *self.overridable)}
-        self._raw_outputs = any(_element(info.type) in _RAW for info in self.outputs)
+        self._foreign_outputs = any(is_foreign(info.type) for info in self.outputs)
         self._release = weakref.finalize(self, resources.close)
 
     @property
@@ -165,7 +147,7 @@ class Session:
             values = self._values(names, {name: self._feed(name, value) for name, value in given.items()})
         except Exception as error:  # ONNX Runtime's classes have no common base below Exception
             shown = ", ".join(f"{name} {np.asarray(v).dtype}{list(np.shape(v))}" for name, v in given.items())
-            raise RunError(f"{self.label}: the run on [{shown}] failed: {_one_line(error)}") from error
+            raise RunError(f"{self.label}: the run on [{shown}] failed: {one_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
@@ -180,20 +162,17 @@ class Session:
         self.close()
 
     def _values(self, names: list[str], feeds: Mapping[str, Any]) -> list[Any]:
-        if not self._raw_outputs:
+        if not self._foreign_outputs:
             return list(self.raw.run(names, feeds))
         create = _onnxruntime().OrtValue.ortvalue_from_numpy
         values = {name: create(v) if isinstance(v, np.ndarray) else v for name, v in feeds.items()}
-        return [_array(value) for value in self.raw.run_with_ort_values(names, values)]
+        return [array_from(value) for value in self.raw.run_with_ort_values(names, values)]
 
     def _feed(self, name: str, value: Any) -> Any:
         """`value` as ONNX Runtime takes it: an OrtValue where numpy has no such type."""
-        element = _element(self._types[name])
-        if element not in _RAW or not isinstance(value, np.ndarray):
+        if not is_foreign(self._types[name]) or not isinstance(value, np.ndarray):
             return value
-        kind = ir.DataType[element.upper()]
-        words = np.ascontiguousarray(value, kind.numpy()).view(f"u{kind.numpy().itemsize}")
-        return _onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(words, int(kind))
+        return value_for(value, self._types[name], _onnxruntime().OrtValue)
 
 
 def open_session(
@@ -232,8 +211,8 @@ def open_session(
         try:
             raw = ort.InferenceSession(opened, options, providers=wanted, enable_fallback=False)
         except Exception as error:  # ONNX Runtime's classes have no common base below Exception
-            why = _one_line(error)
-            if provider == "cpu":
+            why = one_line(error)
+            if provider == "cpu" or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
                 raise UnsupportedModelError(f"{label}: onnxruntime cannot open it: {why}") from error
             raise ProviderError(f"{provider}: {label}: {why}{_why_not(ort, provider)}") from error
         session = Session(raw, provider, label, stack.pop_all())
@@ -295,7 +274,7 @@ def _require(ort: ModuleType, provider: str) -> None:
         try:
             ctypes.CDLL(library)
         except OSError as error:
-            raise ProviderError(f"{provider}: {_one_line(error)}; {_NEEDS}") from error
+            raise ProviderError(f"{provider}: {one_line(error)}; {_NEEDS}") from error
 
 
 def _why_not(ort: ModuleType, provider: str) -> str:
@@ -306,33 +285,12 @@ def _why_not(ort: ModuleType, provider: str) -> str:
     try:
         ctypes.CDLL(str(library))
     except OSError as error:
-        return f"; {_one_line(error)}; {_NEEDS}"
+        return f"; {one_line(error)}; {_NEEDS}"
     return ""
 
 
-def _info(arg: Any) -> TensorInfo:
-    dtype = ir.DataType[_element(arg.type).upper()].numpy()
-    shape = tuple(None if isinstance(size, int) and size < 0 else size for size in arg.shape)
-    return TensorInfo(arg.name, arg.type, dtype, shape)
-
-
-def _element(kind: str) -> str:
-    """``seq(tensor(float))`` -> ``float``."""
-    return kind.rpartition("(")[2].rstrip(")")
-
-
-def _array(value: Any) -> Any:
-    """The content of an OrtValue on the CPU, copied."""
-    element = _element(value.data_type())
-    if element not in _RAW:
-        return value.numpy()
-    dtype, shape = ir.DataType[element.upper()].numpy(), value.shape()
-    memory = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize)
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of an error's text, without ONNX Runtime's code, at most 300 characters."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: BaseException) -> str:
+    """An error's text in one line of at most 300 characters, without ONNX Runtime's code."""
+    text = " ".join(str(error).split()) or type(error).__name__
     text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
     return text if len(text) <= 300 else text[:297] + "..."

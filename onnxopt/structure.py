@@ -124,7 +124,9 @@ def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str
     context = onnx.checker.C.CheckerContext()
     context.ir_version = ir_version
     context.opset_imports = opsets
-    types = {v.name: ir.serde.serialize_value(v).type for v in node.inputs if v is not None and v.type and v.name}
+    types = {
+        v.name: ir.serde.serialize_value(v).type for v in node.inputs if v is not None and v.type and v.name
+    }
     data = {
         v.name: ir.to_proto(tensor)
         for v in node.inputs
@@ -135,7 +137,12 @@ def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str
         if any(v is not None and v.type is None for v in node.inputs):
             return None
         inferred = onnx.shape_inference.infer_node_outputs(
-            schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()], ir_version=ir_version
+            schema,
+            proto,
+            types,
+            data,
+            opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()],
+            ir_version=ir_version,
         )
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return f"node {node.name!r} ({node.op_type}): {' '.join(str(error).split())}"

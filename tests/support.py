@@ -75,7 +75,9 @@ def execute(model: onnx.ModelProto | ir.Model, feeds: Feeds) -> list[np.ndarray]
     return list(session.run(None, dict(feeds)))
 
 
-def random_feeds(model: onnx.ModelProto, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+def random_feeds(
+    model: onnx.ModelProto, seed: int = 0, sizes: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
     """Standard normal floats and small integers for each graph input that is no initializer."""
     rng, feeds = np.random.default_rng(seed), {}
     initializers = {tensor.name for tensor in model.graph.initializer}
@@ -84,7 +86,10 @@ def random_feeds(model: onnx.ModelProto, seed: int = 0, sizes: Mapping[str, int]
             continue
         kind = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        shape = [d.dim_value if d.HasField("dim_value") else (sizes or {}).get(d.dim_param, 2) for d in kind.shape.dim]
+        shape = [
+            d.dim_value if d.HasField("dim_value") else (sizes or {}).get(d.dim_param, 2)
+            for d in kind.shape.dim
+        ]
         data = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
         feeds[value.name] = data.astype(dtype)
     return feeds
@@ -98,7 +103,9 @@ def assert_equivalent(
     kind: str = "exact",
 ) -> None:
     """Same outputs: bit-equal for exact; for reorder, SQNR of at least 100 dB (60 dB in float16)."""
-    samples = [random_feeds(before)] if feeds is None else [feeds] if isinstance(feeds, Mapping) else list(feeds)
+    samples = (
+        [random_feeds(before)] if feeds is None else [feeds] if isinstance(feeds, Mapping) else list(feeds)
+    )
     for sample in samples:
         for want, have in zip(execute(before, sample), execute(after, sample), strict=True):
             assert (want.dtype, want.shape) == (have.dtype, have.shape)

@@ -12,11 +12,11 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.clues import clues_of
 from onnxopt.data import synthesize
 from onnxopt.errors import UsageError
 from onnxopt.model import load
 from onnxopt.runtimes import open_session
+from onnxopt.synthesis.clues import clues_of
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "local": 1]>'
 MODELS = Path(__file__).parents[2] / "shared" / "models"
@@ -103,9 +103,7 @@ def test_an_index_into_a_dynamic_axis_follows_its_size() -> None:
         last=np.array([1]),
     )
     assert len(runs(model, synthesize(model))) == 4
-    direct = graph(
-        "g (float[length, 4] x, int64[k] at) => (float[k, 4] y) { y = Gather<axis = 0>(x, at) }"
-    )
+    direct = graph("g (float[length, 4] x, int64[k] at) => (float[k, 4] y) { y = Gather<axis = 0>(x, at) }")
     feeds = synthesize(direct, samples=8)
     largest = [int(feed["at"].max()) for feed in feeds]
     assert all(top < len(feed["x"]) for top, feed in zip(largest, feeds, strict=True))
@@ -142,7 +140,9 @@ def test_question_marks_are_no_shared_symbol() -> None:
 
 
 def test_axes_of_one_input_take_different_sizes_where_the_graph_allows() -> None:
-    model = graph("g (float[n, 3, h, w] x) => (float[n, 3, w, h] y) { y = Transpose<perm = [0, 1, 3, 2]>(x) }")
+    model = graph(
+        "g (float[n, 3, h, w] x) => (float[n, 3, w, h] y) { y = Transpose<perm = [0, 1, 3, 2]>(x) }"
+    )
     assert any(shape[2] != shape[3] for shape in shapes(synthesize(model), "x"))
 
 
@@ -155,7 +155,7 @@ def test_axes_of_one_input_take_different_sizes_where_the_graph_allows() -> None
         ("y = Conv(x, w)", {"w": np.ones((2, 5, 3, 3), np.float32)}, "a, b, c, d", (None, 5, None, None)),
         ("f = Flatten(x) y = Gemm(f, w)", {"w": table(3 * 29 * 29)}, "a, 3, c, d", (None, 3, 29, 29)),
         ("f = Flatten(x) y = Gemm(f, w)", {"w": table(11 * 13)}, "a, 11, c", (None, 11, 13)),
-        ("f = Reshape(x, s) y = MatMul(f, w)", {"s": np.array([-1, 23, 19]), "w": table(19)}, "a, b", (None, 437)),
+        ("y = Reshape(x, s)", {"s": np.array([-1, 23, 19])}, "a, b", (None, 437)),
     ],
 )
 def test_probing_finds_the_sizes_that_weights_require(
@@ -165,7 +165,7 @@ def test_probing_finds_the_sizes_that_weights_require(
     model.graph.output[0].type.tensor_type.ClearField("shape")
     feeds = synthesize(model)
     for found in shapes(feeds, "x"):
-        assert all(want in (None, size) for size, want in zip(found, expected, strict=True))
+        assert all(want is None or size % want == 0 for size, want in zip(found, expected, strict=True))
     assert len(runs(model, feeds)) == 4
 
 
@@ -314,7 +314,9 @@ def test_samples_differ_in_scale() -> None:
 
 
 def test_initializers_that_are_inputs_are_left_to_their_default() -> None:
-    model = graph("g (float[2, 3] x, float[3] k) => (float[2, 3] y) { y = Add(x, k) }", k=np.ones(3, np.float32))
+    model = graph(
+        "g (float[2, 3] x, float[3] k) => (float[2, 3] y) { y = Add(x, k) }", k=np.ones(3, np.float32)
+    )
     assert [list(feed) for feed in synthesize(model)] == [["x"]] * 4
 
 
@@ -334,7 +336,9 @@ def test_shapes_are_taken_and_bind_their_symbols() -> None:
         ({"xx": (1,)}, r"no input 'xx' to feed \(did you mean 'x'\?\)"),
     ],
 )
-def test_shapes_that_contradict_the_model_are_refused(given: dict[str, tuple[int, ...]], message: str) -> None:
+def test_shapes_that_contradict_the_model_are_refused(
+    given: dict[str, tuple[int, ...]], message: str
+) -> None:
     model = graph("g (float[b, l, 4] x, float[b, l] m) => (float[b, l, 4] y) { y = Relu(x) }")
     with pytest.raises(UsageError, match=message):
         synthesize(model, shapes=given)
@@ -352,11 +356,11 @@ def test_a_model_that_takes_no_guess_says_so_with_the_runtimes_words() -> None:
 
 def test_inputs_no_array_can_feed_are_refused() -> None:
     sequence = graph("g (seq(float[n]) x) => (float[m] y) { y = ConcatFromSequence<axis = 0>(x) }")
-    with pytest.raises(UsageError, match="input 'x' is .*only tensors can be fed"):
+    with pytest.raises(UsageError, match=r"input 'x' is .*only tensors can be fed"):
         synthesize(sequence)
     shapeless = graph("g (float[n] x) => (float[n] y) { y = Relu(x) }")
     shapeless.graph.input[0].type.tensor_type.ClearField("shape")
-    with pytest.raises(UsageError, match="input 'x' declares no shape.*--shape x="):
+    with pytest.raises(UsageError, match=r"input 'x' declares no shape.*--shape x="):
         synthesize(shapeless)
     assert shapes(synthesize(shapeless, shapes={"x": (4,)}), "x") == [(4,)] * 4
 
@@ -366,6 +370,13 @@ def test_a_model_that_the_runtime_cannot_open_gets_the_best_guess() -> None:
     feeds = synthesize(model)
     assert [feed["x"].shape[1] for feed in feeds] == [6] * 4
     assert [len(feed["i"]) for feed in feeds] == [len(feed["x"]) for feed in feeds]
+
+
+def test_sizes_stay_moderate_but_declared_ones_are_kept() -> None:
+    free = graph("g (float[n, a, b, c, d] x) => (float[n, a, b, c, d] y) { y = Relu(x) }")
+    assert max(feed["x"].size for feed in synthesize(free)) <= 1 << 22
+    fixed = graph("g (float[n, 5000000] x) => (float[n, 5000000] y) { y = Relu(x) }")
+    assert shapes(synthesize(fixed, samples=2), "x") == [(1, 5000000), (2, 5000000)]
 
 
 def test_a_model_without_inputs_gets_empty_feeds() -> None:

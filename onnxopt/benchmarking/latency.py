@@ -51,8 +51,9 @@ def bench(
     close. Sessions are sequential, at the runtime's default optimization level, and do not spin.
 
     `feeds` are used in turn, at most the first 16; None: synthesized from the graph with `seed` and `shapes`.
-    `seconds` covers the repeats; opening and running each model once or twice ahead of them comes on top,
-    and slow models take up to three times as long. `progress` gets the fraction done after each repeat.
+    `seconds` counts on the clock that decides, so that a busy machine gives as many samples as a quiet one;
+    there, and for slow models, up to three times as long pass on the wall. A first look at each model comes
+    on top. `progress` gets the fraction done after each repeat.
 
     Raises:
         UsageError: no feeds, seconds or threads; an input that cannot be bound on a device.

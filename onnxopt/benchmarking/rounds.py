@@ -45,7 +45,7 @@ _SLOTS = 20
 _WARM_UPS = 3
 """Memory is planned and touched in the first runs, which take up to four times a steady one."""
 _OVERTIME = 3
-"""How many times the seconds a slow model may take to reach `LEAST` repeats."""
+"""How many times the seconds may pass on the wall, where the model is slow or the machine busy."""
 _SLOW_S = 1.0
 """A run this long is warm after one run."""
 _CACHED_S = 0.1
@@ -65,6 +65,10 @@ class Clocks:
         """The length of a sample: CPU clocks are coarse below 1 ms, and tick at 64 Hz on some systems."""
         return max(0.005, 20 * self.resolution_s)
 
+    def seconds(self) -> float:
+        """The clock that decides, now."""
+        return self.cpu() / 1e9 if self.decides == "CPU time" else time.perf_counter()
+
 
 def clocks(*, one_thread: bool) -> Clocks:
     """The clocks for one thread on the CPU, or for anything else.
@@ -81,12 +85,12 @@ def clocks(*, one_thread: bool) -> Clocks:
 class Pilot:
     """A first look at one model, in seconds."""
 
-    open_s: float
-    """Wall time to create the session."""
     build_s: float
-    """That, and a run of each sample: what TensorRT needs to build its engine."""
+    """Wall time to create the session and run each sample: TensorRT builds its engine in it."""
+    open_s: float
+    """To create the session, on the clock that decides."""
     run_s: float
-    """A steady run, on the clock that decides."""
+    """A steady run, on the same clock."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +130,17 @@ class Samples:
 
 def pilot(opener: Opener, feeds: Feeds, clocks: Clocks) -> Pilot:
     """Open a model and run it a few times; an error of the model or its feeds is raised here."""
-    begin = time.perf_counter()
+    begin, work = time.perf_counter(), clocks.seconds()
     with opener() as session:
-        open_s = time.perf_counter() - begin
+        open_s = clocks.seconds() - work
         for sample in feeds:
             session.run(sample)
         build_s = time.perf_counter() - begin
         run = runs(session, feeds)[0]
-        run_s = _seconds(run, clocks)
+        run_s = _timed(run, clocks)
         if run_s < _SLOW_S:
-            run_s = min(_seconds(run, clocks) for _ in range(_WARM_UPS))
-    return Pilot(open_s, build_s, run_s)
+            run_s = min(_timed(run, clocks) for _ in range(_WARM_UPS))
+    return Pilot(build_s, open_s, run_s)
 
 
 def plan(pilots: Sequence[Pilot], clocks: Clocks, seconds: float) -> Plan:
@@ -153,19 +157,22 @@ def plan(pilots: Sequence[Pilot], clocks: Clocks, seconds: float) -> Plan:
 
 
 def measure(openers: Sequence[Opener], feeds: Feeds, protocol: Protocol) -> Samples:
-    """Sample before, control and after, in sessions created afresh for each repeat, until the time is over.
+    """Sample before, control and after, in sessions created afresh for each repeat.
 
-    At least 3 repeats are taken, unless they need more than three times the seconds.
+    Repeats go on until the seconds are over on the clock that decides, so that a busy machine gives as many
+    samples as a quiet one, and there are 3; but not beyond three times the seconds on the wall.
     """
-    begin = time.perf_counter()
+    clocks, wall_s = protocol.clocks, _OVERTIME * protocol.seconds
+    begin, work = time.perf_counter(), clocks.seconds()
     rng = random.Random(protocol.seed)
     repeats: list[tuple[Array, Array]] = []
-    elapsed = 0.0
-    while not repeats or elapsed < protocol.seconds * (1 if len(repeats) >= LEAST else _OVERTIME):
+    done = 0.0
+    while done < 1:
         repeats.append(_repeat(openers, feeds, protocol, rng))
-        elapsed = time.perf_counter() - begin
+        worked = min((clocks.seconds() - work) / protocol.seconds, len(repeats) / LEAST)
+        done = min(1.0, max(worked, (time.perf_counter() - begin) / wall_s))
         if protocol.progress is not None:
-            protocol.progress(min(1.0, elapsed / protocol.seconds))
+            protocol.progress(done)
     samples, opens = zip(*repeats, strict=True)
     return Samples(np.stack(samples), np.stack(opens))
 
@@ -217,10 +224,10 @@ def _sample(run: Run, batch: int, clocks: Clocks) -> tuple[float, float]:
     return max(cpu, 1) / batch, max(wall, 1) / batch
 
 
-def _seconds(run: Run, clocks: Clocks) -> float:
-    """One run on the clock that decides."""
-    cpu, wall = _sample(run, 1, clocks)
-    return (cpu if clocks.decides == "CPU time" else wall) / 1e9
+def _timed(run: Run, clocks: Clocks) -> float:
+    begin = clocks.seconds()
+    run()
+    return clocks.seconds() - begin
 
 
 @contextlib.contextmanager

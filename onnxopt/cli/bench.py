@@ -25,7 +25,9 @@ __all__ = ["command"]
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of a session.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Time to spend, about.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Time to spend, about."
+)
 @shape_option
 @data_option
 @seed_option

@@ -16,7 +16,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from onnxopt.data import parse_shape
 from onnxopt.errors import ModelError
 
-__all__ = ["console", "data_option", "json_option", "progress", "seed_option", "shape_option", "shapes_of", "write_json"]
+__all__ = [
+    "console",
+    "data_option",
+    "json_option",
+    "progress",
+    "seed_option",
+    "shape_option",
+    "shapes_of",
+    "write_json",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

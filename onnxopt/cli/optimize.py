@@ -25,10 +25,14 @@ __all__ = ["command"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the result.")
 @click.option("--target", default="cpu", show_default=True, help="cpu, cuda, tensorrt or generic.")
 @click.option("--recipe", help="A shipped recipe or a TOML file, instead of the target's.")
-@click.option("--pass", "passes", multiple=True, metavar="PASS", help="Run this pass only. Repeatable, in order.")
+@click.option(
+    "--pass", "passes", multiple=True, metavar="PASS", help="Run this pass only. Repeatable, in order."
+)
 @click.option("--skip", multiple=True, metavar="PASS", help="Leave this pass out. Repeatable.")
 @click.option("--stop-after", type=click.IntRange(0), metavar="N", help="Make N rewrites, then stop.")
-@click.option("--freeze-initializers", is_flag=True, help="Fold initializers that callers could override, too.")
+@click.option(
+    "--freeze-initializers", is_flag=True, help="Fold initializers that callers could override, too."
+)
 @shape_option
 @data_option
 @seed_option
@@ -36,7 +40,9 @@ __all__ = ["command"]
 @click.option("--no-bench", is_flag=True, help="Do not measure speed.")
 @click.option("--no-metadata", is_flag=True, help="Record nothing in the model's metadata.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("--strict", is_flag=True, help="Exit 1 where a rewrite was left out or nothing could be gained.")
+@click.option(
+    "--strict", is_flag=True, help="Exit 1 where a rewrite was left out or nothing could be gained."
+)
 @click.option("--list-declined", is_flag=True, help="Name each place where a pass declined.")
 @json_option
 def command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import click
 
@@ -23,22 +24,22 @@ def command(json_file: str | None) -> int:
     from onnxopt.recipe import known_passes, recipes
     from onnxopt.reporting.tables import plain_table
 
-    rows = []
-    for name, one in known_passes().items():
-        fields = dataclasses.fields(one) if dataclasses.is_dataclass(one) else ()
-        about = (one.__doc__ or "").strip().split("\n")[0]
-        options = {f.name: f.default for f in fields}
-        rows.append({"name": name, "kind": getattr(one, "kind", "reorder"), "about": about, "options": options})
-    out = console(json_file)
+    listing: list[dict[str, Any]] = []
     table = plain_table("pass", "promise", "what it does", "options")
-    for row in rows:
-        spelled = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        table.add_row(row["name"], row["kind"], row["about"], spelled)
-    out.print(table)
-    out.print()
+    for name, one in known_passes().items():
+        kind = getattr(one, "kind", "reorder")
+        about = (one.__doc__ or "").strip().split("\n")[0]
+        options = (
+            {f.name: f.default for f in dataclasses.fields(one)} if dataclasses.is_dataclass(one) else {}
+        )
+        listing.append({"name": name, "kind": kind, "about": about, "options": options})
+        table.add_row(name, kind, about, ", ".join(f"{key}={value}" for key, value in options.items()))
     shipped = plain_table("recipe", "what it is for")
     for name, about in recipes().items():
         shipped.add_row(name, about)
+    out = console(json_file)
+    out.print(table)
+    out.print()
     out.print(shipped)
-    write_json({"schema": "onnxopt.passes/1", "passes": rows, "recipes": recipes()}, json_file)
+    write_json({"schema": "onnxopt.passes/1", "passes": listing, "recipes": recipes()}, json_file)
     return 0

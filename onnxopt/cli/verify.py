@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from onnxopt.cli.common import console, data_option, json_option, seed_option, shape_option, shapes_of, write_json
+from onnxopt.cli.common import (
+    console,
+    data_option,
+    json_option,
+    seed_option,
+    shape_option,
+    shapes_of,
+    write_json,
+)
 
 __all__ = ["command"]
 
@@ -20,10 +28,12 @@ __all__ = ["command"]
     type=click.Choice(["exact", "reorder", "lossy"]),
     default="reorder",
     show_default=True,
-    help="What is claimed: bit-equal, equal up to float re-association, or no more than a measure of the loss.",
+    help="The claim: bit-equal, equal up to float re-association, or just measured.",
 )
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
-@click.option("--frozen", is_flag=True, help="AFTER may have lost initializers that BEFORE let callers override.")
+@click.option(
+    "--frozen", is_flag=True, help="AFTER may have lost initializers that BEFORE let callers override."
+)
 @shape_option
 @data_option
 @seed_option
@@ -62,7 +72,9 @@ def command(
         frozen=frozen,
     )
     out = console(json_file)
-    table = plain_table("output", ">SQNR dB", ">floor dB", ">needed dB", ">max error", ">cosine", ">top-1", "")
+    table = plain_table(
+        "output", ">SQNR dB", ">floor dB", ">needed dB", ">max error", ">cosine", ">top-1", ""
+    )
 
     def number(value: float | None, digits: str = ".1f") -> str:
         return "" if value is None else "equal" if value == math.inf else f"{value:{digits}}"

@@ -37,10 +37,10 @@ class Totals:
         nodes: in the main graph, in subgraphs and in functions.
         initializers: in the main graph and in subgraphs.
         bytes: of initializers and tensors of Constant nodes, each counted once however often it is used.
-        parameters: elements of the same tensors as far as they are weights: rank 1 or more, of a floating-point
-            type, of an integer type of 8 bits or less, or int32 read by DequantizeLinear or as QLinearConv's bias.
-            Scales and zero points of quantization are none, nor are other integer tensors (shapes, indices).
-            Statistics of BatchNormalization are counted as the weights they are at inference.
+        parameters: elements of the same tensors as far as they are weights: of rank 1 or more, and of a
+            floating-point type, of an integer type of 8 bits or less, or int32 that DequantizeLinear or
+            QLinearConv's bias reads. Scales and zero points of quantization are none, nor are other integer
+            tensors (shapes, indices). Statistics of BatchNormalization are weights at inference, and count.
     """
 
     nodes: int
@@ -51,7 +51,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Unused:
-    """Names of what no graph output depends on: ``nodes`` by name or first output, ``functions`` as domain.name."""
+    """Names of what no output depends on: ``nodes`` by name or first output, ``functions`` as domain.name."""
 
     nodes: tuple[str, ...]
     initializers: tuple[str, ...]
@@ -134,7 +134,7 @@ def external_bytes(model: ir.Model) -> dict[str, int]:
 
 
 def quantization(model: ir.Model) -> dict[str, int]:
-    """Nodes by the form of quantization they belong to: ``qdq``, ``qoperator``, ``dynamic``, ``weight-only``."""
+    """Nodes by their form of quantization: ``qdq``, ``qoperator``, ``dynamic``, ``weight-only``."""
     found: Counter[str] = Counter()
     has_quantize = any(node.op_type == "QuantizeLinear" for node in nodes(model))
     for node in nodes(model):
@@ -163,8 +163,8 @@ def unused(model: ir.Model) -> Unused:
     """What can go without changing an output; uncalled functions are named as such, not node by node."""
     live = _live_nodes(model)
     called = {node.op_identifier() for node in live}
-    functions = {key: function for key, function in model.functions.items() if key in called}
-    bodies = (model.graph, *functions.values())
+    functions = {key: function.graph for key, function in model.functions.items() if key in called}
+    bodies = [model.graph, *functions.values()]
     dead = [node for body in bodies for node in body.all_nodes() if node not in live]
     stored = [value for graph in graphs(model) for value in graph.initializers.values()]
     domains = {node.domain for node in nodes(model)} | {"", "ai.onnx"}

@@ -46,13 +46,13 @@ def _matmul_nbits(node: ir.Node, at: Shapes) -> Amount:
 
 
 def _recurrent(node: ir.Node, at: Shapes) -> Amount:
-    """X is (steps, batch, in), or (batch, steps, in): each step of each sequence meets all of W and R once."""
+    """X is (steps, batch, in) or (batch, steps, in): each step of each sequence meets all of W and R."""
     weights = at.elements(_input(node, 1)) + at.elements(_input(node, 2))
     return at.dim(_input(node, 0), 0) * at.dim(_input(node, 0), 1) * weights
 
 
 def _einsum(node: ir.Node, at: Shapes) -> Amount:
-    """Of two or more operands: output elements times the letters summed away, once for each further operand."""
+    """Output elements times the extents summed away, once for each operand after the first."""
     left, arrow, right = node.attributes["equation"].as_string().replace(" ", "").partition("->")
     terms = left.split(",")
     letters = left.replace(",", "").replace(".", "")
@@ -97,8 +97,9 @@ _COSTS: dict[str, Cost] = {
 class NodeCost:
     """One node; ``macs`` and ``output_bytes`` of one execution, ``live_bytes`` while it runs.
 
-    A control-flow node's ``macs`` are its body's: an If takes the costlier branch, a Loop and a Scan multiply by
-    their trips (``trips(name)`` where the number is not constant). ``scope`` names the enclosing control-flow nodes.
+    A control-flow node's ``macs`` are its body's: an If takes the costlier branch, a Loop and a Scan multiply
+    by their trips (``trips(name)`` where the number is not constant). ``scope`` names the control-flow nodes
+    around it.
     """
 
     name: str
@@ -110,15 +111,16 @@ class NodeCost:
 
 
 def has_cost(node: ir.Node) -> bool:
-    """Whether the node's MACs are counted; ops of the standard domain without an entry have none to speak of."""
+    """Whether the node's MACs are counted; standard ops without an entry have none to speak of."""
     return op_name(node) in _COSTS or node.domain in ("", "ai.onnx")
 
 
 def costs(graph: ir.Graph, at: Shapes, scope: str = "", outer: Amount = ZERO) -> Iterator[NodeCost]:
     """The nodes of a graph of an inferred model in order, each followed by those of its subgraphs.
 
-    Activations are live from their producer (graph inputs: from the start) to their last reader (graph outputs: to
-    the end); constants are not counted, nor what a runtime saves by working in place. `outer` is live all along.
+    Activations are live from their producer (graph inputs: from the start) to their last reader (graph
+    outputs: to the end); constants are not counted, nor what a runtime saves by working in place. `outer` is
+    live all along.
     """
     last = _last_uses(graph)
     live = outer + sum((at.nbytes(value) for value in graph.inputs if value in last), ZERO)

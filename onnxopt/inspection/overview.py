@@ -1,4 +1,4 @@
-"""What a model is: ops, parameters, bytes, MACs, activation memory, quantization, and what it does not use."""
+"""What a model is: ops, parameters, bytes, MACs, activation memory, quantization, unused things."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from onnxopt.model import ModelLike, load
 __all__ = ["Cost", "Inspection", "Port", "inspect", "macs"]
 
 Size = int | str
-"""A number, or text in the dimension symbols of the graph inputs such as ``'4816*batch + 32'``; ``?`` is unknown."""
+"""A number, or text in the dimension symbols of the graph inputs: ``'4816*batch + 32'``; ``?`` is unknown."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """A graph input or output; ``shape`` holds ints, symbol names and None, and is None itself where unknown."""
+    """A graph input or output; ``shape`` holds ints, symbol names and None; itself None where unknown."""
 
     name: str
     dtype: str

@@ -1,7 +1,7 @@
 """How large things are: amounts in a model's own dimension symbols, read off a copy with inferred shapes.
 
-The copy has its functions inlined and its weights hollow, so that no weight is loaded and a model above 2 GB is
-never one protobuf; the caller's model stays as it is.
+The copy has its functions inlined and its weights hollow, so that no weight is loaded and a model above 2 GB
+is never one protobuf; the caller's model stays as it is.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import EncodeError
 from onnx_ir.passes.common import InlinePass
 
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import graphs
+from onnxopt.graph import graphs, nodes
 from onnxopt.inspection.values import LARGEST, settle_values
 
-__all__ = ["UNKNOWN", "ZERO", "Amount", "Sized", "Shapes", "product", "sized"]
+__all__ = ["UNKNOWN", "ZERO", "Amount", "Shapes", "Sized", "product", "sized"]
 
 _ROUNDS = 4
 """Of inference and shape arithmetic in turns; each reaches through another level of symbolic shapes."""
@@ -96,7 +95,7 @@ def product(dims: Iterable[Amount] | None) -> Amount:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Reads sizes off the values of an inferred model; only its graph inputs' symbols have a meaning outside."""
+    """Reads sizes off the values of an inferred model, in the symbols of its graph inputs."""
 
     symbols: frozenset[str]
 
@@ -115,6 +114,11 @@ class Shapes:
             return Amount.symbol(text)
         words = [word for word in _OPERATORS.split(text) if word and not word.isdecimal()]
         return Amount.symbol(f"({text})") if words and self.symbols.issuperset(words) else UNKNOWN
+
+    def is_known(self, value: ir.Value) -> bool:
+        """Whether each dimension is a number or stands in the graph inputs' symbols."""
+        dims = value.shape
+        return dims is not None and all(isinstance(dim, int) or dim.value in self.symbols for dim in dims)
 
     def dim(self, value: ir.Value | None, axis: int) -> Amount:
         dims = self.dims(value)
@@ -135,7 +139,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Sized:
-    """A copy of a model with inferred shapes, how to read them, and why inference gave up (None: it did not)."""
+    """A copy of a model with inferred shapes, how to read them, and why inference gave up, or None."""
 
     graph: ir.Graph
     shapes: Shapes
@@ -150,7 +154,8 @@ def sized(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) ->
         shapes: static shapes for some graph inputs, by name. A symbol they settle is settled everywhere.
 
     Raises:
-        UsageError: a name that is no graph input, a wrong rank, a negative size, or one symbol with two sizes.
+        UsageError: a name that is no graph input, a wrong rank, a negative size, or one symbol with two
+        sizes.
     """
     copy = model.clone()
     if copy.functions:
@@ -163,20 +168,20 @@ def sized(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) ->
         for dim in (value.shape or ())
         if not isinstance(dim, int) and dim.value is not None
     )
-    failure = _infer(copy)
-    return Sized(copy.graph, Shapes(symbols), failure)
+    known = Shapes(symbols)
+    return Sized(copy.graph, known, _infer(copy, known))
 
 
-def _infer(model: ir.Model) -> str | None:
+def _infer(model: ir.Model, at: Shapes) -> str | None:
     """Write inferred shapes into the model; gives the reason where inference gave up."""
     scratch = model
     for _ in range(_ROUNDS):
         try:
             proto = onnx.shape_inference.infer_shapes(ir.to_proto(scratch), data_prop=True)
-        except (onnx.shape_inference.InferenceError, EncodeError, RuntimeError, ValueError) as error:
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
             return " ".join(str(error).split()) or type(error).__name__
         scratch = ir.from_proto(proto)
-        if not settle_values(scratch):
+        if all(at.is_known(v) for node in nodes(scratch) for v in node.outputs) or not settle_values(scratch):
             break
     for node, inferred in zip(model.graph.all_nodes(), scratch.graph.all_nodes(), strict=True):
         for value, known in zip(node.outputs, inferred.outputs, strict=True):
@@ -198,7 +203,9 @@ def _hollow(model: ir.Model) -> None:
 
 def _hollow_tensor(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     if tensor.size > LARGEST:
-        return ir.ExternalTensor("hollow", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape), name=name)
+        return ir.ExternalTensor(
+            "hollow", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
     if isinstance(tensor, ir.ExternalTensor):
         return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
     return tensor
@@ -236,8 +243,9 @@ def _settle(model: ir.Model, bound: Mapping[str, int], shapes: Mapping[str, Sequ
         for value in graph.inputs:
             value.shape = None if value.shape is None else _substitute(value.shape, bound)
     for value in model.graph.inputs:
-        if value.name in shapes:
-            value.shape = ir.Shape(shapes[value.name])
+        given = shapes.get(value.name or "")
+        if given is not None:
+            value.shape = ir.Shape(given)
         elif value.shape is not None:
             named = [_named(dim, f"{value.name}[{axis}]") for axis, dim in enumerate(value.shape)]
             value.shape = ir.Shape(named)

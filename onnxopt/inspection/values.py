@@ -1,8 +1,8 @@
 """Shape arithmetic done: what Shape, Gather, Concat and their like compute, where shapes already say it.
 
-onnx's own data propagation stops at many ops that exporters write (Pad amounts, Where, Mod, Resize sizes). Here the
-nodes of a scratch model whose inputs are small and known are run once by onnx's reference implementation and become
-Constants, and shapes are inferred again for the nodes they reach.
+onnx's own data propagation stops at many ops that exporters write (Pad amounts, Where, Mod, Resize sizes).
+Here the nodes of a scratch model whose inputs are small and known are run once by onnx's reference
+implementation and become Constants, and shapes are inferred again for the nodes they reach.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ __all__ = ["LARGEST", "settle_values"]
 
 LARGEST = 1024
 """Elements: shape arithmetic works on tensors far smaller than this; anything larger is data."""
+
+_LARGEST_FLOAT = 8
+"""Elements: floating-point shape arithmetic has scalars (paddings) and a number per dimension (scales)."""
 
 _MOVES = frozenset({"Concat", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"})
 """Ops that only move elements, so that they also work on a shape of which a part is symbolic."""
@@ -60,13 +63,12 @@ class _Settler:
         return found
 
     def _evaluate(self, node: ir.Node) -> np.ndarray | None:
-        """The node's value: concrete, or an object array that also holds symbols; None where it is not known."""
+        """The node's value: concrete, or an object array that also holds symbols; None where unknown."""
         if node.domain or node.op_type == "Constant" or len(node.outputs) != 1:
             return None
         if node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].shape is not None:
-            start, end = (node.attributes.get(name) for name in ("start", "end"))
-            dims = node.inputs[0].shape.dims[start and start.as_int() : end and end.as_int()]
-            return _array(dims)
+            dims = node.inputs[0].shape.dims
+            return _array(dims[int_attr(node, "start", 0) : int_attr(node, "end", len(dims))])
         inputs = [None if value is None else self._known(value) for value in node.inputs]
         if any(array is None and value is not None for array, value in zip(inputs, node.inputs, strict=True)):
             return None
@@ -74,7 +76,9 @@ class _Settler:
         if not inputs or (mixed and node.op_type not in _MOVES) or not is_deterministic(node):
             return None
         size = static_shape(node.outputs[0])
-        if size is None or np.prod(size, dtype=np.int64) > LARGEST or any(True for _ in subgraphs_of(node)):
+        dtype = node.outputs[0].dtype
+        limit = _LARGEST_FLOAT if dtype is not None and dtype.is_floating_point() else LARGEST
+        if size is None or math.prod(size) > limit or any(True for _ in subgraphs_of(node)):
             return None
         if mixed and node.op_type == "Gather" and inputs[0] is not None and inputs[1] is not None:
             return _array(np.take(inputs[0], inputs[1], axis=int_attr(node, "axis", 0)))
@@ -85,19 +89,20 @@ class _Settler:
         return array if array is not None else _small_constant(value)
 
     def _run(self, node: ir.Node, inputs: Sequence[np.ndarray | None]) -> np.ndarray | None:
-        feeds = {value.name: array for value, array in zip(node.inputs, inputs, strict=True) if value is not None}
+        feeds = {v.name or "": array for v, array in zip(node.inputs, inputs, strict=True) if v is not None}
         graph = onnx.GraphProto(
             node=[ir.to_proto(node)],
             input=[onnx.ValueInfoProto(name=name) for name in feeds],
             output=[onnx.ValueInfoProto(name=node.outputs[0].name)],
         )
         try:
-            result = ReferenceEvaluator(graph, opsets=dict(self._opsets)).run(None, feeds)[0]
+            with np.errstate(all="ignore"):
+                results = ReferenceEvaluator(graph, opsets=dict(self._opsets)).run(None, feeds)
         except Exception:  # the reference refuses in many ways; its refusal only leaves the value unknown
             return None
-        if not isinstance(result, np.ndarray | np.generic):
+        if not isinstance(results, Sequence) or not isinstance(results[0], np.ndarray | np.generic):
             return None
-        array = np.asarray(result)
+        array = np.asarray(results[0])
         return _array(array) if array.dtype == object else array
 
     def _infer(self, node: ir.Node) -> None:
@@ -121,10 +126,13 @@ class _Settler:
                 opset_imports=[onnx.OperatorSetIdProto(domain=d, version=v) for d, v in self._opsets.items()],
                 ir_version=self._ir_version,
             )
-        except (onnx.shape_inference.InferenceError, RuntimeError):  # the shapes stay as little known as before
+        except (
+            onnx.shape_inference.InferenceError,
+            RuntimeError,
+        ):  # the shapes stay as little known as before
             return
         for value in node.outputs:
-            kind = inferred.get(value.name)
+            kind = inferred.get(value.name or "")
             self._update(value, None if kind is None else ir.serde.deserialize_type_proto_for_shape(kind))
 
     def _update(self, value: ir.Value, shape: ir.Shape | None) -> None:

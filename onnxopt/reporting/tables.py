@@ -24,25 +24,25 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
     """A table with a rule under its head and no other lines; columns that start with `>` are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        table.add_column(
+            column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
     return table
 
 
-def amount(value: int | str) -> str:
-    """A count as people read it: `1 234`, `5.6 M`; text (a formula in dynamic sizes) as it is."""
+def amount(value: int | str, unit: str = "") -> str:
+    """A count as people read it: `1 234`, `5.6 M`, `5.6 MB`; text (a formula in dynamic sizes) cut short."""
     if isinstance(value, str):
         return value if len(value) <= 24 else value[:23] + "…"
-    if abs(value) < 100_000:
-        return f"{value:,}".replace(",", " ")
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {unit}" if abs(value) < 1000 * size else f"{value / size:.0f} {unit}"
-    return str(value)
+    for prefix, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if abs(value) >= max(size, 100_000):
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:,} {unit}".replace(",", " ").rstrip()
 
 
-def count_bytes(value: int) -> str:
+def count_bytes(value: int | str) -> str:
     """Bytes as people read them: `812 B`, `10.9 MB`."""
-    return amount(value) + ("B" if abs(value) >= 100_000 else " B")
+    return amount(value, "B")
 
 
 def print_report(
@@ -77,8 +77,8 @@ def _sizes(before: Size, after: Size) -> Table:
         "MACs": (before.macs, after.macs),
     }
     for name, (old, new) in rows.items():
-        show = count_bytes if name == "bytes" else amount
-        table.add_row(name, show(old), show(new), _change(old, new))  # type: ignore[operator]
+        unit = "B" if name == "bytes" else ""
+        table.add_row(name, amount(old, unit), amount(new, unit), _change(old, new))
     return table
 
 

@@ -8,13 +8,23 @@ from collections.abc import Sequence
 from onnxopt.verification.distance import Distance
 from onnxopt.verification.verdict import Kind, OutputVerdict, Sight, Status, margin
 
-__all__ = ["WEAK", "conclude", "judge", "notes_on"]
-
-WEAK = 40.0
-"""dB of noise floor below which a proof of a reorder says little."""
+__all__ = ["conclude", "is_noise", "judge", "notes_on"]
 
 _ENOUGH = 100.0
 _SLACK = 6.0
+_LEAST_FLOOR = 20.0
+_MOST_MISMATCH = 0.05
+
+
+def is_noise(floor: Distance) -> bool:
+    """Whether the difference between the runtime's levels can be rounding, and so serve as a tolerance.
+
+    Beyond 10 % of the signal, or 5 % of the elements of a type without SQNR, a level of the runtime computes
+    something else: that forgives nothing.
+    """
+    if floor.problems:
+        return False
+    return floor.sqnr >= _LEAST_FLOOR if floor.float_type else floor.mismatch <= _MOST_MISMATCH
 
 
 def judge(
@@ -29,15 +39,17 @@ def judge(
     """Judge one output by its distances at the runtime's lowest and default level (None: not measured).
 
     `strict` demands bit-equality at the lowest level. At the default level the runtime fuses two different
-    graphs, each in its own way, so that no more than the bound of a reorder can be asked there.
+    graphs, each in its own way, so that no more than the bound of a reorder can be asked there, and nothing
+    where it computes something else than at its lowest level (`is_noise`).
     """
-    bound = min(_ENOUGH, floor.sqnr - _SLACK)
+    tolerated = floor if is_noise(floor) else Distance()
+    bound = min(_ENOUGH, tolerated.sqnr - _SLACK)
     required = math.inf if strict else bound
     judged = kind != "lossy" and sight != "random"
     reason = next(iter(low.problems + (high.problems if high else [])), "")
     if judged and not reason:
-        reason = _fault(low, required, Distance() if strict else floor)
-    if judged and not reason and high:
+        reason = _fault(low, required, Distance() if strict else tolerated)
+    if judged and not reason and high and is_noise(floor):
         reason = _fault(high, bound, floor)
         reason += " at the runtime's default level" if reason else ""
     return OutputVerdict(

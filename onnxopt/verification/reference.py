@@ -10,7 +10,7 @@ import numpy as np
 from onnx.reference import ReferenceEvaluator
 
 from onnxopt.model import ModelLike, materialize
-from onnxopt.runtimes import RunError, UnsupportedModelError
+from onnxopt.runtimes import RunError, UnsupportedModelError, one_line
 
 __all__ = ["ReferenceSession", "Runner"]
 
@@ -34,7 +34,7 @@ class ReferenceSession:
             try:
                 self._evaluator = ReferenceEvaluator(opened)
             except Exception as error:  # it raises whatever its kernels raise
-                raise UnsupportedModelError(f"onnx.reference cannot open it: {_one_line(error)}") from error
+                raise UnsupportedModelError(f"onnx.reference cannot open it: {one_line(error)}") from error
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run one sample; feeds that the model does not know are left out. Raises RunError."""
@@ -44,13 +44,8 @@ class ReferenceSession:
             with np.errstate(all="ignore"):
                 values = self._evaluator.run(None, given)
         except Exception as error:  # it raises whatever its kernels raise
-            raise RunError(f"onnx.reference failed: {_one_line(error)}") from error
+            raise RunError(f"onnx.reference failed: {one_line(error)}") from error
         return dict(zip(self._evaluator.output_names, values, strict=True))
 
     def close(self) -> None:
         """Nothing outlives the object."""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxopt.clues import Clues
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.inputs import Dim, Input
+from onnxopt.synthesis.clues import Clues
+from onnxopt.synthesis.inputs import Dim, Input
 
 __all__ = ["Axis", "Sizes", "assignments", "dynamic_axes", "override", "variations"]
 

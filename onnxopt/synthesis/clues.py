@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, nodes, subgraphs_of
-from onnxopt.inputs import Dim, axis_name
-from onnxopt.weights import Links, hints_for, pins_of
+from onnxopt.synthesis.inputs import Dim, axis_name
+from onnxopt.synthesis.weights import Links, hints_for, pins_of
 
 __all__ = ["Clues", "Limit", "clues_of"]
 
@@ -259,7 +259,7 @@ def _shaped(value: ir.Value | None, origins: Links) -> ir.Value | None:
             return value
         tensor = constant_of(value)
         if tensor is not None:
-            return ir.Value(name=value.name, shape=ir.Shape(tensor.shape.dims))
+            return ir.Value(name=value.name, shape=ir.Shape(tensor.shape.numpy()))
         node = value.producer()
         if node is None:
             value = next(iter(origins.get(value, ())), None)

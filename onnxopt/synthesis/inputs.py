@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.errors import UsageError
+from onnxopt.errors import NoSamplesError
 
 __all__ = ["Dim", "Input", "axis_name", "overridable_inputs", "required_inputs", "resolve"]
 
@@ -53,10 +53,10 @@ class Input:
         """The shape once each dynamic axis has a size.
 
         Raises:
-            UsageError: the model declares no rank.
+            NoSamplesError: the model declares no rank.
         """
         if self.dims is None:
-            raise UsageError(
+            raise NoSamplesError(
                 f"input {self.name!r} declares no shape, so no feed can be made for it; "
                 f"give --shape {self.name}=1x3x224x224 or --data"
             )
@@ -67,7 +67,7 @@ def required_inputs(model: ir.Model) -> tuple[Input, ...]:
     """The inputs without a default, in the graph's order.
 
     Raises:
-        UsageError: an input is a sequence or has no element type, so that no array can feed it.
+        NoSamplesError: an input is a sequence or has no element type, so that no array can feed it.
     """
     return tuple(_input(value) for value in model.graph.inputs if not value.is_initializer())
 
@@ -97,7 +97,9 @@ def axis_name(value: ir.Value, axis: int) -> Dim | None:
 def _input(value: ir.Value) -> Input:
     name = value.name or ""
     if isinstance(value.type, ir.SequenceType) or value.dtype is None:
-        raise UsageError(f"input {name!r} is {value.type or 'of no declared type'}: only tensors can be fed")
+        raise NoSamplesError(
+            f"input {name!r} is {value.type or 'of no declared type'}: only tensors can be fed"
+        )
     dtype = np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
     if value.shape is None:
         return Input(name, dtype, None)

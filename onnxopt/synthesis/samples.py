@@ -19,19 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from onnxopt.clues import Clues, clues_of
-from onnxopt.errors import RuntimeMissingError, UsageError
-from onnxopt.inputs import Input, required_inputs, resolve
+from onnxopt.errors import NoSamplesError, RuntimeMissingError
 from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import RunError, Session, UnsupportedModelError, open_session
-from onnxopt.sizes import Axis, Sizes, assignments, dynamic_axes, override, variations
+from onnxopt.synthesis.clues import Clues, clues_of
+from onnxopt.synthesis.inputs import Input, required_inputs, resolve
+from onnxopt.synthesis.sizes import Axis, Sizes, assignments, dynamic_axes, override, variations
 
 __all__ = ["synthesize"]
 
 _NO_SHAPES: Mapping[str, Sequence[int]] = MappingProxyType({})
 _MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 _WORDS = np.array(["a", "onnx", "hello world", "42", "Zürich"], object)
-_MOST_ELEMENTS = 1 << 24
+_MANY_ELEMENTS = 1 << 22
 _MOST_TURNS = 4
 
 
@@ -58,7 +58,8 @@ def synthesize(
         One dict per sample, input name -> array of the input's dtype (object for strings).
 
     Raises:
-        UsageError: no valid feed was found, an input is no tensor, or `shapes` contradicts the model.
+        NoSamplesError: no valid feed was found, or an input is no tensor.
+        UsageError: `shapes` contradicts the model.
         ModelError: `model` is no usable model.
     """
     loaded = load(model)
@@ -73,7 +74,7 @@ def synthesize(
         sizes = next(assignments(axes, fixed))
         return [maker.feeds(sample, sample, sizes) for sample in range(samples)]
     with session:
-        search = _Search(session, maker, axes, fixed)
+        search = _Search(session, maker, axes, fixed, vary=samples > 1)
         return [search.sample(number) for number in range(samples)]
 
 
@@ -103,7 +104,7 @@ class _Maker:
         rng = np.random.default_rng(int.from_bytes(digest[:16], "little"))
         shape = item.shape(sizes)
         options = _options(item, self.clues[item.name])
-        if math.prod(shape) == 1 and options:
+        if options and len(shape) < 2 and math.prod(shape) == 1:
             values: Any = np.full(shape, options[turn % len(options)])
         else:
             values = _draw(item, self.clues[item.name], shape, sizes, rng, sample)
@@ -118,6 +119,8 @@ class _Search:
     maker: _Maker
     axes: list[Axis]
     fixed: Sizes
+    vary: bool
+    """Whether to look for more than one set of sizes."""
     accepted: list[Sizes] = field(default_factory=list)
     uses: Counter[int] = field(default_factory=Counter)
     hopeless: set[int] = field(default_factory=set)
@@ -127,7 +130,7 @@ class _Search:
         """The feed of sample `number`, which has run.
 
         Raises:
-            UsageError: nothing that was tried runs; the message has the runtime's last complaint.
+            NoSamplesError: nothing that was tried runs; the message has the runtime's last complaint.
         """
         turns = self.maker.turns
         for turn in dict.fromkeys((number + step) % turns for step in range(turns)):
@@ -140,7 +143,7 @@ class _Search:
                     return feeds
             self.hopeless.add(turn)
         names = ", ".join(f"{item.name} ({item.declared})" for item in self.maker.inputs)
-        raise UsageError(
+        raise NoSamplesError(
             f"no valid synthetic input found for {names}: {self.complaint}; give --shape name=AxBxC or --data"
         )
 
@@ -158,7 +161,7 @@ class _Search:
             return
         self.accepted.append(sizes)
         varied = dict(sizes)
-        for change in variations(self.axes, sizes):
+        for change in variations(self.axes, sizes) if self.vary else ():
             same = all(varied[name] == sizes[name] for name in change)
             if same and self._try(number, turn, varied | change) is not None:
                 varied |= change
@@ -166,8 +169,8 @@ class _Search:
             self.accepted.append(varied)
 
     def _try(self, number: int, turn: int, sizes: Sizes) -> dict[str, np.ndarray] | None:
-        if self.maker.elements(sizes) > _MOST_ELEMENTS:
-            self.complaint = self.complaint or f"more than {_MOST_ELEMENTS} elements"
+        smallest = self.maker.elements(self.fixed | {axis.name: min(axis.candidates) for axis in self.axes})
+        if self.maker.elements(sizes) > max(_MANY_ELEMENTS, 2 * smallest):
             return None
         feeds = self.maker.feeds(number, turn, sizes)
         try:
@@ -179,7 +182,7 @@ class _Search:
 
 
 def _options(item: Input, clues: Clues) -> list[int]:
-    """The values that a single number of this input goes through, or [] where it is drawn."""
+    """The values that an input of one number goes through; [] where it is drawn like any other."""
     if item.dtype.kind == "b":
         return [1, 0]
     if item.dtype.kind not in "iu" or clues.limits or clues.spans or not clues.compared:
@@ -202,7 +205,9 @@ def _draw(
     if kind == "b" or clues.is_mask or _MASK_NAME.search(item.name) or _compares_bits(clues, shape, kind):
         return _mask(shape, rng, sample)
     if clues.infers_shape:
-        return np.append(np.ones(math.prod(shape) - 1), -1)
+        target = np.ones(shape)
+        target.flat[-1:] = -1
+        return target
     if clues.spans:
         low, high = max(low for low, _ in clues.spans), min(high for _, high in clues.spans)
         return rng.integers(low, max(low, high), shape, endpoint=True)

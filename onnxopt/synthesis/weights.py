@@ -69,7 +69,7 @@ def _weight(node: ir.Node, index: int) -> tuple[int, ...]:
     tensor = constant_of(value)
     if tensor is None and value is not None and value.is_initializer():
         tensor = value.const_value
-    return () if tensor is None else tuple(size for size in tensor.shape.dims if isinstance(size, int))
+    return () if tensor is None else tuple(tensor.shape.numpy())
 
 
 def _numbers(node: ir.Node) -> Iterator[int]:

@@ -1,0 +1,110 @@
+"""`onnxopt inspect`"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from onnxopt.cli.common import console, json_option, shape_option, shapes_of, write_json
+
+if TYPE_CHECKING:
+    from onnxopt import Inspection
+
+__all__ = ["command"]
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@shape_option
+@click.option(
+    "--top", type=click.IntRange(0), default=8, show_default=True, help="Most expensive nodes to show."
+)
+@json_option
+def command(model: Path, shape: tuple[str, ...], top: int, json_file: str | None) -> int:
+    """Say what MODEL is: operators, parameters, bytes, MACs, activation memory, what it does not use.
+
+    \b
+    onnxopt inspect model.onnx
+    onnxopt inspect model.onnx --shape input=1x3x224x224 --json -
+    """
+    from onnxopt import inspect
+    from onnxopt.reporting.tables import plain_table
+
+    found = inspect(model, shapes=shapes_of(shape))
+    out = console(json_file)
+    out.print(_facts(found, plain_table("", "")))
+    out.print()
+    ops = plain_table("operator", ">nodes", ">in subgraphs", ">in functions")
+    names = {**found.ops, **found.subgraph_ops, **found.function_ops}
+    for name in names:
+        counts = (found.ops.get(name, 0), found.subgraph_ops.get(name, 0), found.function_ops.get(name, 0))
+        ops.add_row(name, *(str(count or "") for count in counts))
+    out.print(ops)
+    if top and any(cost.macs != 0 for cost in found.costs):
+        out.print()
+        out.print(_dearest(found, top, plain_table("dearest nodes", "operator", ">MACs", ">output", ">live")))
+    write_json({"schema": "onnxopt.inspect/1", **found.to_dict()}, json_file)
+    return 0
+
+
+def _facts(found: Inspection, table: Table) -> Table:
+    from onnxopt.reporting.tables import amount, count_bytes
+
+    def listing(items: Iterable[object]) -> str:
+        return ", ".join(map(str, items))
+
+    def counts(items: Mapping[str, int]) -> str:
+        return listing(f"{name} {number}" for name, number in items.items())
+
+    rows = {
+        "producer": found.producer,
+        "IR version": str(found.ir_version),
+        "opsets": counts({name or "ai.onnx": version for name, version in found.opsets.items()}),
+        "nodes": f"{amount(found.totals.nodes)}; {found.subgraphs} subgraphs, {found.functions} functions",
+        "parameters": amount(found.totals.parameters),
+        "initializers": amount(found.totals.initializers),
+        "tensors": listing(
+            f"{dtype} {count_bytes(number)}" for dtype, number in found.bytes_by_dtype.items()
+        ),
+        "file": "" if found.file_bytes is None else count_bytes(found.file_bytes),
+        "external data": listing(
+            f"{name} {count_bytes(number)}" for name, number in found.external_data.items()
+        ),
+        "MACs": str(found.macs) if isinstance(found.macs, str) else amount(found.macs),
+        "activations": f"{count_bytes(found.peak_activation_bytes)} at most, at {found.peak_node}"
+        if found.peak_node
+        else "",
+        "quantization": counts(found.quantization) or "none",
+        "not counted": counts(found.uncounted_ops),
+        "inputs": listing(f"{p.name} {p.dtype}{_shape(p.shape)}" for p in found.inputs),
+        "outputs": listing(f"{p.name} {p.dtype}{_shape(p.shape)}" for p in found.outputs),
+        "overridable": f"{len(found.overridable_initializers)} initializers are graph inputs too"
+        if found.overridable_initializers
+        else "",
+        "unused": counts({kind: len(names) for kind, names in vars(found.unused).items() if names}),
+        "shape inference": found.shape_inference_failure or "",
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(Text(name, style="bold"), Text(text))
+    return table
+
+
+def _shape(shape: tuple[int | str | None, ...] | None) -> str:
+    return "" if shape is None else "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
+
+
+def _dearest(found: Inspection, top: int, table: Table) -> Table:
+    from onnxopt.reporting.tables import amount, count_bytes
+
+    numbers = [cost for cost in found.costs if cost.macs != 0]
+    ranked = sorted(numbers, key=lambda cost: -cost.macs if isinstance(cost.macs, int) else 0)
+    for cost in ranked[:top]:
+        row = (amount(cost.macs), count_bytes(cost.output_bytes), count_bytes(cost.live_bytes))
+        table.add_row(Text(cost.name), Text(cost.op), *row)
+    return table

@@ -1,0 +1,236 @@
+"""Kernels that move, repeat, select or make elements, and compute none.
+
+The first group also works on arrays of Python objects, of which some elements are not known.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.evaluation.call import Call, CannotEvaluateError, Kernel
+from onnxopt.graph import float_attr, int_attr, ints_attr, str_attr
+
+__all__ = ["ARRANGEMENT"]
+
+_NUMPY_MODES = {"constant": "constant", "edge": "edge", "reflect": "reflect", "wrap": "wrap"}
+
+
+def _identity(call: Call) -> np.ndarray:
+    return call.array()
+
+
+def _reshape(call: Call) -> np.ndarray:
+    x, shape = call.array(), call.ints("shape", 1)
+    if shape is None:
+        raise CannotEvaluateError("an input is missing")
+    if not int_attr(call.node, "allowzero", 0):
+        shape = tuple(x.shape[axis] if size == 0 else size for axis, size in enumerate(shape))
+    return x.reshape(shape)
+
+
+def _flatten(call: Call) -> np.ndarray:
+    x = call.array()
+    axis = int_attr(call.node, "axis", 1)
+    axis += x.ndim if axis < 0 else 0
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
+
+def _squeeze(call: Call) -> np.ndarray:
+    return call.array().squeeze(call.ints("axes", 1))
+
+
+def _unsqueeze(call: Call) -> np.ndarray:
+    return np.expand_dims(call.array(), call.ints("axes", 1) or ())
+
+
+def _transpose(call: Call) -> np.ndarray:
+    return call.array().transpose(ints_attr(call.node, "perm"))
+
+
+def _concat(call: Call) -> np.ndarray:
+    return np.concatenate(call.present(), int_attr(call.node, "axis", 1))
+
+
+def _split(call: Call) -> tuple[np.ndarray, ...]:
+    x, outputs = call.array(), len(call.node.outputs)
+    axis, sizes = int_attr(call.node, "axis", 0), call.ints("split", 1)
+    length = x.shape[axis]
+    if sizes is None:
+        step = -(-length // outputs)
+        sizes = (step,) * (outputs - 1) + (length - step * (outputs - 1),)
+    if sum(sizes) != length or len(sizes) != outputs or min(sizes) < 0:
+        raise CannotEvaluateError(f"{length} elements do not split into {outputs} outputs as asked")
+    return tuple(np.split(x, np.cumsum(sizes)[:-1], axis))
+
+
+def _slice(call: Call) -> np.ndarray:
+    x = call.array()
+    first = call.opset < 10
+    starts, ends = (call.ints("starts", 1) or (), call.ints("ends", 2) or ())
+    axes = call.ints("axes", None if first else 3) or tuple(range(len(starts)))
+    steps = (None if first else call.ints("steps", 4)) or (1,) * len(starts)
+    index = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[axis] = _span(start, end, step, x.shape[axis])
+    return np.asarray(x[tuple(index)])
+
+
+def _span(start: int, end: int, step: int, size: int) -> slice:
+    """A Python slice for ONNX's: the ends are clamped, and an end before element 0 is no index from behind."""
+    start, end = (i + size if i < 0 else i for i in (start, end))
+    if step > 0:
+        return slice(max(start, 0), max(end, 0), step)
+    start = min(start, size - 1)
+    return slice(start, None if end < 0 else end, step) if start >= 0 else slice(0)
+
+
+def _gather(call: Call) -> np.ndarray:
+    x, indices = call.array(), call.array(1)
+    axis = int_attr(call.node, "axis", 0)
+    call.room((*x.shape[:axis], *indices.shape, *x.shape[axis:][1:]), x.dtype.itemsize)
+    return np.take(x, indices, axis)
+
+
+def _expand(call: Call) -> np.ndarray:
+    x = call.array()
+    shape = np.broadcast_shapes(x.shape, call.ints("shape", 1) or ())
+    call.room(shape, x.dtype.itemsize)
+    return np.broadcast_to(x, shape)
+
+
+def _tile(call: Call) -> np.ndarray:
+    if call.opset < 6:
+        raise CannotEvaluateError("Tile had other inputs before opset 6")
+    x, repeats = call.array(), call.ints("repeats", 1) or ()
+    if len(repeats) != x.ndim:
+        raise CannotEvaluateError("Tile needs one repeat for each axis")
+    call.room([size * times for size, times in zip(x.shape, repeats, strict=True)], x.dtype.itemsize)
+    return np.tile(x, repeats)
+
+
+def _size(call: Call) -> np.ndarray:
+    return np.array(call.array().size, np.int64)
+
+
+def _shape(call: Call) -> np.ndarray:
+    start, end = (call.node.attributes.get(name) for name in ("start", "end"))
+    dims = call.array().shape[start and start.as_int() : end and end.as_int()]
+    return np.array(dims, np.int64)
+
+
+def _constant_of_shape(call: Call) -> np.ndarray:
+    attr = call.node.attributes.get("value")
+    value = np.zeros(1, np.float32) if attr is None else attr.as_tensor().numpy()
+    shape = call.array().tolist()
+    call.room(shape, value.dtype.itemsize)
+    return np.full(shape, value.reshape(()), value.dtype)
+
+
+def _range(call: Call) -> np.ndarray:
+    start, limit, delta = (call.array(index).reshape(()) for index in range(3))
+    if delta == 0:
+        raise CannotEvaluateError("Range with a step of 0")
+    count = max(math.ceil((limit.astype(np.float64) - start.astype(np.float64)) / delta.astype(np.float64)), 0)
+    call.room((count,), start.dtype.itemsize)
+    return np.asarray(start + np.arange(count).astype(start.dtype) * delta, start.dtype)
+
+
+def _one_hot(call: Call) -> np.ndarray:
+    indices, depth, values = call.array(0), int(call.array(1).reshape(())), call.array(2)
+    axis = int_attr(call.node, "axis", -1)
+    call.room((*indices.shape, depth), values.dtype.itemsize)
+    whole = indices.astype(np.int64)
+    whole = np.where(whole < 0, whole + depth, whole)
+    hot = np.expand_dims(whole, -1) == np.arange(depth)
+    return np.moveaxis(np.where(hot, values[1], values[0]), -1, axis)
+
+
+def _pad(call: Call) -> np.ndarray:
+    x, mode = call.array(), str_attr(call.node, "mode", "constant")
+    pads = call.ints("paddings") if call.opset < 2 else call.ints("pads", 1)
+    axes = (call.ints("axes", 3) if call.opset >= 18 else None) or tuple(range(x.ndim))
+    if pads is None or len(pads) != 2 * len(axes) or mode not in _NUMPY_MODES:
+        raise CannotEvaluateError(f"Pad with mode {mode!r} and {len(pads or ())} amounts for {len(axes)} axes")
+    amounts = [(0, 0)] * x.ndim
+    for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        amounts[axis] = (before, after)
+    if mode != "constant" and any(min(pair) < 0 for pair in amounts):
+        raise CannotEvaluateError(f"Pad with mode {mode!r} and negative amounts")
+    call.room([size + max(a, 0) + max(b, 0) for size, (a, b) in zip(x.shape, amounts, strict=True)], x.dtype.itemsize)
+    crop = tuple(
+        slice(max(-a, 0), size - max(-b, 0)) for size, (a, b) in zip(x.shape, amounts, strict=True)
+    )
+    grow = [(max(a, 0), max(b, 0)) for a, b in amounts]
+    if mode != "constant":
+        return np.pad(x, grow, _NUMPY_MODES[mode])  # type: ignore[call-overload,no-any-return]
+    if any(part.stop < part.start for part in crop):
+        raise CannotEvaluateError("Pad takes away more than there is")
+    fill = call.optional(2) if call.opset >= 11 else np.asarray(float_attr(call.node, "value", 0.0), x.dtype)
+    return np.pad(x[crop], grow, constant_values=0 if fill is None else fill.reshape(()).item())
+
+
+def _gather_elements(call: Call) -> np.ndarray:
+    x, indices = call.array(), call.array(1)
+    axis = int_attr(call.node, "axis", 0)
+    grid = np.indices(indices.shape, sparse=True)
+    index: list[np.ndarray] = list(grid)
+    index[axis] = indices
+    return np.asarray(x[tuple(index)])
+
+
+def _gather_nd(call: Call) -> np.ndarray:
+    x, indices, batch = call.array(), call.array(1), int_attr(call.node, "batch_dims", 0)
+    call.room((*indices.shape[:-1], *x.shape[batch + indices.shape[-1] :]), x.dtype.itemsize)
+    grid = np.indices(indices.shape[:batch], sparse=True)
+    outer = [g.reshape(g.shape + (1,) * (indices.ndim - 1 - batch)) for g in grid]
+    inner = list(np.moveaxis(indices, -1, 0))
+    return np.asarray(x[(*outer, *inner)]) if outer or inner else np.broadcast_to(x, (*indices.shape[:-1], *x.shape))
+
+
+def _scatter_nd(call: Call) -> np.ndarray:
+    if str_attr(call.node, "reduction", "none") != "none":
+        raise CannotEvaluateError("ScatterND with a reduction")
+    result, indices = call.array().copy(), call.array(1)
+    result[tuple(np.moveaxis(indices, -1, 0))] = call.array(2)
+    return result
+
+
+def _non_zero(call: Call) -> np.ndarray:
+    x = call.array()
+    return np.array(np.nonzero(x if x.ndim else x.reshape(1)), np.int64)
+
+
+def _dropout(call: Call) -> tuple[np.ndarray, ...]:
+    x = call.array()
+    mask = np.ones(x.shape, x.dtype if call.opset < 10 else np.bool_)
+    return (x, mask)[: len(call.node.outputs)]
+
+
+ARRANGEMENT: dict[str, Kernel] = {
+    "Concat": _concat,
+    "Expand": _expand,
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "Identity": _identity,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "ConstantOfShape": _constant_of_shape,
+    "Dropout": _dropout,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
+    "NonZero": _non_zero,
+    "OneHot": _one_hot,
+    "Pad": _pad,
+    "Range": _range,
+    "ScatterND": _scatter_nd,
+    "Shape": _shape,
+    "Size": _size,
+    "Tile": _tile,
+}

@@ -1,0 +1,94 @@
+"""Fold a scale and a shift per channel into the layer before or after them.
+
+After a layer:  scale (W x + b) + shift = (scale W) x + (scale b + shift)
+Before a layer: W (scale x + shift) + b = (W scale) x + (b + W shift), the shift only where nothing is
+    padded: padding puts zeros beside scale x + shift, which no x stands for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.graph import float_attr, ints_attr, str_attr
+from onnxopt.passes._layer import Layer, require_sole_reader
+from onnxopt.rewrite import Declined, Edit, Scope
+
+__all__ = ["scale_inputs", "scale_outputs"]
+
+
+def scale_outputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, anchor: ir.Node, scope: Scope) -> Edit:
+    """Let the layer give the output of `anchor`, which is scale * layer + shift.
+
+    Args:
+        layer: what `anchor` reads.
+        scale, shift: float64, of shape `()` or one number an output channel.
+        anchor: the node to replace.
+        scope: where it stands.
+
+    Raises:
+        Declined: the layer cannot take them.
+    """
+    require_sole_reader(layer.end)
+    weight = layer.weight()
+    _check(layer, scale, shift, weight.outputs, scope)
+    bias = layer.bias_array() * scale + shift
+    new = weight.value if (scale == 1).all() else weight.scaled(scale, outputs=True)
+    edit = Edit(anchor, scope)
+    return edit.replace(anchor.outputs[0], layer.rebuilt(edit, layer.source, new, bias))
+
+
+def scale_inputs(
+    layer: Layer, scale: np.ndarray, shift: np.ndarray, affine: ir.Node, source: ir.Value, scope: Scope
+) -> Edit:
+    """Let the layer read `source`, where it reads scale * source + shift.
+
+    Args:
+        layer: reads the output of `affine`.
+        scale, shift: float64, of shape `()` or one number an input channel.
+        affine: the node that computes scale * source + shift.
+        source: of the same shape as the output of `affine`.
+        scope: where the layer stands.
+
+    Raises:
+        Declined: the layer cannot take them.
+    """
+    require_sole_reader(affine)
+    weight, bias = layer.weight(), None
+    _check(layer, scale, shift, weight.inputs, scope)
+    if shift.any():
+        if layer.node.op_type == "ConvTranspose":
+            raise Declined("the shift does not reach all outputs of a ConvTranspose alike")
+        if layer.node.op_type == "Conv" and not _unpadded(layer, weight.shape[2:]):
+            raise Declined("the padding of the Conv would need the shift")
+        bias = layer.bias_array() + float_attr(layer.node, "alpha", 1.0) * weight.times(shift)
+    new = weight.value if (scale == 1).all() else weight.scaled(scale, outputs=False)
+    edit = Edit(layer.end, scope)
+    return edit.replace(layer.end.outputs[0], layer.rebuilt(edit, source, new, bias))
+
+
+def _check(layer: Layer, scale: np.ndarray, shift: np.ndarray, channels: int, scope: Scope) -> None:
+    if layer.node.op_type == "Gemm" and scope.opset < 7:
+        raise Declined("a Gemm before opset 7 broadcasts by its own rules")
+    if not {scale.shape, shift.shape} <= {(), (1,), (channels,)}:
+        raise Declined("scale or shift do not match the number of channels")
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        raise Declined("scale or shift are not finite")
+
+
+def _unpadded(layer: Layer, kernel: tuple[int, ...]) -> bool:
+    """Whether a Conv surely adds no padding."""
+    mode = str_attr(layer.node, "auto_pad", "NOTSET")
+    if mode == "VALID":
+        return True
+    if mode == "NOTSET":
+        return not any(ints_attr(layer.node, "pads") or ())
+    strides = ints_attr(layer.node, "strides") or (1,) * len(kernel)
+    dilations = ints_attr(layer.node, "dilations") or (1,) * len(kernel)
+    shape = layer.source.shape
+    sizes = shape.dims[2:] if shape is not None else (None,) * len(kernel)
+    for size, width, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        reach = (width - 1) * dilation + 1
+        if reach > 1 and (not isinstance(size, int) or ((size - 1) // stride) * stride + reach > size):
+            return False
+    return True

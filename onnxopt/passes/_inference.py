@@ -1,0 +1,60 @@
+"""Shape inference of a single node, for passes that have just learned one of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_ir as ir
+
+from onnxopt.graph import constant_of, has_reference, subgraphs_of
+
+__all__ = ["refine"]
+
+_READABLE = 4096
+"""Bytes of a constant that shape inference is shown: shapes, axes and the like."""
+
+
+def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
+    """Complete the types and shapes of a node's outputs from its inputs; the outputs that are known better now.
+
+    Graph outputs are left as they are declared. Nothing on record is overwritten.
+    """
+    version = opsets.get(node.domain, 0)
+    if has_reference(node) or any(True for _ in subgraphs_of(node)) or not onnx.defs.has(node.op_type, version, node.domain):
+        return []
+    known = [value for value in node.inputs if value is not None and value.type is not None and value.name]
+    if len(known) < sum(value is not None for value in node.inputs):
+        return []
+    types = {value.name: ir.serde.serialize_value(value).type for value in known}
+    data = {
+        value.name: ir.to_proto(tensor)
+        for value in known
+        if (tensor := constant_of(value)) is not None and tensor.nbytes <= _READABLE
+    }
+    imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    try:
+        inferred = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data, opset_imports=imports)
+    except onnx.shape_inference.InferenceError:
+        return []
+    return [v for v in node.outputs if v.name in inferred and _complete(v, inferred[v.name])]
+
+
+def _complete(value: ir.Value, inferred: onnx.TypeProto) -> bool:
+    """Add what is inferred to what is on record; whether there was anything to add."""
+    tensor = inferred.tensor_type
+    if value.is_graph_output() or not inferred.HasField("tensor_type") or not tensor.elem_type:
+        return False
+    before = (value.type, value.shape)
+    if value.type is None:
+        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+    if not tensor.HasField("shape"):
+        return value.type != before[0]
+    found = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
+    if value.shape is None:
+        value.shape = ir.Shape(found)
+    elif len(value.shape) == len(found):
+        pairs = zip(value.shape.dims, found, strict=True)
+        value.shape = ir.Shape([new if isinstance(new, int) and not isinstance(old, int) else old for old, new in pairs])
+    return (value.type, value.shape) != before

@@ -1,0 +1,285 @@
+"""Layers with stored weights: what Conv, ConvTranspose, Gemm and MatMul have in common.
+
+Each is y = W x + b along the channels. Weights and biases are computed in float64 and rounded once, to
+the type of the weight. New constants get new names, so that a shared weight stays as it is for its
+other readers; one above 1 MiB is not duplicated that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole_user
+from onnxopt.rewrite import Declined, Edit
+
+__all__ = ["LAYERS", "Layer", "Weight", "along", "constant", "is_stored", "layer_of", "require_sole_reader"]
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+_LARGE = 1 << 20
+"""Bytes above which a weight is not duplicated, and a product with it is computed only when it is read."""
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+def is_stored(value: ir.Value | None) -> bool:
+    """Whether the value comes with the model: a constant, or an initializer that may be a graph input too."""
+    return value is not None and (value.is_initializer() or constant_of(value) is not None)
+
+
+def constant(value: ir.Value | None, what: str) -> ir.TensorProtocol:
+    """The floating-point tensor of a value.
+
+    Raises:
+        Declined: it is no constant, or of another type; `what` names it.
+    """
+    tensor = constant_of(value)
+    if tensor is None:
+        if value is not None and value.is_graph_input() and value.is_initializer():
+            raise Declined(f"the {what} is a graph input (overridable; --freeze-initializers folds it)")
+        raise Declined(f"the {what} is computed at run time")
+    if tensor.dtype not in _FLOATS:
+        raise Declined(f"the {what} is of type {tensor.dtype.name}")
+    return tensor
+
+
+def require_sole_reader(node: ir.Node) -> None:
+    """Raise `Declined` unless exactly one node, in the same graph, reads the (first) output of `node`."""
+    value = node.outputs[0]
+    if value.is_graph_output():
+        raise Declined(f"the output of the {node.op_type} is also a graph output")
+    if sole_user(value) is None:
+        where = "elsewhere" if len(value.uses()) > 1 else "in another graph"
+        raise Declined(f"the output of the {node.op_type} is also read {where}")
+
+
+def along(shape: Sequence[int], channels: int, trailing: int, rank: int | None) -> bool:
+    """Whether a constant acts on the channel axis alone, without making the other operand larger.
+
+    Args:
+        shape: of the constant.
+        channels: size of the other operand's channel axis.
+        trailing: how many axes that operand has after its channel axis.
+        rank: of that operand; None where unknown, but at least 1.
+    """
+    if len(shape) > (1 if rank is None else rank):
+        return False
+    position = len(shape) - 1 - trailing
+    return all(size == 1 or (axis == position and size == channels) for axis, size in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant weight, read as `[groups, outputs, inputs, rest]`; stored inputs first where `inputs_first`."""
+
+    value: ir.Value
+    tensor: ir.TensorProtocol
+    groups: int
+    inputs_first: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The stored shape."""
+        return tuple(int(size) for size in self.tensor.shape)
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return self.shape[1] * self.groups if self.inputs_first else self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return self.shape[0] if self.inputs_first else self.shape[1] * self.groups
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """The elements in float64: `[groups, outputs of a group, inputs of a group, rest]`."""
+        first, second, *rest = self.shape
+        array = self.tensor.numpy().astype(np.float64)
+        array = array.reshape(self.groups, first // self.groups, second, int(np.prod(rest)))
+        return array.swapaxes(1, 2) if self.inputs_first else array
+
+    def scaled(self, scale: np.ndarray, *, outputs: bool) -> ir.TensorProtocol:
+        """The weight times `scale`: of shape `()`, or one number for each output, or else each input, channel.
+
+        Raises:
+            Declined: the product does not fit the weight's type, or is a large duplicate of a shared weight.
+        """
+        if len(self.value.uses()) > 1 and self.tensor.nbytes > _LARGE:
+            raise Declined("the weight is shared and too large to duplicate")
+        factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs).reshape(self.groups, -1)
+        factors = factors[:, :, None, None] if outputs else factors[:, None, :, None]
+
+        def product() -> np.ndarray:
+            blocks = self.blocks * factors
+            return (blocks.swapaxes(1, 2) if self.inputs_first else blocks).reshape(self.shape)
+
+        return self.like(product, self.shape)
+
+    def like(self, compute: Callable[[], np.ndarray], shape: Sequence[int]) -> ir.TensorProtocol:
+        """What `compute` gives, in the weight's type; of a large weight computed at each reading.
+
+        So a model with more weights than memory can be rewritten without reading them.
+
+        Raises:
+            Declined: it does not fit the type.
+        """
+        dtype = self.tensor.dtype
+        if self.tensor.nbytes > _LARGE:
+            return ir.LazyTensor(lambda: ir.Tensor(_cast(compute(), dtype), dtype=dtype), dtype, ir.Shape(shape))
+        return ir.Tensor(_finite(_cast(compute(), dtype)), dtype=dtype)
+
+    def times(self, vector: np.ndarray) -> np.ndarray:
+        """W x for an x that is the same at every position: float64, one number an output channel."""
+        x = np.broadcast_to(vector, self.inputs).reshape(self.groups, -1)
+        return np.einsum("goir,gi->go", self.blocks, x).reshape(-1)
+
+
+def _cast(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return array.astype(dtype.numpy())
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise Declined(f"the folded constants would not be finite in {array.dtype.name}")
+    return array
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Conv, ConvTranspose, Gemm or MatMul; with the Add of a constant that gives a MatMul its bias."""
+
+    node: ir.Node
+    add: ir.Node | None = None
+
+    @property
+    def source(self) -> ir.Value:
+        """What the layer reads."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def end(self) -> ir.Node:
+        """The last node of the layer."""
+        return self.add or self.node
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """The bias, if it has one."""
+        if self.add is not None:
+            return next(value for value in self.add.inputs if value is not self.node.outputs[0])
+        return self.node.inputs[2] if len(self.node.inputs) > 2 else None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the weight comes with the model; False for a product of two run-time values."""
+        return is_stored(self.node.inputs[1])
+
+    @property
+    def transposes(self) -> bool:
+        """Whether it is a Gemm that transposes what it reads."""
+        return self.node.op_type == "Gemm" and bool(int_attr(self.node, "transA", 0))
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of input and output, None where unknown."""
+        if self.node.op_type != "MatMul":
+            return len(self.weight().shape)
+        shapes = (self.source.shape, self.node.outputs[0].shape)
+        return next((len(shape) for shape in shapes if shape is not None), None)
+
+    def weight(self) -> Weight:
+        """The weight; its elements are not read.
+
+        Raises:
+            Declined: it is no constant, or of a form that is not handled.
+        """
+        if has_reference(self.node):
+            raise Declined("an attribute of the layer is a parameter of the function")
+        value, op_type = self.node.inputs[1], self.node.op_type
+        tensor = constant(value, "weight")
+        assert value is not None
+        rank = len(tensor.shape)
+        if 0 in tensor.shape or rank < 2 or (rank > 2) != ("Conv" in op_type):
+            raise Declined(f"the weight of the {op_type} has rank {rank} or is empty")
+        if "Conv" in op_type:
+            return Weight(value, tensor, int_attr(self.node, "group", 1), op_type == "ConvTranspose")
+        return Weight(value, tensor, 1, not int_attr(self.node, "transB", 0))
+
+    def bias_array(self) -> np.ndarray:
+        """What is added to W x, in float64: of shape `()`, `[outputs]`, or for a Gemm any that broadcasts.
+
+        Raises:
+            Declined: it is no constant, or does not run along the output channels.
+        """
+        if self.bias is None:
+            return np.zeros(())
+        tensor = constant(self.bias, "bias")
+        array = tensor.numpy().astype(np.float64)
+        if self.node.op_type == "Gemm":
+            return array * float_attr(self.node, "beta", 1.0)
+        if self.add is None:
+            return array
+        require_sole_reader(self.node)
+        if not along(array.shape, self.weight().outputs, 0, self.rank):
+            raise Declined("the bias of the MatMul does not run along its output channels alone")
+        return array.reshape(-1) if array.size > 1 else array.reshape(())
+
+    def rebuilt(
+        self, edit: Edit, source: ir.Value, weight: ir.Value | ir.TensorProtocol, bias: np.ndarray | None
+    ) -> ir.Value:
+        """The layer anew in `edit`, reading `source`; its output.
+
+        Args:
+            edit: takes the new nodes and constants.
+            source: what it reads.
+            weight: a value as it is, or a tensor to store.
+            bias: what is added to W x, as `bias_array` gives it; None leaves the bias as it is.
+
+        Raises:
+            Declined: the bias does not fit the weight's type, or would be larger than the weight.
+        """
+        old = self.weight()
+        attributes, bias_value = dict(self.node.attributes), self.bias
+        if bias is not None and (bias_value is not None or bias.any()):
+            if bias.size == 1 or self.node.op_type != "Gemm":
+                bias = np.broadcast_to(bias.reshape(-1), old.outputs)
+            if bias.size > max(old.outputs, old.tensor.size):
+                raise Declined("the bias would be larger than the weight")
+            like = f"{old.value.name}_bias" if bias_value is None else bias_value.name
+            bias_value = edit.constant(_finite(_cast(bias, old.tensor.dtype)), like)
+            attributes.pop("beta", None)
+        inputs = [source, weight if isinstance(weight, ir.Value) else edit.constant(weight, old.value.name)]
+        if self.node.op_type != "MatMul":
+            return edit.op(self.node.op_type, [*inputs, *_given(bias_value)], attributes, name=self.node.name)
+        product, like_product = edit.op("MatMul", inputs, name=self.node.name), self.node.outputs[0]
+        product.type = like_product.type
+        product.shape = like_product.shape.copy() if like_product.shape is not None else None
+        if bias_value is None:
+            return product
+        return edit.op("Add", [product, bias_value], name=self.add.name if self.add is not None else None)
+
+
+def _given(value: ir.Value | None) -> list[ir.Value]:
+    return [] if value is None else [value]
+
+
+def layer_of(node: ir.Node | None) -> Layer | None:
+    """The layer that ends in this node, if one does."""
+    if node is None or node.domain:
+        return None
+    if node.op_type in LAYERS:
+        return Layer(node) if len(node.inputs) > 1 and node.inputs[0] is not None else None
+    if node.op_type != "Add" or len(node.inputs) != 2:
+        return None
+    for value, other in (node.inputs, node.inputs[::-1]):
+        product = layer_of(value.producer()) if value is not None and is_stored(other) else None
+        if product is not None and product.node.op_type == "MatMul" and product.add is None:
+            return Layer(product.node, node)
+    return None

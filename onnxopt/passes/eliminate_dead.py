@@ -1,0 +1,133 @@
+"""Remove what nobody reads: nodes, optional outputs, initializers, functions, opset imports.
+
+Before: y, mask = Dropout(x); unused = Exp(x); w (an initializer) and the mask are read nowhere
+After:  y = Dropout(x)
+Declines: nothing. Graph inputs stay, read or not, and so do initializers that are graph inputs:
+    they are the signature. Outputs whose presence has a meaning (BatchNormalization in training or
+    before opset 14) stay as well, and so does a node that has no outputs at all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from onnxopt.graph import graphs, has_reference, int_attr, nodes, roots, subgraphs_of
+from onnxopt.pipeline import Pass
+from onnxopt.rewrite import Ledger
+
+__all__ = ["EliminateDead"]
+
+_KEPT_DOMAINS = ("", "ai.onnx")
+"""Always imported: the version of the default operator set says how to read, and to extend, the model."""
+
+
+@dataclass(frozen=True)
+class EliminateDead(Pass):
+    """Remove nodes, optional outputs, initializers, functions and opset imports that nobody reads."""
+
+    name = "eliminate-dead"
+
+    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+        present = set(nodes(model))
+        for root in roots(model):
+            _sweep(root, root.opset_imports, present, ledger)
+        _remove_initializers(model, present, ledger)
+        _remove_functions(model, ledger)
+        _remove_imports(model, ledger)
+
+
+def _is_read(value: ir.Value, present: set[ir.Node]) -> bool:
+    """Whether a graph output or a node of the model; nodes that are gone may still be on record as readers."""
+    return value.is_graph_output() or any(usage.node in present for usage in value.uses())
+
+
+def _sweep(graph: ir.Graph, opsets: dict[str, int], present: set[ir.Node], ledger: Ledger) -> None:
+    """Remove unread nodes from the last to the first, so that one sweep takes whole chains."""
+    for node in reversed(graph):
+        if node.outputs and not any(_is_read(value, present) for value in node.outputs):
+            if ledger.claim("unused node", node.outputs[0].name or node.name or node.op_type):
+                _remove(node, graph, present)
+                continue
+        for body in subgraphs_of(node):
+            _sweep(body, opsets, present, ledger)
+        _drop_outputs(node, opsets, present, ledger)
+
+
+def _remove(node: ir.Node, graph: ir.Graph, present: set[ir.Node]) -> None:
+    """Remove a node, and what the graphs inside it read from around it."""
+    inside = [inner for body in subgraphs_of(node) for inner in body.all_nodes()]
+    for gone in (node, *inside):
+        present.discard(gone)
+        for index in range(len(gone.inputs)):
+            gone.replace_input_with(index, None)
+    graph.remove(node)
+
+
+def _drop_outputs(node: ir.Node, opsets: dict[str, int], present: set[ir.Node], ledger: Ledger) -> None:
+    unread = [v for v in node.outputs[1:] if v.name and not _is_read(v, present)]
+    optional = _optional_outputs(node, opsets) if unread else ()
+    dropped = False
+    for value in unread:
+        if value in optional and ledger.claim("unused output", value.name or ""):
+            value.name, dropped = "", True
+    if dropped:
+        left = len(node.outputs)
+        while not node.outputs[left - 1].name:
+            left -= 1
+        node.resize_outputs(left)
+        ledger.touch([node])
+
+
+def _optional_outputs(node: ir.Node, opsets: dict[str, int]) -> list[ir.Value]:
+    """The outputs that the node may leave out, without a change to the others."""
+    version = opsets.get(node.domain)
+    if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+        return []
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    if node.op_type == "BatchNormalization" and (
+        version < 14 or has_reference(node) or int_attr(node, "training_mode", 0) != 0
+    ):
+        return []
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    return [v for v, formal in zip(node.outputs, schema.outputs, strict=False) if formal.option == optional]
+
+
+def _remove_initializers(model: ir.Model, present: set[ir.Node], ledger: Ledger) -> None:
+    for graph in graphs(model):
+        for name, value in tuple(graph.initializers.items()):
+            if value.is_graph_input() or _is_read(value, present):
+                continue
+            if ledger.claim("unused initializer", name):
+                graph.initializers.pop(name)
+
+
+def _remove_functions(model: ir.Model, ledger: Ledger) -> None:
+    """Remove functions that nobody calls, and then those that only they called."""
+    calls = Counter(node.op_identifier() for node in nodes(model))
+    work = deque(key for key in model.functions if not calls[key])
+    while work:
+        key = work.popleft()
+        if not ledger.claim("unused function", "::".join(filter(None, key))):
+            continue
+        for node in model.functions.pop(key).all_nodes():
+            called = node.op_identifier()
+            calls[called] -= 1
+            if called in model.functions and not calls[called]:
+                work.append(called)
+
+
+def _remove_imports(model: ir.Model, ledger: Ledger) -> None:
+    """Remove opset imports that no node needs; the main graph also imports what the functions use."""
+    used = {root: {node.domain for node in root.all_nodes()} for root in roots(model)}
+    everywhere = set().union(*used.values(), (key[0] for key in model.functions))
+    for root in roots(model):
+        needed = everywhere if root is model.graph else used[root]
+        for domain in tuple(root.opset_imports):
+            if domain in needed or domain in _KEPT_DOMAINS:
+                continue
+            if ledger.claim("unused opset import", f"{domain} in {root.name}" if root.name else domain):
+                del root.opset_imports[domain]

@@ -1,0 +1,104 @@
+"""Fold BatchNormalization into the layer before it, or else into the one after it.
+
+Before: y = BatchNormalization(Conv(x, w, b), gamma, beta, mean, variance)
+After:  y = Conv(x, w * s, (b - mean) * s + beta), s = gamma / sqrt(variance + epsilon)
+
+Before: y = Conv(BatchNormalization(x, gamma, beta, mean, variance), w, b)
+After:  y = Conv(x, w * s, b + sum(w * (beta - mean * s)))
+
+Likewise for ConvTranspose, Gemm and MatMul, whose bias is an Add after it.
+Declines: the weight, the bias or a parameter is no constant; another node, graph or the user reads what
+    lies between; it computes batch statistics; its channels are not those of the layer; a padded Conv or
+    a ConvTranspose after it would need the shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.graph import float_attr, has_reference, int_attr
+from onnxopt.passes._affine import scale_inputs, scale_outputs
+from onnxopt.passes._layer import LAYERS, Layer, constant, layer_of
+from onnxopt.pipeline import Kind, Pass
+from onnxopt.rewrite import Declined, Edit, Rule, Scope
+
+__all__ = ["FoldBatchnorm"]
+
+
+@dataclass(frozen=True)
+class FoldBatchnorm(Pass):
+    """Let the weights of a layer do what a BatchNormalization beside it does."""
+
+    name: ClassVar[str] = "fold-batchnorm"
+    kind: ClassVar[Kind] = "reorder"
+
+    def rules(self) -> Sequence[Rule]:
+        return (
+            Rule("BatchNormalization after a layer", ("BatchNormalization",), _after),
+            Rule("BatchNormalization before a layer", LAYERS, _before),
+        )
+
+
+def _after(node: ir.Node, scope: Scope) -> Edit | None:
+    source = node.inputs[0]
+    layer = layer_of(source.producer()) if source is not None else None
+    if layer is None:
+        return None
+    _require_channels(layer)
+    scale, shift = _scale_and_shift(node, scope)
+    return scale_outputs(layer, scale, shift, node, scope)
+
+
+def _before(node: ir.Node, scope: Scope) -> Edit | None:
+    layer = layer_of(node)
+    norm = layer.source.producer() if layer is not None else None
+    if layer is None or norm is None or norm.op_type != "BatchNormalization" or norm.domain:
+        return None
+    source = norm.inputs[0]
+    assert source is not None
+    _require_channels(layer)
+    if layer.transposes:
+        raise Declined("the Gemm transposes what it reads")
+    scale, shift = _scale_and_shift(norm, scope)
+    return scale_inputs(layer, scale, shift, norm, source, scope)
+
+
+def _require_channels(layer: Layer) -> None:
+    """The channels of a BatchNormalization are on axis 1: for a MatMul only its own where that is the last axis."""
+    if layer.rank != 2 and layer.node.op_type == "MatMul":
+        raise Declined("the MatMul's result is not known to be a matrix, with the channels on axis 1")
+
+
+def _scale_and_shift(node: ir.Node, scope: Scope) -> tuple[np.ndarray, np.ndarray]:
+    """What the node does to each channel, in float64.
+
+    Raises:
+        Declined: it does something else, or a parameter is no constant.
+    """
+    if has_reference(node):
+        raise Declined("an attribute of the BatchNormalization is a parameter of the function")
+    if _computes_statistics(node, scope.opset):
+        raise Declined("the BatchNormalization is in training mode: it computes batch statistics")
+    if not int_attr(node, "spatial", 1):
+        raise Declined("the BatchNormalization has parameters for each position (spatial=0)")
+    gamma, beta, mean, variance = (
+        constant(value, f"{what} of the BatchNormalization").numpy().astype(np.float64)
+        for value, what in zip(node.inputs[1:5], ("scale", "bias", "mean", "variance"), strict=True)
+    )
+    spread = variance + float_attr(node, "epsilon", 1e-5)
+    if not (spread > 0).all():
+        raise Declined("a variance of the BatchNormalization is not positive")
+    scale = gamma / np.sqrt(spread)
+    return scale, beta - mean * scale
+
+
+def _computes_statistics(node: ir.Node, opset: int) -> bool:
+    """Training mode: an attribute since opset 14, the mere presence of more outputs before, `is_test` before 7."""
+    if opset >= 14:
+        return bool(int_attr(node, "training_mode", 0))
+    return any(value.name for value in node.outputs[1:]) or (opset < 7 and not int_attr(node, "is_test", 0))

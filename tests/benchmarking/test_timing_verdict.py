@@ -1,0 +1,91 @@
+import dataclasses
+import json
+
+import pytest
+
+from onnxopt.benchmarking import Estimate, Figures, Timing
+
+STILL = Estimate(1.001, 0.997, 1.004)
+MS = Estimate(2.0, 1.9, 2.1)
+
+
+def timing(ratio: Estimate, control: Estimate = STILL, **changes: object) -> Timing:
+    figures = Figures(ratio, control, MS, MS)
+    result = Timing(
+        provider="cpu",
+        threads=1,
+        clock="CPU time",
+        cpu=figures,
+        wall=Figures(MS, STILL, MS, MS),
+        open_before_ms=10.0,
+        open_after_ms=9.0,
+        build_before_s=None,
+        build_after_s=None,
+        repeats=20,
+        rounds=10,
+        batch=4,
+        seed=0,
+        runtime="onnxruntime 1.31.1",
+        machine="a processor",
+        cores=2,
+        load_average=(1.0, None),
+    )
+    return dataclasses.replace(result, **changes)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "control", "verdict"),
+    [
+        (Estimate(0.5, 0.49, 0.51), STILL, "faster"),
+        (Estimate(1.5, 1.4, 1.6), STILL, "slower"),
+        (Estimate(1.0, 0.99, 1.01), STILL, "no measurable difference"),
+        # the interval clears 1 and the control, not the floor of 1 %
+        (Estimate(0.994, 0.993, 0.995), STILL, "no measurable difference"),
+        (Estimate(0.985, 0.981, 0.989), STILL, "faster"),
+        (Estimate(1.015, 1.011, 1.019), STILL, "slower"),
+        # a large gain with an interval that reaches the floor
+        (Estimate(0.8, 0.6, 0.995), STILL, "no measurable difference"),
+        # the control wanders by 6 %: upwards, but 5 % downwards says nothing either
+        (Estimate(0.95, 0.948, 0.952), Estimate(1.005, 0.99, 1.06), "no measurable difference"),
+        (Estimate(0.9, 0.89, 0.91), Estimate(1.005, 0.99, 1.06), "faster"),
+        # the original strays from itself by 1.5 %: nothing below 3 %
+        (Estimate(0.975, 0.974, 0.976), Estimate(1.015, 1.01, 1.02), "no measurable difference"),
+        (Estimate(0.965, 0.964, 0.966), Estimate(1.015, 1.01, 1.02), "faster"),
+    ],
+)
+def test_only_an_interval_outside_the_blind_zone_is_a_claim(ratio, control, verdict):
+    assert timing(ratio, control).verdict == verdict
+
+
+@pytest.mark.parametrize("few", [{"repeats": 2}, {"rounds": 2}])
+def test_few_samples_raise_the_floor_and_are_said(few):
+    result = timing(Estimate(0.98, 0.979, 0.981), **few)
+    assert result.verdict == "no measurable difference"
+    assert result.blind_zone == pytest.approx((1 / 1.03, 1.03))
+    assert result.summary.endswith("; few samples")
+    assert timing(Estimate(0.9, 0.89, 0.91), **few).verdict == "faster"
+
+
+def test_summary_is_one_line():
+    result = timing(Estimate(0.5, 0.49, 0.51))
+    assert result.summary == (
+        "faster: 0.500x CPU time [0.490, 0.510], control 1.001x [0.997, 1.004], 2 ms before, 2 ms after"
+    )
+
+
+def test_the_verdict_reads_the_clock_it_names():
+    result = timing(Estimate(0.5, 0.49, 0.51), clock="wall time")
+    assert result.figures is result.wall
+    assert (result.ratio, result.interval) == (2.0, (1.9, 2.1))
+    assert (result.control_ratio, result.control_interval) == (1.001, (0.997, 1.004))
+    assert result.verdict == "slower"
+    assert "2.000x wall time [1.900, 2.100]" in result.summary
+
+
+def test_dictionary_is_json_and_carries_the_verdict():
+    result = timing(Estimate(0.5, 0.49, 0.51))
+    read = json.loads(json.dumps(result.to_dict()))
+    assert read == {**result.to_dict(), "load_average": [1.0, None]}
+    assert read["verdict"] == "faster"
+    assert read["cpu"]["ratio"] == {"value": 0.5, "low": 0.49, "high": 0.51}
+    assert read["blind_zone"] == pytest.approx([1 / 1.01, 1.01])

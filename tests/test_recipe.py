@@ -1,0 +1,112 @@
+"""Passes and pipelines as text, and what is said of words that are not known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from onnxopt import recipe
+from onnxopt.errors import UsageError
+from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.pipeline import Pass, Pipeline
+from onnxopt.recipe import known_passes, load_recipe, parse_pass, parse_passes, recipes
+
+
+@dataclass(frozen=True)
+class Sample(Pass):
+    """A pass with an option of each type."""
+
+    name = "sample"
+    ratio: float = 0.5
+    limit: int = 10
+    deep: bool = False
+    scheme: Literal["int8", "int4"] = "int8"
+    only: tuple[str, ...] = ()
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = {**known_passes(), "sample": Sample}
+    monkeypatch.setattr(recipe, "known_passes", lambda: passes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sample", Sample()),
+        ("sample{}", Sample()),
+        ("sample{ratio=0.25}", Sample(ratio=0.25)),
+        ("sample{limit=3,deep=true,scheme=int4}", Sample(limit=3, deep=True, scheme="int4")),
+        (" sample{ only=a+b , limit=1 } ", Sample(only=("a", "b"), limit=1)),
+    ],
+)
+def test_spelling_and_parsing_are_inverse(text: str, expected: Sample) -> None:
+    assert parse_pass(text) == expected
+    assert parse_pass(str(expected)) == expected
+
+
+def test_a_list_of_passes() -> None:
+    assert parse_passes("eliminate-identity, sample{limit=1,deep=true}") == (
+        EliminateIdentity(),
+        Sample(limit=1, deep=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("eliminate-identiy", r"unknown pass 'eliminate-identiy' \(did you mean 'eliminate-identity'\?\)"),
+        ("sample{limt=3}", r"sample: unknown option 'limt' \(did you mean 'limit'\?\)"),
+        ("sample{limit=three}", "sample: limit: expected int, found 'three'"),
+        ("sample{deep=yes}", "sample: deep: expected bool, found 'yes'"),
+        ("sample{scheme=int5}", r"sample: scheme: unknown value 'int5' \(did you mean 'int4'\?\)"),
+        ("sample{limit}", "sample: expected option=value, found 'limit'"),
+        ("eliminate-identity{a=1}", "eliminate-identity: unknown option 'a': it has none"),
+        ("sample{", "expected name or name"),
+        ("", "expected name or name"),
+    ],
+)
+def test_unknown_words_are_refused_with_the_nearest(text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        parse_pass(text)
+
+
+def test_recipes_from_toml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('description = "x"\npasses = ["sample{limit=2}"]\nrounds = 3\n')
+    assert load_recipe(path) == Pipeline((Sample(limit=2),), rounds=3)
+    assert load_recipe(str(path)) == load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("passes = [", "not TOML"),
+        ("passes = 3", "expected a list"),
+        ('pases = ["sample"]', r"unknown key 'pases' \(did you mean 'passes'\?\)"),
+        ('passes = ["nope"]', "unknown pass 'nope'"),
+        ('passes = ["sample"]\nrounds = 0', "rounds must be a positive integer"),
+    ],
+)
+def test_bad_recipes_are_refused(content: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=complaint):
+        load_recipe(path)
+
+
+def test_missing_recipes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(UsageError, match=r"unknown recipe 'defualt' \(did you mean 'default'\?\)"):
+        load_recipe("defualt")
+
+
+def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
+    assert "default" in recipes()
+    for name, about in recipes().items():
+        assert about
+        assert load_recipe(name).passes

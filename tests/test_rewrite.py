@@ -1,0 +1,167 @@
+"""Edits and the driver: names, graph outputs, dead nodes, subgraphs, functions, linear time."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from tests.support import assert_equivalent, text_model
+
+from onnxopt.graph import nodes
+from onnxopt.model import load
+from onnxopt.rewrite import Declined, Edit, Ledger, Rule, Scope, drive, scopes
+from onnxopt.structure import find_problem
+
+
+def first_scope(model: ir.Model) -> Scope:
+    return next(scopes(model))
+
+
+def node_of(model: ir.Model, output: str) -> ir.Node:
+    return next(node for node in nodes(model) if node.outputs[0].name == output)
+
+
+def test_a_new_value_takes_the_name_of_the_one_it_replaces() -> None:
+    model = load(text_model("agraph (float[2] x) => (float[2] z) { y = Neg(x)\n z = Relu(y) }"))
+    edit = Edit(node_of(model, "y"), first_scope(model))
+    minus = edit.constant(np.array(-1, np.float32), "y")
+    edit.replace(node_of(model, "y").outputs[0], edit.op("Mul", [model.graph.inputs[0], minus]))
+    edit.commit()
+    assert [(node.op_type, node.outputs[0].name) for node in model.graph] == [("Mul", "y"), ("Relu", "z")]
+    assert list(model.graph.initializers) == ["y_1"]
+    assert find_problem(model, list(model.graph)) is None
+
+
+def test_nothing_changes_before_commit() -> None:
+    model = load(text_model("agraph (float[2] x) => (float[2] z) { y = Neg(x)\n z = Relu(y) }"))
+    source, scope = model.graph.inputs[0], first_scope(model)
+    before = len(source.uses())
+    edit = Edit(node_of(model, "y"), scope)
+    edit.op("Mul", [source, edit.constant(np.array([1], np.float32), "one")])
+    assert len(source.uses()) == before
+    assert not model.graph.initializers
+    assert scope.names == {"x", "y", "z"}
+
+
+def test_a_graph_output_keeps_name_type_and_shape() -> None:
+    proto = text_model("agraph (float[N] x) => (float[N] z) { y = Neg(x)\n z = Identity(y) }")
+    model = load(proto)
+    node = node_of(model, "z")
+    source = node.inputs[0]
+    assert source is not None
+    Edit(node, first_scope(model)).replace(node.outputs[0], source).commit()
+    assert [node.op_type for node in model.graph] == ["Neg"]
+    assert str(model.graph.outputs[0].shape) == "[N]"
+    assert_equivalent(proto, model)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "z = Identity(x)",
+        "y = Neg(x)\n z = Identity(y)\n w = Identity(y)",
+    ],
+)
+def test_a_graph_output_that_could_not_keep_its_name_is_declined(body: str) -> None:
+    outputs = "float[2] z, float[2] w" if "w =" in body else "float[2] z"
+    model = load(text_model(f"agraph (float[2] x) => ({outputs}) {{ {body} }}"))
+    scope = first_scope(model)
+    reasons = []
+    for name in ("z", "w")[: len(model.graph.outputs)]:
+        node = node_of(model, name)
+        source = node.inputs[0]
+        assert source is not None
+        edit = Edit(node, scope).replace(node.outputs[0], source)
+        try:
+            edit.check()
+            edit.commit()
+        except Declined as reason:
+            reasons.append(str(reason))
+    assert len(reasons) == 1
+    assert "graph output" in reasons[0]
+    assert [value.name for value in model.graph.outputs] == ["z", "w"][: len(model.graph.outputs)]
+
+
+def test_nodes_above_that_nobody_reads_go_too_and_others_stay() -> None:
+    text = """agraph (float[2] x) => (float[2] z, float[2] b) {
+        a = Abs(x)
+        b = Neg(a)
+        c = Exp(b)
+        d = Log(c)
+        z = Relu(d)
+    }"""
+    model = load(text_model(text))
+    edit = Edit(node_of(model, "z"), first_scope(model))
+    edit.replace(model.graph.outputs[0], edit.op("Relu", [model.graph.inputs[0]])).commit()
+    assert [node.op_type for node in model.graph] == ["Abs", "Neg", "Relu"]
+
+
+@pytest.mark.parametrize("ir_version", [3, 4, 10])
+def test_constants_are_initializers_where_the_format_lets_them(ir_version: int) -> None:
+    text = f'<ir_version: {ir_version}, opset_import: ["" : 9]> agraph (float[2] x) => (float[2] z) {{ z = Neg(x) }}'
+    proto = text_model(text)
+    model = load(proto)
+    edit = Edit(model.graph[0], first_scope(model))
+    minus = edit.constant(np.array(-1, np.float32), "minus")
+    edit.replace(model.graph.outputs[0], edit.op("Mul", [model.graph.inputs[0], minus])).commit()
+    assert [node.op_type for node in model.graph] == (["Constant", "Mul"] if ir_version < 4 else ["Mul"])
+    assert_equivalent(proto, model)
+
+
+NEG_TO_MUL = Rule(
+    "Neg",
+    ("Neg",),
+    lambda node, scope: (edit := Edit(node, scope)).replace(
+        node.outputs[0], edit.op("Mul", [*node.inputs, edit.constant(np.array(-1, np.float32), "minus")])
+    ),
+)
+
+
+def test_the_driver_reaches_branches_and_functions() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 17, "local" : 1]>
+    agraph (bool c, float[2] x) => (float[2] z) {
+        y = local.f(x)
+        z = If(c) <then_branch = t () => (float[2] p) { p = Neg(y) }, else_branch = e () => (float[2] q) { q = Abs(y) }>
+    }
+    <domain: "local", opset_import: ["" : 17]>
+    f (a) => (b) { b = Neg(a) }
+    """
+    proto = text_model(text)
+    model = load(proto)
+    ledger = Ledger(pass_name="test")
+    drive(model, (NEG_TO_MUL,), ledger)
+    assert [rewrite.site for rewrite in ledger.granted] == ["p", "b"]
+    assert "Neg" not in [node.op_type for node in nodes(model)]
+    (function,) = model.functions.values()
+    assert [node.op_type for node in function] == ["Constant", "Mul"]
+    assert find_problem(model, ledger.touched) is None
+    for flag in (True, False):
+        assert_equivalent(proto, model, {"c": np.array(flag), "x": np.array([1, -2], np.float32)})
+
+
+def long_chain(length: int) -> ir.Model:
+    source = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    graph = ir.Graph([source], [], nodes=[], opset_imports={"": 17}, name="chain")
+    value = source
+    for _ in range(length):
+        node = ir.Node("", "Neg", [value])
+        graph.append(node)
+        value = node.outputs[0]
+    value.type, value.shape = source.type, source.shape
+    graph.outputs.append(value)
+    return ir.Model(graph, ir_version=10)
+
+
+def test_driver_time_grows_linearly_with_nodes() -> None:
+    def seconds(length: int) -> float:
+        model = long_chain(length)
+        started = time.process_time()
+        ledger = Ledger(pass_name="test")
+        drive(model, (NEG_TO_MUL,), ledger)
+        assert len(ledger.granted) == length
+        return time.process_time() - started
+
+    seconds(200)
+    assert seconds(8000) < 10 * 2 * max(seconds(800), 0.01)

@@ -1,0 +1,154 @@
+"""Saving: atomic, streamed, the same bytes each time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from tests.support import text_model
+
+from onnxopt import storage
+from onnxopt.errors import ModelError
+from onnxopt.model import load
+from onnxopt.storage import save
+
+TEXT = "agraph (float[2,3] x) => (float[2,3] y) { a = Relu(x)\n y = Neg(a) }"
+
+
+def weighted(value: float = 1.0, size: int = 8192) -> ir.Model:
+    """y = x * w with a weight of 4 * size bytes."""
+    model = load(
+        text_model(f"agraph (float[{size}] x) => (float[{size}] y) <float[1] s = {{2}}> {{ y = Mul(x, s) }}")
+    )
+    weight = ir.Value(name="w", const_value=ir.tensor(np.full(size, value, np.float32), name="w"))
+    model.graph.register_initializer(weight)
+    model.graph[0].replace_input_with(1, weight)
+    return model
+
+
+def weight_of(path: Path) -> np.ndarray:
+    proto = onnx.load(path)
+    return onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == "w"))
+
+
+def test_same_model_same_bytes(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save(weighted(), tmp_path / folder / "m.onnx", external_data=True)
+    files = [sorted(p.name for p in (tmp_path / f).iterdir()) for f in ("a", "b")]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_external_data_is_named_after_its_content_and_reads_back(tmp_path: Path) -> None:
+    path = save(weighted(3.0), tmp_path / "m.onnx", external_data=True)
+    (data,) = tmp_path.glob("m.onnx.*.data")
+    assert len(data.name) == len("m.onnx..data") + 16
+    onnx.checker.check_model(str(path))
+    np.testing.assert_array_equal(weight_of(path), np.full(8192, 3.0, np.float32))
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = weighted()
+    tensor = model.graph.initializers["w"].const_value
+    save(model, tmp_path / "m.onnx", external_data=True)
+    assert model.graph.initializers["w"].const_value is tensor
+    save(model, tmp_path / "n.onnx", external_data=False)
+    assert model.graph.initializers["w"].const_value is tensor
+
+
+def test_a_new_version_replaces_model_and_data(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    save(weighted(1.0), path, external_data=True)
+    save(weighted(2.0), path, external_data=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    np.testing.assert_array_equal(weight_of(path), np.full(8192, 2.0, np.float32))
+
+
+def test_saving_over_its_own_source(tmp_path: Path) -> None:
+    path = save(weighted(1.0), tmp_path / "m.onnx", external_data=True)
+    model = load(path)
+    model.graph[0].op_type = "Div"
+    save(model, path)
+    np.testing.assert_array_equal(weight_of(path), np.full(8192, 1.0, np.float32))
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    np.testing.assert_array_equal(tensor.numpy(), np.full(8192, 1.0, np.float32))
+
+
+def test_external_weights_stay_external_and_small_ones_stay_inside(tmp_path: Path) -> None:
+    path = save(weighted(), tmp_path / "m.onnx", external_data=True)
+    (tmp_path / "out").mkdir()
+    save(load(path), tmp_path / "out" / "n.onnx")
+    assert len(list((tmp_path / "out").glob("*.data"))) == 1
+    proto = onnx.load(tmp_path / "out" / "n.onnx", load_external_data=False)
+    places = {t.name: t.data_location for t in proto.graph.initializer}
+    assert places == {"s": onnx.TensorProto.DEFAULT, "w": onnx.TensorProto.EXTERNAL}
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"), [("missing/m.onnx", "No such file or directory"), (".", "it is a folder")]
+)
+def test_places_that_cannot_be_written_to(target: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"cannot be written: {complaint}"):
+        save(weighted(), tmp_path / target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(weighted(1.0), tmp_path / "m.onnx", external_data=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(stream: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "_sync", full)
+    with pytest.raises(ModelError, match="No space left on device"):
+        save(weighted(2.0), path, external_data=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+WRITER = """
+    import sys
+    from pathlib import Path
+    sys.path[:0] = {paths!r}
+    from tests.test_storage import weighted
+    from onnxopt.storage import save
+    models = [weighted(float(i), 1 << 20) for i in (1, 2)]
+    print("ready", flush=True)
+    while True:
+        for model in models:
+            save(model, Path({target!r}), external_data=True)
+"""
+
+
+def test_killed_at_any_moment_the_old_or_the_new_model_stands(tmp_path: Path) -> None:
+    target = tmp_path / "m.onnx"
+    save(weighted(1.0, 1 << 20), target, external_data=True)
+    root = str(Path(__file__).parents[1])
+    script = textwrap.dedent(WRITER.format(paths=[root], target=str(target)))
+    seen = set()
+    for attempt in range(6):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.05 + 0.023 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        weight = weight_of(target)
+        assert weight[0] in (1.0, 2.0)
+        assert (weight == weight[0]).all()
+        onnx.checker.check_model(str(target))
+        seen.add(float(weight[0]))
+    assert seen <= {1.0, 2.0}
