@@ -221,7 +221,7 @@ def _rewrite_and_prove(
         verdict = baseline.compare(candidate, kind=kind, frozen=frozen)
         return None if verdict.ok else verdict.reason
 
-    if baseline.obstacle:
+    if verdict.status == "unproved":
         job.notes.append(
             "left as it was: nothing can be proved of this model; --no-verify rewrites it unproved"
         )

@@ -55,7 +55,7 @@ def names(diagnosis: Diagnosis) -> list[str]:
     return [check.name for check in diagnosis.checks]
 
 
-def test_this_installation_is_seen_and_nothing_is_printed(capfd):
+def test_this_installation_is_seen_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     found = diagnose()
     assert capfd.readouterr() == ("", "")
     assert found["python"].detail == platform.python_version()
@@ -70,7 +70,7 @@ def test_this_installation_is_seen_and_nothing_is_printed(capfd):
     assert set(read["checks"][0]) == {"name", "status", "detail", "mend"}
 
 
-def test_a_plain_cpu_installation_has_nothing_to_mend(tmp_path):
+def test_a_plain_cpu_installation_has_nothing_to_mend(tmp_path: Path) -> None:
     for name in ("onnx", "onnx_ir", "numpy"):
         install(tmp_path, name, "1.2")
     install(tmp_path, "onnxruntime", "1.31.1", "onnxruntime/__init__.py")
@@ -84,14 +84,14 @@ def test_a_plain_cpu_installation_has_nothing_to_mend(tmp_path):
     assert found["provider cuda"].status == "off"
 
 
-def test_a_missing_library_fails_with_the_command(tmp_path):
+def test_a_missing_library_fails_with_the_command(tmp_path: Path) -> None:
     found = see(tmp_path)
     assert found["numpy"].status == "fail"
     assert found["numpy"].mend == "pip install numpy"
     assert not found.healthy
 
 
-def test_two_distributions_of_one_package_clash(tmp_path):
+def test_two_distributions_of_one_package_clash(tmp_path: Path) -> None:
     install(tmp_path, "onnxruntime", "1.31.1", "onnxruntime/__init__.py")
     install(tmp_path, "onnxruntime_gpu", "1.30.0", "onnxruntime/__init__.py")
     clash = see(tmp_path)["onnxruntime clash"]
@@ -104,14 +104,14 @@ def no_runtime():
     raise RuntimeMissingError("onnxruntime is not installed: pip install 'onnxopt[cpu]'")
 
 
-def test_no_runtime_is_one_check_with_the_command(tmp_path):
+def test_no_runtime_is_one_check_with_the_command(tmp_path: Path) -> None:
     found = see(tmp_path, probe=no_runtime)
     assert found["onnxruntime"].status == "fail"
     assert found["onnxruntime"].mend == "pip install 'onnxopt[cpu]'"
     assert not any(name.startswith("provider") for name in names(found))
 
 
-def test_files_gone_under_an_installed_runtime_ask_for_a_reinstall(tmp_path):
+def test_files_gone_under_an_installed_runtime_ask_for_a_reinstall(tmp_path: Path) -> None:
     """What `pip uninstall onnxruntime` leaves of onnxruntime-gpu beside it: an empty namespace."""
     install(tmp_path, "onnxruntime-gpu", "1.31.1", "onnxruntime/__init__.py")
     found = see(tmp_path, probe=no_runtime)
@@ -119,19 +119,19 @@ def test_files_gone_under_an_installed_runtime_ask_for_a_reinstall(tmp_path):
     assert found["onnxruntime"].mend == "pip install --force-reinstall --no-deps onnxruntime-gpu"
 
 
-def test_a_gpu_build_on_a_machine_without_a_gpu_is_no_fault(tmp_path):
+def test_a_gpu_build_on_a_machine_without_a_gpu_is_no_fault(tmp_path: Path) -> None:
     cuda = see(tmp_path, probe=DEAD_GPU)["provider cuda"]
     assert (cuda.status, cuda.mend) == ("off", "")
     assert "libcublasLt.so.13" in cuda.detail
 
 
-def test_a_gpu_that_a_cpu_build_leaves_idle_is_told(tmp_path):
+def test_a_gpu_that_a_cpu_build_leaves_idle_is_told(tmp_path: Path) -> None:
     cuda = see(tmp_path, has_gpu=True)["provider cuda"]
     assert cuda.status == "warn"
     assert "onnxopt[gpu]" in cuda.mend
 
 
-def test_cuda_libraries_of_another_version_are_named(tmp_path):
+def test_cuda_libraries_of_another_version_are_named(tmp_path: Path) -> None:
     install(tmp_path, "nvidia-cudnn-cu12", "9.1")
     install(tmp_path, "nvidia-cudnn-cu13", "9.9")
     cuda = see(tmp_path, probe=DEAD_GPU, has_gpu=True)["provider cuda"]
@@ -141,20 +141,20 @@ def test_cuda_libraries_of_another_version_are_named(tmp_path):
     assert "onnxruntime-gpu<1.27" in cuda.mend
 
 
-def test_a_gpu_without_its_libraries_gets_them_by_name(tmp_path):
+def test_a_gpu_without_its_libraries_gets_them_by_name(tmp_path: Path) -> None:
     found = see(tmp_path, probe=DEAD_GPU, has_gpu=True)
     assert found["provider cuda"].detail == "libcublasLt.so.13: no such file"
     assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in found["provider cuda"].mend
     assert "TensorRT" in found["provider tensorrt"].mend
 
 
-def test_working_providers_are_ok(tmp_path):
+def test_working_providers_are_ok(tmp_path: Path) -> None:
     found = see(tmp_path, probe=probe(GPU_BUILD), has_gpu=True)
     assert [found[f"provider {name}"].status for name in ("cpu", "cuda", "tensorrt")] == ["ok"] * 3
     assert found["onnxruntime"].detail == GPU_BUILD
 
 
-def test_a_cpu_provider_that_fails_is_a_fault(tmp_path):
+def test_a_cpu_provider_that_fails_is_a_fault(tmp_path: Path) -> None:
     assert see(tmp_path, probe=probe(cpu="no kernel"))["provider cpu"].status == "fail"
 
 
@@ -167,7 +167,7 @@ def test_a_cpu_provider_that_fails_is_a_fault(tmp_path):
         (None, "ok", "unknown"),
     ],
 )
-def test_vector_units(tmp_path, flags, status, detail):
+def test_vector_units(tmp_path: Path, flags: frozenset[str] | None, status: str, detail: str) -> None:
     found = see(tmp_path, here=Machine("a cpu", "x86_64", 2, flags, None))
     assert found["vector units"].status == status
     assert found["vector units"].detail.startswith(detail)
@@ -175,7 +175,7 @@ def test_vector_units(tmp_path, flags, status, detail):
     assert found["processor"].detail == "a cpu, x86_64, 2 cores"
 
 
-def test_third_party_passes_are_listed_without_importing_them(tmp_path):
+def test_third_party_passes_are_listed_without_importing_them(tmp_path: Path) -> None:
     install(tmp_path, "my-passes", "0.3", entry="fuse-swish = does_not_exist:FuseSwish")
     found = see(tmp_path)["third-party passes"]
     assert (found.status, found.detail) == ("ok", "fuse-swish (my-passes 0.3)")

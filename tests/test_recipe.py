@@ -62,7 +62,7 @@ def test_a_list_of_passes() -> None:
         ("sample{limt=3}", r"sample: unknown option 'limt' \(did you mean 'limit'\?\)"),
         ("sample{limit=three}", "sample: limit: expected int, found 'three'"),
         ("sample{deep=yes}", "sample: deep: expected bool, found 'yes'"),
-        ("sample{scheme=int5}", r"sample: scheme: unknown value 'int5' \(did you mean 'int4'\?\)"),
+        ("sample{scheme=int5}", r"sample: scheme: unknown value 'int5' \(did you mean 'int8'\?\)"),
         ("sample{limit}", "sample: expected option=value, found 'limit'"),
         ("eliminate-identity{a=1}", "eliminate-identity: unknown option 'a': it has none"),
         ("sample{", "expected name or name"),

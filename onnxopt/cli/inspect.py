@@ -102,7 +102,7 @@ def _shape(shape: tuple[int | str | None, ...] | None) -> str:
 def _dearest(found: Inspection, top: int, table: Table) -> Table:
     from onnxopt.reporting.tables import amount, count_bytes
 
-    numbers = [cost for cost in found.costs if cost.macs != 0]
+    numbers = [cost for cost in found.costs if cost.macs not in (0, "?")]
     ranked = sorted(numbers, key=lambda cost: -cost.macs if isinstance(cost.macs, int) else 0)
     for cost in ranked[:top]:
         row = (amount(cost.macs), count_bytes(cost.output_bytes), count_bytes(cost.live_bytes))

@@ -24,7 +24,19 @@ KERNELS: dict[str, Kernel] = {**ARRANGEMENT, **ELEMENTWISE, **REDUCTION}
 """Operator of the default domain -> its kernel."""
 
 MOVES = frozenset(
-    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+    {
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 """Operators whose kernels also take arrays of Python objects."""
 
@@ -54,7 +66,9 @@ def evaluate(
     except CannotEvaluateError:
         raise
     except Exception as error:  # numpy and the reference evaluator refuse malformed nodes in many ways
-        raise CannotEvaluateError(f"{node.op_type} fails: {type(error).__name__}: {_one_line(error)}") from error
+        raise CannotEvaluateError(
+            f"{node.op_type} fails: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     arrays = result if isinstance(result, tuple) else (result,)
     for value, array in zip(node.outputs, arrays, strict=False):
         _check(value, array)
@@ -65,6 +79,8 @@ def _reference(node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -
     if not onnx.defs.has(node.op_type, opset):
         raise CannotEvaluateError(f"{node.op_type} is no operator of opset {opset}")
     schema = onnx.defs.get_schema(node.op_type, opset)
+    if not all(kind.startswith("tensor") for put in schema.outputs for kind in put.types):
+        raise CannotEvaluateError("it gives no plain tensor")
     if _meaning(schema) != _meaning(onnx.defs.get_schema(node.op_type)):
         raise CannotEvaluateError(f"{node.op_type} meant something else in opset {opset}")
     if sum(array.size for array in inputs if array is not None) > _REFERENCE_LIMIT:
@@ -95,15 +111,19 @@ def _meaning(schema: onnx.defs.OpSchema) -> object:
 def _check(value: ir.Value, array: object) -> None:
     """Hold a result against the type and shape on record."""
     if not isinstance(array, np.ndarray | np.generic) or array.dtype.kind in "SU":
-        raise CannotEvaluateError("it gives no plain tensor of numbers")
+        raise CannotEvaluateError("it gives no plain tensor")
     if array.dtype == object:
         return
     dtype = ir.DataType.from_numpy(array.dtype)
     if value.dtype is not None and value.dtype != dtype:
         raise CannotEvaluateError(f"it comes out as {dtype.name}, and is {value.dtype.name} on record")
     dims = value.shape.dims if value.shape is not None else array.shape
-    if len(dims) != array.ndim or any(isinstance(d, int) and d != s for d, s in zip(dims, array.shape, strict=False)):
-        raise CannotEvaluateError(f"it comes out in shape {list(array.shape)}, and is {value.shape} on record")
+    if len(dims) != array.ndim or any(
+        isinstance(d, int) and d != s for d, s in zip(dims, array.shape, strict=False)
+    ):
+        raise CannotEvaluateError(
+            f"it comes out in shape {list(array.shape)}, and is {value.shape} on record"
+        )
 
 
 def _one_line(error: BaseException) -> str:

@@ -111,16 +111,6 @@ def _tile(call: Call) -> np.ndarray:
     return np.tile(x, repeats)
 
 
-def _size(call: Call) -> np.ndarray:
-    return np.array(call.array().size, np.int64)
-
-
-def _shape(call: Call) -> np.ndarray:
-    start, end = (call.node.attributes.get(name) for name in ("start", "end"))
-    dims = call.array().shape[start and start.as_int() : end and end.as_int()]
-    return np.array(dims, np.int64)
-
-
 def _constant_of_shape(call: Call) -> np.ndarray:
     attr = call.node.attributes.get("value")
     value = np.zeros(1, np.float32) if attr is None else attr.as_tensor().numpy()
@@ -133,7 +123,9 @@ def _range(call: Call) -> np.ndarray:
     start, limit, delta = (call.array(index).reshape(()) for index in range(3))
     if delta == 0:
         raise CannotEvaluateError("Range with a step of 0")
-    count = max(math.ceil((limit.astype(np.float64) - start.astype(np.float64)) / delta.astype(np.float64)), 0)
+    count = max(
+        math.ceil((limit.astype(np.float64) - start.astype(np.float64)) / delta.astype(np.float64)), 0
+    )
     call.room((count,), start.dtype.itemsize)
     return np.asarray(start + np.arange(count).astype(start.dtype) * delta, start.dtype)
 
@@ -153,16 +145,19 @@ def _pad(call: Call) -> np.ndarray:
     pads = call.ints("paddings") if call.opset < 2 else call.ints("pads", 1)
     axes = (call.ints("axes", 3) if call.opset >= 18 else None) or tuple(range(x.ndim))
     if pads is None or len(pads) != 2 * len(axes) or mode not in _NUMPY_MODES:
-        raise CannotEvaluateError(f"Pad with mode {mode!r} and {len(pads or ())} amounts for {len(axes)} axes")
+        raise CannotEvaluateError(
+            f"Pad with mode {mode!r} and {len(pads or ())} amounts for {len(axes)} axes"
+        )
     amounts = [(0, 0)] * x.ndim
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         amounts[axis] = (before, after)
     if mode != "constant" and any(min(pair) < 0 for pair in amounts):
         raise CannotEvaluateError(f"Pad with mode {mode!r} and negative amounts")
-    call.room([size + max(a, 0) + max(b, 0) for size, (a, b) in zip(x.shape, amounts, strict=True)], x.dtype.itemsize)
-    crop = tuple(
-        slice(max(-a, 0), size - max(-b, 0)) for size, (a, b) in zip(x.shape, amounts, strict=True)
+    call.room(
+        [size + max(a, 0) + max(b, 0) for size, (a, b) in zip(x.shape, amounts, strict=True)],
+        x.dtype.itemsize,
     )
+    crop = tuple(slice(max(-a, 0), size - max(-b, 0)) for size, (a, b) in zip(x.shape, amounts, strict=True))
     grow = [(max(a, 0), max(b, 0)) for a, b in amounts]
     if mode != "constant":
         return np.pad(x, grow, _NUMPY_MODES[mode])  # type: ignore[call-overload,no-any-return]
@@ -187,7 +182,11 @@ def _gather_nd(call: Call) -> np.ndarray:
     grid = np.indices(indices.shape[:batch], sparse=True)
     outer = [g.reshape(g.shape + (1,) * (indices.ndim - 1 - batch)) for g in grid]
     inner = list(np.moveaxis(indices, -1, 0))
-    return np.asarray(x[(*outer, *inner)]) if outer or inner else np.broadcast_to(x, (*indices.shape[:-1], *x.shape))
+    return (
+        np.asarray(x[(*outer, *inner)])
+        if outer or inner
+        else np.broadcast_to(x, (*indices.shape[:-1], *x.shape))
+    )
 
 
 def _scatter_nd(call: Call) -> np.ndarray:
@@ -230,7 +229,5 @@ ARRANGEMENT: dict[str, Kernel] = {
     "Pad": _pad,
     "Range": _range,
     "ScatterND": _scatter_nd,
-    "Shape": _shape,
-    "Size": _size,
     "Tile": _tile,
 }

@@ -41,7 +41,7 @@ def _binary(function: Function) -> Kernel:
     def kernel(call: Call) -> np.ndarray:
         _check_broadcast(call)
         a, b = call.array(0), call.array(1)
-        return np.asarray(function(widened(a), widened(b))).astype(a.dtype)
+        return np.asarray(function(widened(a), widened(b))).astype(np.result_type(a.dtype, b.dtype))
 
     return kernel
 
@@ -59,7 +59,9 @@ def _variadic(function: Function, *, mean: bool = False) -> Kernel:
         call.room_for_broadcast()
         arrays = call.present()
         result = functools.reduce(function, (widened(array) for array in arrays))
-        return np.asarray(result / np.asarray(len(arrays), result.dtype) if mean else result).astype(arrays[0].dtype)
+        return np.asarray(result / np.asarray(len(arrays), result.dtype) if mean else result).astype(
+            arrays[0].dtype
+        )
 
     return kernel
 

@@ -33,9 +33,8 @@ def scale_outputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, anchor: ir
     weight = layer.weight()
     _check(layer, scale, shift, weight.outputs, scope)
     bias = layer.bias_array() * scale + shift
-    new = weight.value if (scale == 1).all() else weight.scaled(scale, outputs=True)
-    edit = Edit(anchor, scope)
-    return edit.replace(anchor.outputs[0], layer.rebuilt(edit, layer.source, new, bias))
+    tensor, edit = weight.scaled(scale, outputs=True), Edit(anchor, scope)
+    return edit.replace(anchor.outputs[0], layer.rebuilt(edit, layer.source, tensor, bias))
 
 
 def scale_inputs(
@@ -62,9 +61,8 @@ def scale_inputs(
         if layer.node.op_type == "Conv" and not _unpadded(layer, weight.shape[2:]):
             raise Declined("the padding of the Conv would need the shift")
         bias = layer.bias_array() + float_attr(layer.node, "alpha", 1.0) * weight.times(shift)
-    new = weight.value if (scale == 1).all() else weight.scaled(scale, outputs=False)
-    edit = Edit(layer.end, scope)
-    return edit.replace(layer.end.outputs[0], layer.rebuilt(edit, source, new, bias))
+    tensor, edit = weight.scaled(scale, outputs=False), Edit(layer.end, scope)
+    return edit.replace(layer.end.outputs[0], layer.rebuilt(edit, source, tensor, bias))
 
 
 def _check(layer: Layer, scale: np.ndarray, shift: np.ndarray, channels: int, scope: Scope) -> None:

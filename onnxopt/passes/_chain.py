@@ -57,7 +57,8 @@ def normalised(axes: Sequence[int], rank: int | None) -> tuple[int, ...]:
     if rank is None and any(axis < 0 for axis in axes):
         raise Declined("an axis counts from the end of an unknown number of axes")
     counted = tuple(axis + (rank or 0) if axis < 0 else axis for axis in axes)
-    if len(set(counted)) < len(counted) or any(not 0 <= axis < (rank or axis + 1) for axis in counted):
+    beyond = max((0, *counted)) + 1 if rank is None else rank
+    if len(set(counted)) < len(counted) or any(not 0 <= axis < beyond for axis in counted):
         raise Declined("the axes repeat or do not exist")
     return counted
 

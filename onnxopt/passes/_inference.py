@@ -21,7 +21,11 @@ def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
     Graph outputs are left as they are declared. Nothing on record is overwritten.
     """
     version = opsets.get(node.domain, 0)
-    if has_reference(node) or any(True for _ in subgraphs_of(node)) or not onnx.defs.has(node.op_type, version, node.domain):
+    if (
+        has_reference(node)
+        or any(True for _ in subgraphs_of(node))
+        or not onnx.defs.has(node.op_type, version, node.domain)
+    ):
         return []
     known = [value for value in node.inputs if value is not None and value.type is not None and value.name]
     if len(known) < sum(value is not None for value in node.inputs):
@@ -35,7 +39,9 @@ def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
     imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
     schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     try:
-        inferred = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data, opset_imports=imports)
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema, ir.to_proto(node), types, data, opset_imports=imports
+        )
     except onnx.shape_inference.InferenceError:
         return []
     return [v for v in node.outputs if v.name in inferred and _complete(v, inferred[v.name])]
@@ -51,10 +57,14 @@ def _complete(value: ir.Value, inferred: onnx.TypeProto) -> bool:
         value.type = ir.TensorType(ir.DataType(tensor.elem_type))
     if not tensor.HasField("shape"):
         return value.type != before[0]
-    found = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
+    found = [
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
+    ]
     if value.shape is None:
         value.shape = ir.Shape(found)
     elif len(value.shape) == len(found):
         pairs = zip(value.shape.dims, found, strict=True)
-        value.shape = ir.Shape([new if isinstance(new, int) and not isinstance(old, int) else old for old, new in pairs])
+        value.shape = ir.Shape(
+            [new if isinstance(new, int) and not isinstance(old, int) else old for old, new in pairs]
+        )
     return (value.type, value.shape) != before

@@ -7,8 +7,7 @@ other readers; one above 1 MiB is not duplicated that way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,17 @@ import onnx_ir as ir
 from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole_user
 from onnxopt.rewrite import Declined, Edit
 
-__all__ = ["LAYERS", "Layer", "Weight", "along", "constant", "is_stored", "layer_of", "require_sole_reader"]
+__all__ = [
+    "LAYERS",
+    "Layer",
+    "Weight",
+    "along",
+    "constant",
+    "is_stored",
+    "layer_of",
+    "require_sole_reader",
+    "rounded",
+]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -56,15 +65,20 @@ def require_sole_reader(node: ir.Node) -> None:
         raise Declined(f"the output of the {node.op_type} is also read {where}")
 
 
-def along(shape: Sequence[int], channels: int, trailing: int, rank: int | None) -> bool:
+def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(size for size in tensor.shape if isinstance(size, int))
+
+
+def along(tensor: ir.TensorProtocol, channels: int, trailing: int, rank: int | None) -> bool:
     """Whether a constant acts on the channel axis alone, without making the other operand larger.
 
     Args:
-        shape: of the constant.
+        tensor: the constant; only its shape is looked at.
         channels: size of the other operand's channel axis.
         trailing: how many axes that operand has after its channel axis.
         rank: of that operand; None where unknown, but at least 1.
     """
+    shape = _dims(tensor)
     if len(shape) > (1 if rank is None else rank):
         return False
     position = len(shape) - 1 - trailing
@@ -73,7 +87,10 @@ def along(shape: Sequence[int], channels: int, trailing: int, rank: int | None) 
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant weight, read as `[groups, outputs, inputs, rest]`; stored inputs first where `inputs_first`."""
+    """A constant weight, seen as `[groups, outputs, inputs, rest]`.
+
+    inputs_first: it is stored as `[inputs, outputs of a group, *rest]`, else `[outputs, inputs of a group, *rest]`.
+    """
 
     value: ir.Value
     tensor: ir.TensorProtocol
@@ -83,7 +100,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """The stored shape."""
-        return tuple(int(size) for size in self.tensor.shape)
+        return _dims(self.tensor)
 
     @property
     def outputs(self) -> int:
@@ -99,17 +116,23 @@ class Weight:
     def blocks(self) -> np.ndarray:
         """The elements in float64: `[groups, outputs of a group, inputs of a group, rest]`."""
         first, second, *rest = self.shape
-        array = self.tensor.numpy().astype(np.float64)
+        array: np.ndarray = self.tensor.numpy().astype(np.float64)
         array = array.reshape(self.groups, first // self.groups, second, int(np.prod(rest)))
         return array.swapaxes(1, 2) if self.inputs_first else array
 
     def scaled(self, scale: np.ndarray, *, outputs: bool) -> ir.TensorProtocol:
-        """The weight times `scale`: of shape `()`, or one number for each output, or else each input, channel.
+        """The weight times `scale`: of shape `()`, or one number a channel of its outputs or of its inputs.
+
+        The product of a large weight is computed at each reading, so that a model with more weights
+        than memory can be rewritten without reading them.
 
         Raises:
             Declined: the product does not fit the weight's type, or is a large duplicate of a shared weight.
         """
-        if len(self.value.uses()) > 1 and self.tensor.nbytes > _LARGE:
+        if (scale == 1).all():
+            return self.tensor
+        dtype, large = self.tensor.dtype, self.tensor.nbytes > _LARGE
+        if large and len(self.value.uses()) > 1:
             raise Declined("the weight is shared and too large to duplicate")
         factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs).reshape(self.groups, -1)
         factors = factors[:, :, None, None] if outputs else factors[:, None, :, None]
@@ -118,36 +141,32 @@ class Weight:
             blocks = self.blocks * factors
             return (blocks.swapaxes(1, 2) if self.inputs_first else blocks).reshape(self.shape)
 
-        return self.like(product, self.shape)
-
-    def like(self, compute: Callable[[], np.ndarray], shape: Sequence[int]) -> ir.TensorProtocol:
-        """What `compute` gives, in the weight's type; of a large weight computed at each reading.
-
-        So a model with more weights than memory can be rewritten without reading them.
-
-        Raises:
-            Declined: it does not fit the type.
-        """
-        dtype = self.tensor.dtype
-        if self.tensor.nbytes > _LARGE:
-            return ir.LazyTensor(lambda: ir.Tensor(_cast(compute(), dtype), dtype=dtype), dtype, ir.Shape(shape))
-        return ir.Tensor(_finite(_cast(compute(), dtype)), dtype=dtype)
+        if not large:
+            return rounded(product(), dtype)
+        return ir.LazyTensor(lambda: _cast(product(), dtype), dtype, ir.Shape(self.shape))
 
     def times(self, vector: np.ndarray) -> np.ndarray:
         """W x for an x that is the same at every position: float64, one number an output channel."""
         x = np.broadcast_to(vector, self.inputs).reshape(self.groups, -1)
-        return np.einsum("goir,gi->go", self.blocks, x).reshape(-1)
+        product: np.ndarray = np.einsum("goir,gi->go", self.blocks, x)
+        return product.reshape(-1)
 
 
-def _cast(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+def _cast(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
     with np.errstate(over="ignore"):
-        return array.astype(dtype.numpy())
+        return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)
 
 
-def _finite(array: np.ndarray) -> np.ndarray:
-    if not np.isfinite(array).all():
-        raise Declined(f"the folded constants would not be finite in {array.dtype.name}")
-    return array
+def rounded(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
+    """The float64 array as a tensor of a type.
+
+    Raises:
+        Declined: the type cannot hold it.
+    """
+    tensor = _cast(array, dtype)
+    if not np.isfinite(tensor.numpy()).all():
+        raise Declined(f"the folded constants would not be finite in {dtype.name}")
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,7 @@ class Layer:
         tensor = constant(value, "weight")
         assert value is not None
         rank = len(tensor.shape)
-        if 0 in tensor.shape or rank < 2 or (rank > 2) != ("Conv" in op_type):
+        if not tensor.size or rank < 2 or (rank > 2) != ("Conv" in op_type):
             raise Declined(f"the weight of the {op_type} has rank {rank} or is empty")
         if "Conv" in op_type:
             return Weight(value, tensor, int_attr(self.node, "group", 1), op_type == "ConvTranspose")
@@ -227,47 +246,46 @@ class Layer:
         if self.add is None:
             return array
         require_sole_reader(self.node)
-        if not along(array.shape, self.weight().outputs, 0, self.rank):
+        if not along(tensor, self.weight().outputs, 0, self.rank):
             raise Declined("the bias of the MatMul does not run along its output channels alone")
         return array.reshape(-1) if array.size > 1 else array.reshape(())
 
     def rebuilt(
-        self, edit: Edit, source: ir.Value, weight: ir.Value | ir.TensorProtocol, bias: np.ndarray | None
+        self, edit: Edit, source: ir.Value, tensor: ir.TensorProtocol, bias: np.ndarray | None
     ) -> ir.Value:
-        """The layer anew in `edit`, reading `source`; its output.
+        """The layer anew in `edit`; its output.
 
         Args:
             edit: takes the new nodes and constants.
-            source: what it reads.
-            weight: a value as it is, or a tensor to store.
+            source: what the layer reads.
+            tensor: the weight, laid out as now; the present one is not stored again.
             bias: what is added to W x, as `bias_array` gives it; None leaves the bias as it is.
 
         Raises:
             Declined: the bias does not fit the weight's type, or would be larger than the weight.
         """
-        old = self.weight()
-        attributes, bias_value = dict(self.node.attributes), self.bias
+        old, bias_value, attributes = self.weight(), self.bias, dict(self.node.attributes)
         if bias is not None and (bias_value is not None or bias.any()):
-            if bias.size == 1 or self.node.op_type != "Gemm":
-                bias = np.broadcast_to(bias.reshape(-1), old.outputs)
-            if bias.size > max(old.outputs, old.tensor.size):
-                raise Declined("the bias would be larger than the weight")
             like = f"{old.value.name}_bias" if bias_value is None else bias_value.name
-            bias_value = edit.constant(_finite(_cast(bias, old.tensor.dtype)), like)
+            bias_value = edit.constant(self._bias_tensor(bias, replace(old, tensor=tensor)), like)
             attributes.pop("beta", None)
-        inputs = [source, weight if isinstance(weight, ir.Value) else edit.constant(weight, old.value.name)]
+        weight = old.value if tensor is old.tensor else edit.constant(tensor, old.value.name)
         if self.node.op_type != "MatMul":
-            return edit.op(self.node.op_type, [*inputs, *_given(bias_value)], attributes, name=self.node.name)
-        product, like_product = edit.op("MatMul", inputs, name=self.node.name), self.node.outputs[0]
-        product.type = like_product.type
-        product.shape = like_product.shape.copy() if like_product.shape is not None else None
+            inputs = [source, weight] if bias_value is None else [source, weight, bias_value]
+            return edit.op(self.node.op_type, inputs, attributes, name=self.node.name)
+        product, present = edit.op("MatMul", [source, weight], name=self.node.name), self.node.outputs[0]
         if bias_value is None:
             return product
+        product.type = present.type
+        product.shape = present.shape.copy() if present.shape is not None else None
         return edit.op("Add", [product, bias_value], name=self.add.name if self.add is not None else None)
 
-
-def _given(value: ir.Value | None) -> list[ir.Value]:
-    return [] if value is None else [value]
+    def _bias_tensor(self, bias: np.ndarray, weight: Weight) -> ir.TensorProtocol:
+        if bias.size == 1 or self.node.op_type != "Gemm":
+            bias = np.broadcast_to(bias.reshape(-1), weight.outputs)
+        if bias.size > max(weight.outputs, weight.tensor.size):
+            raise Declined("the bias would be larger than the weight")
+        return rounded(bias, weight.tensor.dtype)
 
 
 def layer_of(node: ir.Node | None) -> Layer | None:

@@ -4,7 +4,7 @@ Before: y, mask = Dropout(x); unused = Exp(x); w (an initializer) and the mask a
 After:  y = Dropout(x)
 Declines: nothing. Graph inputs stay, read or not, and so do initializers that are graph inputs:
     they are the signature. Outputs whose presence has a meaning (BatchNormalization in training or
-    before opset 14) stay as well, and so does a node that has no outputs at all.
+    before opset 14, Attention with a past) stay as well, and so does a node without any output.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class EliminateDead(Pass):
 
 
 def _is_read(value: ir.Value, present: set[ir.Node]) -> bool:
-    """Whether a graph output or a node of the model; nodes that are gone may still be on record as readers."""
+    """Whether the value is needed; nodes that are gone may still be on record as its readers."""
     return value.is_graph_output() or any(usage.node in present for usage in value.uses())
 
 
 def _sweep(graph: ir.Graph, opsets: dict[str, int], present: set[ir.Node], ledger: Ledger) -> None:
     """Remove unread nodes from the last to the first, so that one sweep takes whole chains."""
     for node in reversed(graph):
-        if node.outputs and not any(_is_read(value, present) for value in node.outputs):
-            if ledger.claim("unused node", node.outputs[0].name or node.name or node.op_type):
-                _remove(node, graph, present)
-                continue
+        unread = node.outputs and not any(_is_read(value, present) for value in node.outputs)
+        if unread and ledger.claim("unused node", node.outputs[0].name or node.name or node.op_type):
+            _remove(node, graph, present)
+            continue
         for body in subgraphs_of(node):
             _sweep(body, opsets, present, ledger)
         _drop_outputs(node, opsets, present, ledger)
@@ -83,9 +83,16 @@ def _drop_outputs(node: ir.Node, opsets: dict[str, int], present: set[ir.Node], 
 
 
 def _optional_outputs(node: ir.Node, opsets: dict[str, int]) -> list[ir.Value]:
-    """The outputs that the node may leave out, without a change to the others."""
+    """The outputs that the node may leave out, without a change to the others.
+
+    ONNX Runtime runs no Attention that has a past but leaves out the present.
+    """
     version = opsets.get(node.domain)
-    if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+    if (
+        version is None
+        or node.op_type == "Attention"
+        or not onnx.defs.has(node.op_type, version, node.domain)
+    ):
         return []
     schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     if node.op_type == "BatchNormalization" and (
@@ -111,7 +118,7 @@ def _remove_functions(model: ir.Model, ledger: Ledger) -> None:
     work = deque(key for key in model.functions if not calls[key])
     while work:
         key = work.popleft()
-        if not ledger.claim("unused function", "::".join(filter(None, key))):
+        if not ledger.claim("unused function", _spell(key)):
             continue
         for node in model.functions.pop(key).all_nodes():
             called = node.op_identifier()
@@ -122,12 +129,18 @@ def _remove_functions(model: ir.Model, ledger: Ledger) -> None:
 
 def _remove_imports(model: ir.Model, ledger: Ledger) -> None:
     """Remove opset imports that no node needs; the main graph also imports what the functions use."""
-    used = {root: {node.domain for node in root.all_nodes()} for root in roots(model)}
-    everywhere = set().union(*used.values(), (key[0] for key in model.functions))
-    for root in roots(model):
-        needed = everywhere if root is model.graph else used[root]
-        for domain in tuple(root.opset_imports):
-            if domain in needed or domain in _KEPT_DOMAINS:
-                continue
-            if ledger.claim("unused opset import", f"{domain} in {root.name}" if root.name else domain):
-                del root.opset_imports[domain]
+    needed = {node.domain for node in nodes(model)} | {key[0] for key in model.functions}
+    _narrow(model.graph, needed, "", ledger)
+    for key, function in model.functions.items():
+        _narrow(function.graph, {node.domain for node in function.all_nodes()}, f" in {_spell(key)}", ledger)
+
+
+def _narrow(graph: ir.Graph, needed: set[str], where: str, ledger: Ledger) -> None:
+    for domain in tuple(graph.opset_imports):
+        unused = domain not in needed and domain not in _KEPT_DOMAINS
+        if unused and ledger.claim("unused opset import", domain + where):
+            del graph.opset_imports[domain]
+
+
+def _spell(function: tuple[str, str, str]) -> str:
+    return "::".join(filter(None, function))

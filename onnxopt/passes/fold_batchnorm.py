@@ -69,7 +69,7 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
 
 
 def _require_channels(layer: Layer) -> None:
-    """The channels of a BatchNormalization are on axis 1: for a MatMul only its own where that is the last axis."""
+    """Axis 1 holds the channels of a BatchNormalization, the last axis those of a MatMul."""
     if layer.rank != 2 and layer.node.op_type == "MatMul":
         raise Declined("the MatMul's result is not known to be a matrix, with the channels on axis 1")
 
@@ -98,7 +98,7 @@ def _scale_and_shift(node: ir.Node, scope: Scope) -> tuple[np.ndarray, np.ndarra
 
 
 def _computes_statistics(node: ir.Node, opset: int) -> bool:
-    """Training mode: an attribute since opset 14, the mere presence of more outputs before, `is_test` before 7."""
+    """Training mode is an attribute since opset 14, the mere presence of more outputs before that."""
     if opset >= 14:
         return bool(int_attr(node, "training_mode", 0))
     return any(value.name for value in node.outputs[1:]) or (opset < 7 and not int_attr(node, "is_test", 0))

@@ -34,6 +34,9 @@ __all__ = ["FoldConstants"]
 _LARGE = 1 << 20
 """Bytes of inputs from which on the size of a result is asked for before it is worked out."""
 
+_ROOM = 1 << 24
+"""Bytes that a result may have more than its inputs; it may still shrink before it is put in place."""
+
 _ARITHMETIC = frozenset({"Add", "Cast", "Mul", "Sub"})
 """Besides MOVES, what is done to shapes that are known in part."""
 
@@ -50,7 +53,7 @@ class FoldConstants(Pass):
     name = "fold-constants"
     kind = "reorder"
 
-    max_growth: int = 1 << 14
+    max_growth: int = 1 << 12
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for scope in scopes(model):
@@ -95,7 +98,7 @@ class _Folder:
                 continue
             for value in node.inputs:
                 self.settle(value)
-            if not self.changed.isdisjoint(node.inputs):
+            if graph not in self.loose and not self.changed.isdisjoint(node.inputs):
                 self.changed.update(refine(node, self.scope.graph.opset_imports))
         for value in graph.outputs:
             self.settle(value)
@@ -116,39 +119,55 @@ class _Folder:
             self.check(node)
             inputs = [None if value is None else self.read(value) for value in node.inputs]
             if partial and node.op_type == "Cast":
-                return self.note(node, inputs)
-            return self.note(node, evaluate(node, inputs, self.scope.opset))
+                return self.note(node, [array for array in inputs if array is not None])
+            limit = _ROOM + sum(array.nbytes for array in inputs if array is not None)
+            return self.note(node, evaluate(node, inputs, self.scope.opset, limit))
         except (CannotEvaluateError, Declined) as reason:
             if not partial:
                 self.ledger.decline(node.op_type, _site(node), str(reason))
             return False
 
-    def dims(self, node: ir.Node) -> Sequence[np.ndarray | None]:
-        """The output of Shape or Size, from the shape on record of its input."""
+    def dims(self, node: ir.Node) -> Sequence[np.ndarray]:
+        """The output of Shape or Size, from its input's value or else from the shape on record."""
         source = node.inputs[0]
-        if source is None or source.shape is None or has_reference(node):
+        if source is None or has_reference(node):
             return ()
-        maker = source.producer()
-        if (maker.graph if maker is not None else source.graph) in self.loose:
-            return ()
-        dims = [dim if isinstance(dim, int) else _UNKNOWN for dim in source.shape.dims]
+        found = self.shape(source)
         if node.op_type == "Size":
-            return () if _UNKNOWN in dims else (np.array(math.prod(d for d in dims if isinstance(d, int)), np.int64),)
+            known = [dim for dim in found or () if isinstance(dim, int)]
+            return (
+                (np.array(math.prod(known), np.int64),)
+                if found is not None and len(known) == len(found)
+                else ()
+            )
         start, end = (node.attributes.get(name) for name in ("start", "end"))
-        return (np.array(dims[start and start.as_int() : end and end.as_int()], object),)
+        return (
+            ()
+            if found is None
+            else (np.array(found[start and start.as_int() : end and end.as_int()], object),)
+        )
 
-    def note(self, node: ir.Node, arrays: Sequence[np.ndarray | None]) -> bool:
+    def shape(self, value: ir.Value) -> Sequence[int | _Unknown] | None:
+        if value in self.facts:
+            return self.facts[value].shape
+        maker = value.producer()
+        if value.shape is None or (maker.graph if maker is not None else value.graph) in self.loose:
+            return None
+        return [dim if isinstance(dim, int) else _UNKNOWN for dim in value.shape.dims]
+
+    def note(self, node: ir.Node, arrays: Sequence[np.ndarray]) -> bool:
         """Keep the outputs; False where they are not known in full."""
         full = bool(arrays)
         for value, array in zip(node.outputs, arrays, strict=False):
-            if array is not None and array.dtype == object:
+            if array.dtype == object:
+                dtype = ir.DataType.INT64 if node.op_type == "Shape" else value.dtype
+                if dtype not in (ir.DataType.INT32, ir.DataType.INT64):
+                    return False
                 if all(isinstance(element, int) for element in array.ravel()):
-                    dtype = value.dtype or ir.DataType.INT64
-                    array = np.array(array.tolist(), dtype.numpy()).reshape(array.shape)
+                    array = array.astype(dtype.numpy())
                 else:
                     full = False
-            if array is not None:
-                self.facts[value] = array
+            self.facts[value] = array
         return full
 
     def is_known(self, value: ir.Value) -> bool:

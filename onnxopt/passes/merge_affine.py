@@ -82,7 +82,7 @@ def _after(node: ir.Node, scope: Scope) -> Edit | None:
         return None
     if affine.shifts and layer.end.op_type == "MatMul":
         return None
-    scale, shift = _scale_and_shift(affine, layer, layer.weight().outputs, layer.rank, _trailing(layer))
+    scale, shift = _scale_and_shift(affine, layer.weight().outputs, layer.rank, _trailing(layer))
     return scale_outputs(layer, scale, shift, node, scope)
 
 
@@ -91,8 +91,8 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     affine = _affine_of(layer.source.producer(), scope) if layer is not None else None
     if layer is None or affine is None or not layer.stored:
         return None
-    if affine.shifts and node.op_type == "MatMul":
-        return None
+    if affine.shifts != (layer.end is not layer.node) and layer.node.op_type == "MatMul":
+        return None  # a shift needs the bias that the Add holds; a scale is taken at the MatMul itself
     if _ends_block(affine, scope):
         raise Declined("it ends a normalization or activation, which runtimes know as a whole")
     weight = layer.weight()
@@ -100,7 +100,7 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     trailing = 1 if layer.transposes else _trailing(layer)
     if rank is not None and rank != (layer.rank or rank):
         raise Declined("the constant makes the layer's input larger")
-    scale, shift = _scale_and_shift(affine, layer, weight.inputs, rank, trailing)
+    scale, shift = _scale_and_shift(affine, weight.inputs, rank, trailing)
     if max(scale.size, shift.size) > 1 and _size(affine.source, -1 - trailing) != weight.inputs:
         raise Declined("the layer's input is not known to have as many channels as the constant")
     return scale_inputs(layer, scale, shift, affine.node, affine.source, scope)
@@ -117,13 +117,13 @@ def _size(value: ir.Value, axis: int) -> int | None:
 
 
 def _scale_and_shift(
-    affine: _Affine, layer: Layer, channels: int, rank: int | None, trailing: int
+    affine: _Affine, channels: int, rank: int | None, trailing: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the node does to each channel, in float64: each of shape `()` or `[channels]`."""
     tensor = constant(affine.other, "constant")
     if affine.reversed and affine.node.op_type == "Div":
         raise Declined("the constant is divided by the run-time value")
-    if not along(tuple(tensor.shape), channels, trailing, rank):
+    if not along(tensor, channels, trailing, rank):
         raise Declined("the constant does not run along the channels alone")
     array = tensor.numpy().astype(np.float64)
     array = array.reshape(-1) if array.size > 1 else array.reshape(())
@@ -140,7 +140,7 @@ def _scale_and_shift(
 
 
 def _ends_block(affine: _Affine, scope: Scope) -> bool:
-    """Whether it scales a product or quotient of run-time values: LayerNorm, RMSNorm, GELU and the like end so."""
+    """Whether it follows a product or quotient of run-time values, as LayerNorm, RMSNorm and GELU end."""
     node = affine.source.producer()
     while (inner := _affine_of(node, scope)) is not None:
         node = inner.source.producer()

@@ -63,7 +63,12 @@ def _cast(node: ir.Node, scope: Scope) -> Edit | None:
         raise Declined("the first Cast does not keep every value")
     if source.dtype is target:
         return Edit(node, scope).replace(node.outputs[0], source)
-    if source.dtype in _INTEGERS and middle in _FLOATS and target in _INTEGERS and not is_lossless(source.dtype, target):
+    if (
+        source.dtype in _INTEGERS
+        and middle in _FLOATS
+        and target in _INTEGERS
+        and not is_lossless(source.dtype, target)
+    ):
         raise Declined("integers out of the last type's range, which a float in between leaves open")
     require_alone(first, node)
     edit = Edit(node, scope)

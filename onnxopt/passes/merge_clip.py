@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, constant_of, float_attr
+from onnxopt.graph import constant_of, float_attr
 from onnxopt.passes._chain import before, rank_of, require_alone
 from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
@@ -80,7 +80,9 @@ def _clip(
     """A Clip in the form of the opset."""
     if opset < 11:
         return edit.op("Clip", (source,), {"min": float(low), "max": float(high)})
-    bounds = (edit.constant(np.array(bound, dtype.numpy()), name) for name, bound in (("min", low), ("max", high)))
+    bounds = (
+        edit.constant(np.array(bound, dtype.numpy()), name) for name, bound in (("min", low), ("max", high))
+    )
     return edit.op("Clip", (source, *bounds))
 
 
@@ -111,7 +113,8 @@ def _bounds(node: ir.Node, dtype: ir.DataType) -> _Bounds:
             return _Bounds(float_attr(node, "min", low), float_attr(node, "max", high))
         given = (*node.inputs[1:], None, None)
         return _Bounds(
-            low if given[0] is None else _scalar(given[0], 0), high if given[1] is None else _scalar(given[1], 0)
+            low if given[0] is None else _scalar(given[0], 0),
+            high if given[1] is None else _scalar(given[1], 0),
         )
     place = _data_input(node)
     assert place is not None
@@ -126,8 +129,8 @@ def _scalar(value: ir.Value | None, rank: int) -> float:
         raise Declined("a bound is no constant")
     if tensor.size != 1 or len(tensor.shape) > rank:
         raise Declined("a bound is no scalar")
-    array = constant_array(value)
-    bound: float = array.item() if array is not None else math.nan
+    element = tensor.numpy().reshape(-1)[0]
+    bound = int(element) if element.dtype.kind in "iu" else float(element)
     if math.isnan(bound):
         raise Declined("a bound is no number")
     return bound

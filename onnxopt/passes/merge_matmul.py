@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import float_attr
-from onnxopt.passes._layer import Layer, layer_of, require_sole_reader
+from onnxopt.passes._layer import Layer, layer_of, require_sole_reader, rounded
 from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
@@ -53,12 +53,23 @@ def _merge(node: ir.Node, scope: Scope) -> Edit | None:
     if second.transposes:
         raise Declined("the second Gemm transposes what it reads")
     require_sole_reader(first.end)
-    if first.add is not None:
-        require_sole_reader(first.node)
     a, b = first.weight(), second.weight()
     if a.inputs * a.outputs + b.inputs * b.outputs <= a.inputs * b.outputs:
         raise Declined("the product of the weights takes no fewer multiply-adds")
-    bias = _bias(first, second)
     kept = second if second.node.op_type == "Gemm" and not first.transposes else first
-    other = first if kept is second else second
-    return _product(kept, other, first, second, bias, Edit(node, scope))
+    bias = None if kept is second and first.bias is None else _bias(first, second)
+    product = b.blocks[0, :, :, 0] @ a.blocks[0, :, :, 0]
+    product *= float_attr((first if kept is second else second).node, "alpha", 1.0)
+    weight = product.T if kept.weight().inputs_first else product
+    edit = Edit(node, scope)
+    output = kept.rebuilt(edit, first.source, rounded(weight, a.tensor.dtype), bias)
+    return edit.replace(node.outputs[0], output)
+
+
+def _bias(first: Layer, second: Layer) -> np.ndarray:
+    """What the two add to the product of their weights with the input, in float64."""
+    bias = first.bias_array()
+    if bias.ndim == 2 and bias.shape[0] > 1:
+        raise Declined("the bias of the first Gemm differs by row")
+    passed: np.ndarray = float_attr(second.node, "alpha", 1.0) * second.weight().times(bias.reshape(-1))
+    return passed + second.bias_array()

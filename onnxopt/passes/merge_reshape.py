@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import int_attr
+from onnxopt.graph import constant_array, int_attr
 from onnxopt.passes._chain import axes_of, before, constant_ints, normalised, rank_of, require_alone
 from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
@@ -63,13 +63,13 @@ def _flatten(node: ir.Node, scope: Scope) -> Edit | None:
     [0, 7] reshaped to [0, 5] has the same first size and as many elements, and flattens to another shape.
     """
     first = before(node.inputs[0], node, _VIEWS)
-    if first is None:
+    if first is None or scope.opset < 5:
         return None
     require_alone(first, node)
     axis = int_attr(node, "axis", 1)
     if axis < 0:
         raise Declined("Flatten's axis counts from the end")
-    inferred = axis == 0 or first.op_type != "Reshape" or -1 in constant_ints(first.inputs[1], "the shape is")
+    inferred = axis == 0 or first.op_type != "Reshape" or -1 in _target(first)
     if not inferred or not all(_is_copy(first, position) for position in range(axis)):
         raise Declined("the axes in front of Flatten's cut are not those before the first change of shape")
     edit = Edit(node, scope)
@@ -82,13 +82,12 @@ def _ones(node: ir.Node, scope: Scope) -> Edit | None:
         return None
     require_alone(first, node)
     sizes, axes = list(constant_ints(first.inputs[1], "the shape is")), axes_of(node)
-    if axes is None:
+    if not axes:
         raise Declined("Squeeze names no axes")
     grows = node.op_type == "Unsqueeze"
     axes = normalised(axes, len(sizes) + len(axes) if grows else len(sizes))
-    copies = int_attr(first, "allowzero", 0) == 0
-    if copies:
-        sizes = [size or (0 if axis < min(axes, default=0) else _known(first, axis)) for axis, size in enumerate(sizes)]
+    if int_attr(first, "allowzero", 0) == 0:
+        sizes = [size or (0 if axis < min(axes) else _known(first, axis)) for axis, size in enumerate(sizes)]
     for axis in sorted(axes, reverse=not grows):
         if grows:
             sizes.insert(axis, 1)
@@ -106,13 +105,11 @@ def _copied(first: ir.Node, axis: int) -> int:
 
 def _known(first: ir.Node, axis: int) -> int:
     """The size of an axis of the first op's result; it must not be 0, which would be read as a copy."""
-    if first.op_type == "Reshape" and int_attr(first, "allowzero", 0) == 0:
-        sizes = constant_ints(first.inputs[1], "the shape is")
-        if axis < len(sizes) and sizes[axis] > 0:
-            return sizes[axis]
-    shape = first.outputs[0].shape
-    size = shape.dims[axis] if shape is not None and axis < len(shape) else None
-    if not isinstance(size, int) or size < 1:
+    target, shape = _target(first), first.outputs[0].shape
+    size = target[axis] if axis < len(target) else 0
+    if size < 1 and shape is not None and axis < len(shape) and isinstance(recorded := shape.dims[axis], int):
+        size = recorded
+    if size < 1:
         raise Declined("a 0 in the shape copies a size that is not known to be positive")
     return size
 
@@ -122,16 +119,19 @@ def _is_copy(first: ir.Node, axis: int) -> bool:
     if first.op_type == "Flatten":
         return axis == 0 and int_attr(first, "axis", 1) == 1
     if first.op_type == "Reshape":
-        if int_attr(first, "allowzero", 0):
-            return False
-        sizes = constant_ints(first.inputs[1], "the shape is")
-        return axis < len(sizes) and sizes[axis] == 0
+        return axis < len(_target(first)) and _target(first)[axis] == 0
     axes = axes_of(first)
     if not axes:
         return False
-    rank = rank_of(first.inputs[0])
-    if rank is None and (after := rank_of(first.outputs[0])) is not None:
-        rank = after - len(axes) if first.op_type == "Unsqueeze" else after + len(axes)
-    if rank is not None and first.op_type == "Unsqueeze":
-        rank += len(axes)
-    return axis < min(normalised(axes, rank))
+    unsqueezed, rank = first.op_type == "Unsqueeze", rank_of(first.inputs[0])
+    if rank is not None:
+        return axis < min(normalised(axes, rank + len(axes) if unsqueezed else rank))
+    return axis < min(axes) if min(axes) >= 0 else False
+
+
+def _target(first: ir.Node) -> tuple[int, ...]:
+    """The constant shape of a Reshape in which a 0 copies and -1 is inferred; empty where it is something else."""
+    if first.op_type != "Reshape" or int_attr(first, "allowzero", 0):
+        return ()
+    array = constant_array(first.inputs[1])
+    return () if array is None else tuple(int(size) for size in array)

@@ -64,7 +64,9 @@ def _slice(node: ir.Node, scope: Scope) -> Edit | None:
     rank = rank_of(source, *first.outputs, *node.outputs)
     inner, outer = _cuts(first, scope.opset), _cuts(node, scope.opset)
     if rank is not None or any(axis < 0 for axis in inner) != any(axis < 0 for axis in outer):
-        inner, outer = (dict(zip(normalised(tuple(c), rank), c.values(), strict=True)) for c in (inner, outer))
+        inner, outer = (
+            dict(zip(normalised(tuple(c), rank), c.values(), strict=True)) for c in (inner, outer)
+        )
     cuts = dict(inner)
     for axis, cut in outer.items():
         cuts[axis] = _composed(inner[axis], cut, _size(source, axis)) if axis in inner else cut

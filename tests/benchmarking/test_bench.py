@@ -1,5 +1,8 @@
 import io
+import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +18,7 @@ from onnxopt.runtimes import RunError, open_session, providers
 def chain(length: int) -> onnx.ModelProto:
     """`length` products of 128 x 128 matrices that nothing can fold: X is the weight too."""
     names = ["x", *(f"h{i}" for i in range(1, length)), "y"]
-    body = "\n".join(f"{b} = MatMul({a}, x)" for a, b in zip(names, names[1:], strict=False))
+    body = "\n".join(f"{b} = MatMul({a}, x)" for a, b in itertools.pairwise(names))
     text = (
         f'<ir_version: 8, opset_import: ["": 13]> g (float[128, 128] x) => (float[128, 128] y) {{ {body} }}'
     )
@@ -27,7 +30,7 @@ FEEDS = [
 ]
 
 
-def test_twice_the_work_is_slower_by_about_that():
+def test_twice_the_work_is_slower_by_about_that() -> None:
     told: list[float] = []
     timing = bench(chain(6), chain(12), feeds=FEEDS, seconds=1.5, progress=told.append)
     assert timing.verdict == "slower"
@@ -46,7 +49,7 @@ def test_twice_the_work_is_slower_by_about_that():
     assert json.loads(json.dumps(timing.to_dict()))["verdict"] == "slower"
 
 
-def test_half_the_work_is_faster_whatever_kind_of_model_it_comes_as(tmp_path):
+def test_half_the_work_is_faster_whatever_kind_of_model_it_comes_as(tmp_path: Path) -> None:
     onnx.save(chain(12), tmp_path / "long.onnx")
     stream = io.BytesIO(chain(6).SerializeToString())
     timing = bench(tmp_path / "long.onnx", stream, feeds=FEEDS, seconds=0.8)
@@ -54,7 +57,7 @@ def test_half_the_work_is_faster_whatever_kind_of_model_it_comes_as(tmp_path):
     assert "x CPU time [" in timing.summary
 
 
-def test_a_model_is_about_as_fast_as_itself():
+def test_a_model_is_about_as_fast_as_itself() -> None:
     timing = bench(chain(4), chain(4), seconds=1.0, seed=1)
     assert 0.8 < timing.ratio < 1.25
     low, high = timing.blind_zone
@@ -63,7 +66,7 @@ def test_a_model_is_about_as_fast_as_itself():
     assert timing.seed == 1
 
 
-def test_several_threads_are_judged_by_wall_time():
+def test_several_threads_are_judged_by_wall_time() -> None:
     timing = bench(chain(4), chain(4), feeds=FEEDS, threads=2, seconds=0.5)
     assert timing.clock == "wall time"
     assert timing.figures is timing.wall
@@ -71,7 +74,7 @@ def test_several_threads_are_judged_by_wall_time():
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_provider_that_cannot_run_is_an_error_and_never_a_cpu_number(provider):
+def test_a_provider_that_cannot_run_is_an_error_and_never_a_cpu_number(provider: str) -> None:
     available = {found.name for found in providers() if found.available}
     if provider in available:
         assert bench(chain(2), chain(2), provider=provider, seconds=0.5).clock == "wall time"
@@ -83,7 +86,7 @@ def test_a_provider_that_cannot_run_is_an_error_and_never_a_cpu_number(provider)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_device_is_timed_by_wall_and_tensorrt_builds_apart(provider):
+def test_a_device_is_timed_by_wall_and_tensorrt_builds_apart(provider: str) -> None:
     timing = bench(chain(6), chain(48), provider=provider, feeds=FEEDS, seconds=3)
     assert timing.clock == "wall time"
     assert timing.verdict == "slower"
@@ -100,12 +103,12 @@ def test_a_device_is_timed_by_wall_and_tensorrt_builds_apart(provider):
         ({"feeds": [{"x": np.ones((2, 2), np.float32)}]}, RunError),
     ],
 )
-def test_wrong_use_is_refused(options, error):
+def test_wrong_use_is_refused(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         bench(chain(1), chain(1), **options)
 
 
-def test_a_missing_file_is_a_model_error(tmp_path):
+def test_a_missing_file_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"none\.onnx"):
         bench(chain(1), tmp_path / "none.onnx", feeds=FEEDS)
 
@@ -124,7 +127,7 @@ class Spy:
         self.raw.run_with_iobinding(binding)
 
 
-def test_bound_runs_give_the_same_numbers_in_memory_they_keep():
+def test_bound_runs_give_the_same_numbers_in_memory_they_keep() -> None:
     session = open_session(chain(3))
     expected = session.run(FEEDS[0])["y"]
     spy = Spy(session.raw)
@@ -139,7 +142,7 @@ def test_bound_runs_give_the_same_numbers_in_memory_they_keep():
     assert len(places) == 1
 
 
-def test_what_cannot_be_bound_is_named():
+def test_what_cannot_be_bound_is_named() -> None:
     text = (
         '<ir_version: 8, opset_import: ["": 13]> g (string[2] words) => (string[2] y) { y = Identity(words) }'
     )

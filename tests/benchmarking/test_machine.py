@@ -1,18 +1,19 @@
 import os
 import platform
+from pathlib import Path
 
 import pytest
 
 from onnxopt.benchmarking.machine import load_average, machine
 
-X86 = "processor\t: 0\nmodel name\t: Some EPYC 9\nflags\t\t: fpu avx2 {more}\n\nprocessor\t: 1\nmodel name\t: no\n"
+X86 = "processor\t: 0\nmodel name\t: Some EPYC 9\nflags\t\t: fpu avx2 {more}\n\nmodel name\t: second\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp\n\n"
 
 
 @pytest.mark.parametrize(
     ("more", "vnni"), [("avx512f", False), ("avx512f avx512_vnni", True), ("avx_vnni", True)]
 )
-def test_x86(tmp_path, more, vnni):
+def test_x86(tmp_path: Path, more: str, vnni: bool) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(X86.format(more=more))
     found = machine(file)
@@ -21,7 +22,7 @@ def test_x86(tmp_path, more, vnni):
     assert found.has_vnni is vnni
 
 
-def test_arm_names_its_flags_features(tmp_path):
+def test_arm_names_its_flags_features(tmp_path: Path) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(ARM)
     found = machine(file)
@@ -29,7 +30,7 @@ def test_arm_names_its_flags_features(tmp_path):
     assert found.has_vnni is True
 
 
-def test_what_the_system_does_not_tell_is_unknown(tmp_path):
+def test_what_the_system_does_not_tell_is_unknown(tmp_path: Path) -> None:
     found = machine(tmp_path / "none")
     assert found.flags is None
     assert found.has_vnni is None
@@ -38,7 +39,7 @@ def test_what_the_system_does_not_tell_is_unknown(tmp_path):
     assert 1 <= found.cores <= (os.cpu_count() or 1)
 
 
-def test_load_is_a_number_where_it_is_counted():
+def test_load_is_a_number_where_it_is_counted() -> None:
     load = load_average()
     assert (load is None) == (not hasattr(os, "getloadavg"))
     assert load is None or load >= 0

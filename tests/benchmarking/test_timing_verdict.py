@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -53,12 +54,14 @@ def timing(ratio: Estimate, control: Estimate = STILL, **changes: object) -> Tim
         (Estimate(0.965, 0.964, 0.966), Estimate(1.015, 1.01, 1.02), "faster"),
     ],
 )
-def test_only_an_interval_outside_the_blind_zone_is_a_claim(ratio, control, verdict):
+def test_only_an_interval_outside_the_blind_zone_is_a_claim(
+    ratio: Estimate, control: Estimate, verdict: str
+) -> None:
     assert timing(ratio, control).verdict == verdict
 
 
 @pytest.mark.parametrize("few", [{"repeats": 2}, {"rounds": 2}])
-def test_few_samples_raise_the_floor_and_are_said(few):
+def test_few_samples_raise_the_floor_and_are_said(few: dict[str, Any]) -> None:
     result = timing(Estimate(0.98, 0.979, 0.981), **few)
     assert result.verdict == "no measurable difference"
     assert result.blind_zone == pytest.approx((1 / 1.03, 1.03))
@@ -66,14 +69,14 @@ def test_few_samples_raise_the_floor_and_are_said(few):
     assert timing(Estimate(0.9, 0.89, 0.91), **few).verdict == "faster"
 
 
-def test_summary_is_one_line():
+def test_summary_is_one_line() -> None:
     result = timing(Estimate(0.5, 0.49, 0.51))
     assert result.summary == (
         "faster: 0.500x CPU time [0.490, 0.510], control 1.001x [0.997, 1.004], 2 ms before, 2 ms after"
     )
 
 
-def test_the_verdict_reads_the_clock_it_names():
+def test_the_verdict_reads_the_clock_it_names() -> None:
     result = timing(Estimate(0.5, 0.49, 0.51), clock="wall time")
     assert result.figures is result.wall
     assert (result.ratio, result.interval) == (2.0, (1.9, 2.1))
@@ -82,7 +85,7 @@ def test_the_verdict_reads_the_clock_it_names():
     assert "2.000x wall time [1.900, 2.100]" in result.summary
 
 
-def test_dictionary_is_json_and_carries_the_verdict():
+def test_dictionary_is_json_and_carries_the_verdict() -> None:
     result = timing(Estimate(0.5, 0.49, 0.51))
     read = json.loads(json.dumps(result.to_dict()))
     assert read == {**result.to_dict(), "load_average": [1.0, None]}

@@ -1,0 +1,83 @@
+"""Store Constant nodes as initializers of the main graph.
+
+Before: w = Constant<value = ...>(); y = MatMul(x, w)
+After:  y = MatMul(x, w), where w is an initializer
+Declines: the constant is a graph output; it is sparse; it stands in a function, which holds no
+    initializers; below IR version 4, where each initializer would be a graph input.
+
+Constants of bodies go to the main graph too, under a new name, so that a weight is stored once and
+may lie in an external file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.graph import constant_of, has_reference
+from onnxopt.pipeline import Pass
+from onnxopt.rewrite import Declined, Ledger, Scope, scopes
+
+__all__ = ["LiftConstants"]
+
+_RULE = "Constant"
+
+
+@dataclass(frozen=True)
+class LiftConstants(Pass):
+    """Turn each Constant node into an initializer of the main graph."""
+
+    name = "lift-constants"
+
+    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+        for scope in scopes(model):
+            for node in scope.graph.all_nodes():
+                if node.op_type != "Constant" or node.domain:
+                    continue
+                site = node.outputs[0].name or node.name or _RULE
+                try:
+                    tensor = _tensor(node, scope, model)
+                except Declined as reason:
+                    ledger.decline(_RULE, site, str(reason))
+                    continue
+                if ledger.claim(_RULE, site):
+                    _lift(node, tensor, scope, ledger)
+
+
+def _tensor(node: ir.Node, scope: Scope, model: ir.Model) -> ir.TensorProtocol:
+    """The constant's tensor; raises `Declined` where it cannot become an initializer."""
+    if scope.graph is not model.graph:
+        raise Declined("functions hold no initializers")
+    if not scope.holds_initializers:
+        raise Declined("below IR version 4 each initializer is a graph input")
+    if node.outputs[0].is_graph_output():
+        raise Declined("is a graph output")
+    tensor = None if has_reference(node) else constant_of(node.outputs[0]) or _strings(node)
+    if tensor is None:
+        raise Declined("is sparse or refers to an attribute")
+    return tensor
+
+
+def _strings(node: ir.Node) -> ir.TensorProtocol | None:
+    for name, attr in node.attributes.items():
+        if name == "value_string":
+            return ir.StringTensor([attr.as_string().encode()], shape=ir.Shape([]))
+        if name == "value_strings":
+            texts = [text.encode() for text in attr.as_strings()]
+            return ir.StringTensor(texts, shape=ir.Shape([len(texts)]))
+    return None
+
+
+def _lift(node: ir.Node, tensor: ir.TensorProtocol, scope: Scope, ledger: Ledger) -> None:
+    old, graph = node.outputs[0], node.graph
+    assert isinstance(graph, ir.Graph)
+    name = old.name if graph is scope.graph and old.name else scope.fresh(old.name or "constant")
+    new = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+    )
+    ledger.touch(old.consumers())
+    old.replace_all_uses_with(new)
+    graph.remove(node, safe=True)
+    scope.graph.register_initializer(new)

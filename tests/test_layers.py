@@ -1,0 +1,78 @@
+"""The arrows of the house: who may import whom; and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onnxopt
+
+ROOT = Path(onnxopt.__file__).parent
+ENGINE = {"errors", "graph", "model", "pipeline", "recipe", "rewrite", "storage", "structure", "targets"}
+FORBIDDEN_IN_PASSES = {"api", "benchmarking", "cli", "reporting", "runtimes", "training", "tuning", "verification"}
+
+
+def imports_of(file: Path) -> set[str]:
+    """First names below `onnxopt.` of all that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name and name.startswith("onnxopt.")}
+    return found
+
+
+def test_passes_import_only_the_engine_below_them() -> None:
+    files = sorted((ROOT / "passes").glob("*.py"))
+    assert len(files) > 3
+    for file in files:
+        assert not imports_of(file) & FORBIDDEN_IN_PASSES, file.name
+
+
+def test_the_engine_imports_no_room_and_no_single_pass() -> None:
+    for name in ENGINE:
+        file = ROOT / f"{name}.py"
+        allowed = ENGINE | ({"passes"} if name == "recipe" else set())
+        assert imports_of(file) <= allowed, name
+        assert "onnxopt.passes." not in file.read_text(encoding="utf-8").replace("onnxopt.passes.toml", ""), name
+
+
+def test_library_rooms_do_not_import_the_command_line() -> None:
+    for file in sorted(ROOT.rglob("*.py")):
+        if "cli" not in file.parts:
+            assert "cli" not in imports_of(file), file
+
+
+def test_all_public_names_resolve_and_are_sorted() -> None:
+    assert onnxopt.__all__ == sorted(onnxopt.__all__)
+    for name in onnxopt.__all__:
+        assert getattr(onnxopt, name) is not None
+    assert set(onnxopt.__all__) == set(onnxopt._HOMES) | {"__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        getattr(onnxopt, "nope")  # noqa: B009 - an attribute that mypy knows is not there
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = "import sys, onnxopt; print([m for m in ('numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_and_bad_usage_load_nothing_heavy() -> None:
+    code = (
+        "import sys, onnxopt.cli as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit: print([m for m in ('numpy', 'onnx', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_the_package_cannot_be_imported_under_the_name_of_the_link() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import passes"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert "import onnxopt.passes, not 'passes'" in done.stderr
