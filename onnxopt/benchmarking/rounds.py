@@ -83,7 +83,7 @@ def clocks(*, one_thread: bool) -> Clocks:
 
 @dataclass(frozen=True)
 class Pilot:
-    """A first look at one model, in seconds."""
+    """A first look at one model."""
 
     build_s: float
     """Wall time to create the session and run each sample: TensorRT builds its engine in it."""
@@ -91,6 +91,8 @@ class Pilot:
     """To create the session, on the clock that decides."""
     run_s: float
     """Wall time of a steady run: CPU clocks may be too coarse for one."""
+    assignment: Mapping[str, int]
+    """Nodes by execution provider."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def pilot(opener: Opener, feeds: Feeds, clocks: Clocks) -> Pilot:
     begin, work = time.perf_counter(), clocks.seconds()
     with opener() as session:
         open_s = clocks.seconds() - work
+        assignment = dict(session.assignment)
         for sample in feeds:
             session.run(sample)
         build_s = time.perf_counter() - begin
@@ -140,7 +143,7 @@ def pilot(opener: Opener, feeds: Feeds, clocks: Clocks) -> Pilot:
         run_s = _timed(run)
         if run_s < _SLOW_S:
             run_s = min(_timed(run) for _ in range(_WARM_UPS))
-    return Pilot(build_s, open_s, run_s)
+    return Pilot(build_s, open_s, run_s, assignment)
 
 
 def plan(pilots: Sequence[Pilot], clocks: Clocks, seconds: float) -> Plan:

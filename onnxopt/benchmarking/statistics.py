@@ -19,9 +19,9 @@ class Estimate:
     low: float
     high: float
 
-    def __format__(self, spec: str) -> str:
-        """``1.002x [0.998, 1.006]`` for the empty spec; any other spec formats the value alone."""
-        return format(self.value, spec) if spec else f"{self.value:.3f}x [{self.low:.3f}, {self.high:.3f}]"
+    def __str__(self) -> str:
+        """As a ratio: ``1.002x [0.998, 1.006]``."""
+        return f"{self.value:.3f}x [{self.low:.3f}, {self.high:.3f}]"
 
 
 def estimate(logs: npt.NDArray[Any], *, seed: int, resamples: int = 2000) -> list[Estimate]:

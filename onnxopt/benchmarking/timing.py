@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ that remains after the median over repeats: no claim below it, however narrow th
 
 DOUBTFUL_FLOOR = 0.03
 """The floor where the original strays from itself by more than `FLOOR`, or the samples are few."""
+
+_CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Timing:
     runtime: str
     machine: str
     cores: int
+    assignment_before: Mapping[str, int]
+    """Nodes by execution provider, before the provider fuses them."""
+    assignment_after: Mapping[str, int]
     load_average: tuple[float | None, float | None]
     """Over one minute, when the measurement began and when it ended."""
 
@@ -125,11 +131,21 @@ class Timing:
     def summary(self) -> str:
         """The result in one line."""
         figures = self.figures
-        ratio, clock = f"{figures.ratio}".split(" ", 1), self.clock
+        ratio, interval = str(figures.ratio).split(" ", 1)
         return (
-            f"{self.verdict}: {ratio[0]} {clock} {ratio[1]}, control {figures.control}, "
-            f"{figures.before_ms:.3g} ms before, {figures.after_ms:.3g} ms after"
+            f"{self.verdict}: {ratio} {self.clock} {interval}, control {figures.control}, "
+            f"{self.before_ms:.3g} ms before, {self.after_ms:.3g} ms after"
             + ("; few samples" if self.few_samples else "")
+            + self._left_on_cpu
+        )
+
+    @property
+    def _left_on_cpu(self) -> str:
+        """``; 3 of 120 nodes on the CPU`` where another provider was asked for and left some."""
+        nodes = self.assignment_after
+        left = nodes.get(_CPU, 0)
+        return (
+            f"; {left} of {sum(nodes.values())} nodes on the CPU" if self.provider != "cpu" and left else ""
         )
 
     def to_dict(self) -> dict[str, Any]:

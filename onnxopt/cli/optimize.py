@@ -76,9 +76,12 @@ def command(
     """
     from onnxopt import optimize
     from onnxopt.reporting.tables import print_report
+    from onnxopt.storage import check_target
 
     if output is None and not dry_run:
         raise click.UsageError("say where to write: -o OUT (or --dry-run)")
+    if output is not None:
+        check_target(output)
     with progress() as show:
         result = optimize(
             model,

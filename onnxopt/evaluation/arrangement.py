@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxopt.evaluation.call import Call, CannotEvaluateError, Kernel
 from onnxopt.graph import float_attr, int_attr, ints_attr, str_attr
 
 __all__ = ["ARRANGEMENT"]
 
-_NUMPY_MODES = {"constant": "constant", "edge": "edge", "reflect": "reflect", "wrap": "wrap"}
+_PAD_MODES = ("constant", "edge", "reflect", "wrap")
 
 
 def _identity(call: Call) -> np.ndarray:
@@ -79,7 +78,7 @@ def _slice(call: Call) -> np.ndarray:
 
 
 def _span(start: int, end: int, step: int, size: int) -> slice:
-    """A Python slice for ONNX's: the ends are clamped, and an end before element 0 is no index from behind."""
+    """A Python slice for ONNX's, in which an end before element 0 is no index from behind."""
     start, end = (i + size if i < 0 else i for i in (start, end))
     if step > 0:
         return slice(max(start, 0), max(end, 0), step)
@@ -144,27 +143,29 @@ def _pad(call: Call) -> np.ndarray:
     x, mode = call.array(), str_attr(call.node, "mode", "constant")
     pads = call.ints("paddings") if call.opset < 2 else call.ints("pads", 1)
     axes = (call.ints("axes", 3) if call.opset >= 18 else None) or tuple(range(x.ndim))
-    if pads is None or len(pads) != 2 * len(axes) or mode not in _NUMPY_MODES:
+    if pads is None or len(pads) != 2 * len(axes) or mode not in _PAD_MODES:
         raise CannotEvaluateError(
             f"Pad with mode {mode!r} and {len(pads or ())} amounts for {len(axes)} axes"
         )
     amounts = [(0, 0)] * x.ndim
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         amounts[axis] = (before, after)
-    if mode != "constant" and any(min(pair) < 0 for pair in amounts):
-        raise CannotEvaluateError(f"Pad with mode {mode!r} and negative amounts")
-    call.room(
-        [size + max(a, 0) + max(b, 0) for size, (a, b) in zip(x.shape, amounts, strict=True)],
-        x.dtype.itemsize,
-    )
-    crop = tuple(slice(max(-a, 0), size - max(-b, 0)) for size, (a, b) in zip(x.shape, amounts, strict=True))
-    grow = [(max(a, 0), max(b, 0)) for a, b in amounts]
+    sizes = [size + before + after for size, (before, after) in zip(x.shape, amounts, strict=True)]
+    call.room(sizes, x.dtype.itemsize)
+    cropped = any(min(pair) < 0 for pair in amounts)
+    if cropped and (mode != "constant" or any(size < 0 for size in sizes)):
+        raise CannotEvaluateError("Pad takes elements away in a way that runtimes differ on")
+    grow = [(max(before, 0), max(after, 0)) for before, after in amounts]
     if mode != "constant":
-        return np.pad(x, grow, _NUMPY_MODES[mode])  # type: ignore[call-overload,no-any-return]
-    if any(part.stop < part.start for part in crop):
-        raise CannotEvaluateError("Pad takes away more than there is")
+        return np.asarray(np.pad(x, grow, mode))  # type: ignore[call-overload]
     fill = call.optional(2) if call.opset >= 11 else np.asarray(float_attr(call.node, "value", 0.0), x.dtype)
-    return np.pad(x[crop], grow, constant_values=0 if fill is None else fill.reshape(()).item())
+    result = np.full([s + b + a for s, (b, a) in zip(x.shape, grow, strict=True)], 0, x.dtype)
+    if fill is not None:
+        result[...] = fill.reshape(())
+    result[tuple(slice(b, b + s) for s, (b, _) in zip(x.shape, grow, strict=True))] = x
+    return result[
+        tuple(slice(max(-b, 0), r - max(-a, 0)) for r, (b, a) in zip(result.shape, amounts, strict=True))
+    ]
 
 
 def _gather_elements(call: Call) -> np.ndarray:
@@ -179,14 +180,10 @@ def _gather_elements(call: Call) -> np.ndarray:
 def _gather_nd(call: Call) -> np.ndarray:
     x, indices, batch = call.array(), call.array(1), int_attr(call.node, "batch_dims", 0)
     call.room((*indices.shape[:-1], *x.shape[batch + indices.shape[-1] :]), x.dtype.itemsize)
-    grid = np.indices(indices.shape[:batch], sparse=True)
-    outer = [g.reshape(g.shape + (1,) * (indices.ndim - 1 - batch)) for g in grid]
-    inner = list(np.moveaxis(indices, -1, 0))
-    return (
-        np.asarray(x[(*outer, *inner)])
-        if outer or inner
-        else np.broadcast_to(x, (*indices.shape[:-1], *x.shape))
-    )
+    index: list[np.ndarray] = list(np.moveaxis(indices, -1, 0))
+    places = np.indices(indices.shape[:batch], sparse=True) if batch else ()
+    outer = [place.reshape(place.shape + (1,) * (indices.ndim - 1 - batch)) for place in places]
+    return np.asarray(x[(*outer, *index)])
 
 
 def _scatter_nd(call: Call) -> np.ndarray:

@@ -47,7 +47,7 @@ class Call:
         return [self.array(index) for index in range(len(self.inputs))]
 
     def ints(self, name: str, index: int | None = None) -> tuple[int, ...] | None:
-        """A list of integers: an attribute in older opsets, input `index` in newer ones; None where left out."""
+        """Integers: an attribute in older opsets, input `index` in newer ones; None where left out."""
         found = ints_attr(self.node, name)
         array = self.optional(index) if found is None and index is not None else None
         return found if array is None else tuple(int(i) for i in array.ravel())

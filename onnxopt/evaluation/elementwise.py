@@ -58,10 +58,9 @@ def _variadic(function: Function, *, mean: bool = False) -> Kernel:
     def kernel(call: Call) -> np.ndarray:
         call.room_for_broadcast()
         arrays = call.present()
-        result = functools.reduce(function, (widened(array) for array in arrays))
-        return np.asarray(result / np.asarray(len(arrays), result.dtype) if mean else result).astype(
-            arrays[0].dtype
-        )
+        total = np.asarray(functools.reduce(function, (widened(array) for array in arrays)))
+        result = total / np.asarray(len(arrays), total.dtype) if mean else total
+        return result.astype(arrays[0].dtype)
 
     return kernel
 
@@ -75,7 +74,7 @@ def _check_broadcast(call: Call) -> None:
 
 
 def _relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, np.zeros((), x.dtype))
+    return np.asarray(np.maximum(x, np.zeros((), x.dtype)))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -193,5 +193,6 @@ def _live_nodes(model: ir.Model) -> set[ir.Node]:
         waiting += [value for value in node.inputs if value is not None]
         waiting += [value for body in subgraphs_of(node) for value in body.outputs]
         function = model.functions.get(node.op_identifier())
-        waiting += function.outputs if function is not None else ()
+        if function is not None:
+            waiting.extend(function.outputs)
     return live

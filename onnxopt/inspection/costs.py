@@ -176,7 +176,7 @@ def _node_macs(node: ir.Node, at: Shapes, bodies: Sequence[Sequence[NodeCost]], 
     if not totals or not any(total.terms for total in totals):
         return ZERO
     if node.op_type == "Loop":
-        return totals[0] * _trips(node)
+        return totals[0] * _trips(node, inside)
     if node.op_type == "Scan":
         axes = node.attributes.get("scan_input_axes")
         first = len(node.inputs) - node.attributes["num_scan_inputs"].as_int()
@@ -184,6 +184,6 @@ def _node_macs(node: ir.Node, at: Shapes, bodies: Sequence[Sequence[NodeCost]], 
     return max(totals, key=_weight) * (UNKNOWN if node.op_type == "SequenceMap" else Amount.of(1))
 
 
-def _trips(node: ir.Node) -> Amount:
+def _trips(node: ir.Node, name: str) -> Amount:
     count = constant_array(node.inputs[0])
-    return Amount.symbol(f"trips({node.name})") if count is None else Amount.of(int(count.item()))
+    return Amount.symbol(f"trips({name})") if count is None else Amount.of(int(count.item()))

@@ -66,8 +66,8 @@ def scale_inputs(
 
 
 def _check(layer: Layer, scale: np.ndarray, shift: np.ndarray, channels: int, scope: Scope) -> None:
-    if layer.node.op_type == "Gemm" and scope.opset < 7:
-        raise Declined("a Gemm before opset 7 broadcasts by its own rules")
+    if layer.node.op_type in ("Gemm", "MatMul") and scope.opset < 7:
+        raise Declined("a bias before opset 7 broadcasts by rules of its own")
     if not {scale.shape, shift.shape} <= {(), (1,), (channels,)}:
         raise Declined("scale or shift do not match the number of channels")
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):

@@ -53,7 +53,7 @@ def axes_of(node: ir.Node, position: int = 1) -> tuple[int, ...] | None:
 
 
 def normalised(axes: Sequence[int], rank: int | None) -> tuple[int, ...]:
-    """Axes counted from the front; Declined where the rank that takes is unknown, or they repeat or overrun."""
+    """Axes counted from the front; Declined where that takes an unknown rank, or they repeat or overrun."""
     if rank is None and any(axis < 0 for axis in axes):
         raise Declined("an axis counts from the end of an unknown number of axes")
     counted = tuple(axis + (rank or 0) if axis < 0 else axis for axis in axes)

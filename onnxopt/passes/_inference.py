@@ -16,24 +16,21 @@ _READABLE = 4096
 
 
 def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
-    """Complete the types and shapes of a node's outputs from its inputs; the outputs that are known better now.
+    """Complete the types and shapes of a node's outputs; those outputs that are known better now.
 
     Graph outputs are left as they are declared. Nothing on record is overwritten.
     """
     version = opsets.get(node.domain, 0)
-    if (
-        has_reference(node)
-        or any(True for _ in subgraphs_of(node))
-        or not onnx.defs.has(node.op_type, version, node.domain)
-    ):
+    if not onnx.defs.has(node.op_type, version, node.domain):
         return []
-    known = [value for value in node.inputs if value is not None and value.type is not None and value.name]
-    if len(known) < sum(value is not None for value in node.inputs):
+    known = {v.name: v for v in node.inputs if v is not None and v.type is not None and v.name}
+    missing = any(v is not None and v.name not in known for v in node.inputs)
+    if missing or has_reference(node) or any(True for _ in subgraphs_of(node)):
         return []
-    types = {value.name: ir.serde.serialize_value(value).type for value in known}
+    types = {name: ir.serde.serialize_value(value).type for name, value in known.items()}
     data = {
-        value.name: ir.to_proto(tensor)
-        for value in known
+        name: ir.to_proto(tensor)
+        for name, value in known.items()
         if (tensor := constant_of(value)) is not None and tensor.nbytes <= _READABLE
     }
     imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
@@ -57,9 +54,8 @@ def _complete(value: ir.Value, inferred: onnx.TypeProto) -> bool:
         value.type = ir.TensorType(ir.DataType(tensor.elem_type))
     if not tensor.HasField("shape"):
         return value.type != before[0]
-    found = [
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
-    ]
+    dims = tensor.shape.dim
+    found = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
     if value.shape is None:
         value.shape = ir.Shape(found)
     elif len(value.shape) == len(found):

@@ -30,7 +30,7 @@ __all__ = [
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 _LARGE = 1 << 20
-"""Bytes above which a weight is not duplicated, and a product with it is computed only when it is read."""
+"""Bytes above which a weight is not duplicated, and not read to be scaled before it is needed."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -65,10 +65,6 @@ def require_sole_reader(node: ir.Node) -> None:
         raise Declined(f"the output of the {node.op_type} is also read {where}")
 
 
-def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    return tuple(size for size in tensor.shape if isinstance(size, int))
-
-
 def along(tensor: ir.TensorProtocol, channels: int, trailing: int, rank: int | None) -> bool:
     """Whether a constant acts on the channel axis alone, without making the other operand larger.
 
@@ -78,7 +74,7 @@ def along(tensor: ir.TensorProtocol, channels: int, trailing: int, rank: int | N
         trailing: how many axes that operand has after its channel axis.
         rank: of that operand; None where unknown, but at least 1.
     """
-    shape = _dims(tensor)
+    shape = tensor.shape.numpy()
     if len(shape) > (1 if rank is None else rank):
         return False
     position = len(shape) - 1 - trailing
@@ -89,7 +85,8 @@ def along(tensor: ir.TensorProtocol, channels: int, trailing: int, rank: int | N
 class Weight:
     """A constant weight, seen as `[groups, outputs, inputs, rest]`.
 
-    inputs_first: it is stored as `[inputs, outputs of a group, *rest]`, else `[outputs, inputs of a group, *rest]`.
+    It is stored as `[inputs, outputs / groups, *rest]` where `inputs_first`, else as
+    `[outputs, inputs / groups, *rest]`.
     """
 
     value: ir.Value
@@ -100,7 +97,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """The stored shape."""
-        return _dims(self.tensor)
+        return tuple(self.tensor.shape.numpy())
 
     @property
     def outputs(self) -> int:
@@ -113,6 +110,11 @@ class Weight:
         return self.shape[0] if self.inputs_first else self.shape[1] * self.groups
 
     @property
+    def trailing(self) -> int:
+        """How many axes a layer's output has after its channels; its input too, unless transposed."""
+        return len(self.shape) - 2
+
+    @property
     def blocks(self) -> np.ndarray:
         """The elements in float64: `[groups, outputs of a group, inputs of a group, rest]`."""
         first, second, *rest = self.shape
@@ -123,8 +125,8 @@ class Weight:
     def scaled(self, scale: np.ndarray, *, outputs: bool) -> ir.TensorProtocol:
         """The weight times `scale`: of shape `()`, or one number a channel of its outputs or of its inputs.
 
-        The product of a large weight is computed at each reading, so that a model with more weights
-        than memory can be rewritten without reading them.
+        The product of a large weight that lies in a file of its own is computed at each reading, so that
+        a model with more weights than memory is rewritten without reading them.
 
         Raises:
             Declined: the product does not fit the weight's type, or is a large duplicate of a shared weight.
@@ -138,18 +140,18 @@ class Weight:
         factors = factors[:, :, None, None] if outputs else factors[:, None, :, None]
 
         def product() -> np.ndarray:
-            blocks = self.blocks * factors
+            blocks: np.ndarray = self.blocks * factors
             return (blocks.swapaxes(1, 2) if self.inputs_first else blocks).reshape(self.shape)
 
-        if not large:
-            return rounded(product(), dtype)
-        return ir.LazyTensor(lambda: _cast(product(), dtype), dtype, ir.Shape(self.shape))
+        if large and isinstance(self.tensor, ir.ExternalTensor | ir.LazyTensor):
+            return ir.LazyTensor(lambda: _cast(product(), dtype), dtype, ir.Shape(self.shape))
+        return rounded(product(), dtype)
 
     def times(self, vector: np.ndarray) -> np.ndarray:
         """W x for an x that is the same at every position: float64, one number an output channel."""
         x = np.broadcast_to(vector, self.inputs).reshape(self.groups, -1)
-        product: np.ndarray = np.einsum("goir,gi->go", self.blocks, x)
-        return product.reshape(-1)
+        product: np.ndarray = np.einsum("goir,gi->go", self.blocks, x).reshape(-1)
+        return product
 
 
 def _cast(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
@@ -185,7 +187,7 @@ class Layer:
 
     @property
     def end(self) -> ir.Node:
-        """The last node of the layer."""
+        """Its last node."""
         return self.add or self.node
 
     @property
@@ -269,11 +271,11 @@ class Layer:
             like = f"{old.value.name}_bias" if bias_value is None else bias_value.name
             bias_value = edit.constant(self._bias_tensor(bias, replace(old, tensor=tensor)), like)
             attributes.pop("beta", None)
-        weight = old.value if tensor is old.tensor else edit.constant(tensor, old.value.name)
+        inputs = [source, old.value if tensor is old.tensor else edit.constant(tensor, old.value.name)]
         if self.node.op_type != "MatMul":
-            inputs = [source, weight] if bias_value is None else [source, weight, bias_value]
+            inputs += [bias_value] if bias_value is not None else []
             return edit.op(self.node.op_type, inputs, attributes, name=self.node.name)
-        product, present = edit.op("MatMul", [source, weight], name=self.node.name), self.node.outputs[0]
+        product, present = edit.op("MatMul", inputs, name=self.node.name), self.node.outputs[0]
         if bias_value is None:
             return product
         product.type = present.type

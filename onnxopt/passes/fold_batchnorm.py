@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import float_attr, has_reference, int_attr
+from onnxopt.graph import float_attr, has_reference, int_attr, sole_user
 from onnxopt.passes._affine import scale_inputs, scale_outputs
 from onnxopt.passes._layer import LAYERS, Layer, constant, layer_of
 from onnxopt.pipeline import Kind, Pass
@@ -60,7 +60,9 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     if layer is None or norm is None or norm.op_type != "BatchNormalization" or norm.domain:
         return None
     source = norm.inputs[0]
-    assert source is not None
+    previous = layer_of(source.producer()) if source is not None else None
+    if source is None or (previous is not None and sole_user(previous.end.outputs[0]) is norm):
+        return None  # the layer before it has declined it, by name
     _require_channels(layer)
     if layer.transposes:
         raise Declined("the Gemm transposes what it reads")

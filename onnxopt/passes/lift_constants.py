@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, has_reference
+from onnxopt.graph import constant_of
 from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Ledger, Scope, scopes
 
@@ -33,7 +32,7 @@ class LiftConstants(Pass):
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for scope in scopes(model):
-            for node in scope.graph.all_nodes():
+            for node in tuple(scope.graph.all_nodes()):
                 if node.op_type != "Constant" or node.domain:
                     continue
                 site = node.outputs[0].name or node.name or _RULE
@@ -54,19 +53,20 @@ def _tensor(node: ir.Node, scope: Scope, model: ir.Model) -> ir.TensorProtocol:
         raise Declined("below IR version 4 each initializer is a graph input")
     if node.outputs[0].is_graph_output():
         raise Declined("is a graph output")
-    tensor = None if has_reference(node) else constant_of(node.outputs[0]) or _strings(node)
+    tensor = constant_of(node.outputs[0])
     if tensor is None:
-        raise Declined("is sparse or refers to an attribute")
+        tensor = _strings(node)
+    if tensor is None:
+        raise Declined("is sparse")
     return tensor
 
 
 def _strings(node: ir.Node) -> ir.TensorProtocol | None:
-    for name, attr in node.attributes.items():
-        if name == "value_string":
-            return ir.StringTensor([attr.as_string().encode()], shape=ir.Shape([]))
-        if name == "value_strings":
-            texts = [text.encode() for text in attr.as_strings()]
-            return ir.StringTensor(texts, shape=ir.Shape([len(texts)]))
+    if "value_string" in node.attributes:
+        return ir.StringTensor([node.attributes["value_string"].as_string().encode()], shape=ir.Shape([]))
+    if "value_strings" in node.attributes:
+        texts = [text.encode() for text in node.attributes["value_strings"].as_strings()]
+        return ir.StringTensor(texts, shape=ir.Shape([len(texts)]))
     return None
 
 
@@ -74,9 +74,8 @@ def _lift(node: ir.Node, tensor: ir.TensorProtocol, scope: Scope, ledger: Ledger
     old, graph = node.outputs[0], node.graph
     assert isinstance(graph, ir.Graph)
     name = old.name if graph is scope.graph and old.name else scope.fresh(old.name or "constant")
-    new = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-    )
+    shape = ir.Shape(tensor.shape.numpy())
+    new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     ledger.touch(old.consumers())
     old.replace_all_uses_with(new)
     graph.remove(node, safe=True)

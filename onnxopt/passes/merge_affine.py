@@ -23,13 +23,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.passes._affine import scale_inputs, scale_outputs
-from onnxopt.passes._layer import LAYERS, Layer, along, constant, is_stored, layer_of
+from onnxopt.passes._layer import LAYERS, along, constant, is_stored, layer_of
 from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeAffine"]
 
 _AFFINE = ("Add", "Div", "Mul", "Sub")
+_GATES = ("Clip", "HardSigmoid", "Sigmoid")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def _after(node: ir.Node, scope: Scope) -> Edit | None:
         return None
     if affine.shifts and layer.end.op_type == "MatMul":
         return None
-    scale, shift = _scale_and_shift(affine, layer.weight().outputs, layer.rank, _trailing(layer))
+    weight = layer.weight()
+    scale, shift = _scale_and_shift(affine, weight.outputs, layer.rank, weight.trailing)
     return scale_outputs(layer, scale, shift, node, scope)
 
 
@@ -97,18 +99,13 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
         raise Declined("it ends a normalization or activation, which runtimes know as a whole")
     weight = layer.weight()
     rank = len(affine.source.shape) if affine.source.shape is not None else None
-    trailing = 1 if layer.transposes else _trailing(layer)
+    trailing = 1 if layer.transposes else weight.trailing
     if rank is not None and rank != (layer.rank or rank):
         raise Declined("the constant makes the layer's input larger")
     scale, shift = _scale_and_shift(affine, weight.inputs, rank, trailing)
     if max(scale.size, shift.size) > 1 and _size(affine.source, -1 - trailing) != weight.inputs:
         raise Declined("the layer's input is not known to have as many channels as the constant")
     return scale_inputs(layer, scale, shift, affine.node, affine.source, scope)
-
-
-def _trailing(layer: Layer) -> int:
-    """How many axes come after the channel axis."""
-    return len(layer.weight().shape) - 2
 
 
 def _size(value: ir.Value, axis: int) -> int | None:
@@ -140,8 +137,14 @@ def _scale_and_shift(
 
 
 def _ends_block(affine: _Affine, scope: Scope) -> bool:
-    """Whether it follows a product or quotient of run-time values, as LayerNorm, RMSNorm and GELU end."""
+    """Whether it follows a product or quotient of run-time values, as LayerNorm, RMSNorm and GELU end.
+
+    A product with a gate is none of them: what follows a SiLU or HardSwish is free to be merged.
+    """
     node = affine.source.producer()
     while (inner := _affine_of(node, scope)) is not None:
         node = inner.source.producer()
-    return node is not None and not node.domain and node.op_type in ("Mul", "Div")
+    if node is None or node.domain or node.op_type not in ("Mul", "Div"):
+        return False
+    factors = (value.producer() for value in node.inputs if value is not None)
+    return not any(factor is not None and factor.op_type in _GATES for factor in factors)

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.passes._chain import before, require_alone
@@ -87,13 +85,11 @@ def is_lossless(source: ir.DataType, target: ir.DataType) -> bool:
         return False
     if source is target or source is ir.DataType.BOOL:
         return True
-    if source in _INTEGERS:
-        whole = np.iinfo(source.numpy())
-        if target in _INTEGERS:
-            wider = np.iinfo(target.numpy())
-            return bool(wider.min <= whole.min and whole.max <= wider.max)
-        return target in _FLOATS and int(whole.max).bit_length() <= ml_dtypes.finfo(target.numpy()).nmant + 1
+    if source in _INTEGERS and target in _INTEGERS:
+        return bool(target.min <= source.min and source.max <= target.max)
     if target not in _FLOATS:
         return False
-    a, b = ml_dtypes.finfo(source.numpy()), ml_dtypes.finfo(target.numpy())
-    return bool(a.nmant <= b.nmant and a.maxexp <= b.maxexp and a.minexp >= b.minexp)
+    if source in _INTEGERS:
+        return int(source.max).bit_length() <= target.mantissa_bitwidth + 1
+    wider = target.exponent_bitwidth >= source.exponent_bitwidth
+    return wider and target.mantissa_bitwidth >= source.mantissa_bitwidth

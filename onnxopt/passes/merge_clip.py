@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -87,7 +86,7 @@ def _clip(
 
 
 def _data_input(node: ir.Node) -> int | None:
-    """The position of the input that is bounded; None for a Min or Max of anything but one value and one constant."""
+    """The position of the input that is bounded; None unless a Min or Max has one more, a constant."""
     if node.op_type in ("Clip", "Relu"):
         return 0
     fixed = [position for position, value in enumerate(node.inputs) if constant_of(value) is not None]
@@ -138,8 +137,6 @@ def _scalar(value: ir.Value | None, rank: int) -> float:
 
 def _limits(dtype: ir.DataType) -> tuple[float, float]:
     """The smallest and the largest finite value of a type."""
-    kind = dtype.numpy()
-    if kind.kind in "iu":
-        return int(np.iinfo(kind).min), int(np.iinfo(kind).max)
-    limits = ml_dtypes.finfo(kind)
-    return float(limits.min), float(limits.max)
+    if dtype.is_integer():
+        return int(dtype.min), int(dtype.max)
+    return float(dtype.min), float(dtype.max)

@@ -49,7 +49,7 @@ def _merge(node: ir.Node, scope: Scope) -> Edit | None:
     if not (first.stored and second.stored):
         return None
     if scope.opset < 7:
-        raise Declined("a Gemm before opset 7 broadcasts by its own rules")
+        raise Declined("a bias before opset 7 broadcasts by rules of its own")
     if second.transposes:
         raise Declined("the second Gemm transposes what it reads")
     require_sole_reader(first.end)
@@ -71,5 +71,6 @@ def _bias(first: Layer, second: Layer) -> np.ndarray:
     bias = first.bias_array()
     if bias.ndim == 2 and bias.shape[0] > 1:
         raise Declined("the bias of the first Gemm differs by row")
-    passed: np.ndarray = float_attr(second.node, "alpha", 1.0) * second.weight().times(bias.reshape(-1))
-    return passed + second.bias_array()
+    alpha = float_attr(second.node, "alpha", 1.0)
+    total: np.ndarray = alpha * second.weight().times(bias.reshape(-1)) + second.bias_array()
+    return total

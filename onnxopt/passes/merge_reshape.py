@@ -58,7 +58,7 @@ def _reshape(node: ir.Node, scope: Scope) -> Edit | None:
 
 
 def _flatten(node: ir.Node, scope: Scope) -> Edit | None:
-    """Flatten multiplies the sizes before and after its axis; those after stay a whole only if one was inferred.
+    """Flatten multiplies the sizes before and after its axis; those after can change where none is inferred.
 
     [0, 7] reshaped to [0, 5] has the same first size and as many elements, and flattens to another shape.
     """
@@ -130,7 +130,7 @@ def _is_copy(first: ir.Node, axis: int) -> bool:
 
 
 def _target(first: ir.Node) -> tuple[int, ...]:
-    """The constant shape of a Reshape in which a 0 copies and -1 is inferred; empty where it is something else."""
+    """The constant shape of a Reshape in which a 0 copies; empty where there is no such thing."""
     if first.op_type != "Reshape" or int_attr(first, "allowzero", 0):
         return ()
     array = constant_array(first.inputs[1])

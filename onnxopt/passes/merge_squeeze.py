@@ -92,7 +92,7 @@ def _growth(node: ir.Node, axes: _Axes) -> int:
 def _combined(first: str, second: str, inner: _Axes, outer: _Axes) -> tuple[str | None, _Axes]:
     """The one op that does the work of both, and its axes; None where there is no such op."""
     if first == second:
-        # The last axes of an Unsqueeze, and the first axes of a Squeeze, are already in the merged op's terms.
+        # The axes of the last Unsqueeze, or of the first Squeeze, are already those of the merged op.
         fixed, moving = (outer, inner) if first == "Unsqueeze" else (inner, outer)
         return first, tuple(sorted((*fixed, *_spread(moving, fixed))))
     if first == "Squeeze":

@@ -44,7 +44,7 @@ def _transpose(node: ir.Node, scope: Scope) -> Edit | None:
 
 
 def _composed(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Axis i of the result is axis second[i] of the value in between, which is axis first[second[i]] of the input.
+    """Axis i of the result is axis second[i] of the value in between, and first[second[i]] of the input.
 
     None is the default, the axes in reverse; two reversals change nothing, whatever the rank.
     """

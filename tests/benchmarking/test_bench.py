@@ -42,6 +42,8 @@ def test_twice_the_work_is_slower_by_about_that() -> None:
     assert (timing.provider, timing.threads, timing.clock) == ("cpu", 1, "CPU time")
     assert timing.open_before_ms > 0
     assert (timing.build_before_s, timing.build_after_s) == (None, None)
+    assert timing.assignment_before == {"CPUExecutionProvider": 6}
+    assert timing.assignment_after == {"CPUExecutionProvider": 12}
     assert timing.repeats >= 3
     assert timing.rounds >= 3
     assert timing.runtime.startswith("onnxruntime")
@@ -116,14 +118,14 @@ def test_a_missing_file_is_a_model_error(tmp_path: Path) -> None:
 class Spy:
     """A raw session that keeps the binding it gave."""
 
-    def __init__(self, raw):
+    def __init__(self, raw: Any) -> None:
         self.raw = raw
 
-    def io_binding(self):
+    def io_binding(self) -> Any:
         self.binding = self.raw.io_binding()
         return self.binding
 
-    def run_with_iobinding(self, binding):
+    def run_with_iobinding(self, binding: Any) -> None:
         self.raw.run_with_iobinding(binding)
 
 

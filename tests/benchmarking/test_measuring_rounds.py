@@ -1,8 +1,9 @@
 import gc
 import itertools
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ class Busy:
 
     open_now = 0
     most_open = 0
+
+    assignment: ClassVar = {"CPUExecutionProvider": 5}
 
     def __init__(self, name: str, milliseconds: float, log: list[str]) -> None:
         self.provider, self.name, self.milliseconds, self.log = "cpu", name, milliseconds, log
@@ -49,13 +52,17 @@ def protocol(**changes: Any) -> Protocol:
     return Protocol(**{**standard, **changes})
 
 
+def busy(name: str, milliseconds: float, log: list[str]) -> Any:
+    return Busy(name, milliseconds, log)
+
+
 def openers(log: list[str], before: float = 1.0, after: float = 2.0) -> list[Any]:
     speeds = {"before": before, "control": before, "after": after}
-    return [lambda n=name, ms=speed: Busy(n, ms, log) for name, speed in speeds.items()]
+    return [lambda n=name, ms=speed: busy(n, ms, log) for name, speed in speeds.items()]
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_open():
+def nothing_stays_open() -> Iterator[None]:
     Busy.open_now = Busy.most_open = 0
     yield
     assert Busy.open_now == 0
@@ -111,8 +118,8 @@ def test_a_round_gives_all_subjects_the_same_feeds_and_uses_them_in_turn() -> No
     seen: list[tuple[str, str]] = []
 
     def opener(name: str) -> Any:
-        session = Busy(name, 0.0, [])
-        session.run = lambda feeds: seen.append((name, feeds["id"]))  # type: ignore[method-assign]
+        session = busy(name, 0.0, [])
+        session.run = lambda feeds: seen.append((name, feeds["id"]))
         return lambda: session
 
     rules = protocol(plan=Plan(warm_ups=0, refill=False, batch=1, rounds=4), seconds=1e-9)
@@ -135,8 +142,8 @@ def test_the_collector_is_left_as_it_was_found_also_after_an_error(enabled: bool
             if len(states) > 3:
                 raise RuntimeError("broken")
 
-        session = Busy("before", 0.1, [])
-        session.run = failing  # type: ignore[method-assign]
+        session = busy("before", 0.1, [])
+        session.run = failing
         with pytest.raises(RuntimeError, match="broken"):
             measure([lambda: session] * 3, [{}], protocol())
         assert gc.isenabled() is enabled
@@ -147,21 +154,22 @@ def test_the_collector_is_left_as_it_was_found_also_after_an_error(enabled: bool
 
 def test_pilot_sees_the_speed_and_runs_every_sample() -> None:
     log: list[str] = []
-    found = pilot(lambda: Busy("before", 2.0, log), [{}, {}, {}], ONE_THREAD)
+    found = pilot(lambda: busy("before", 2.0, log), [{}, {}, {}], ONE_THREAD)
     assert 0.002 <= found.run_s < 0.1
     assert found.build_s >= 0.006
     assert log == ["before"]
+    assert found.assignment == {"CPUExecutionProvider": 5}
     with pytest.raises(AssertionError):
-        pilot(lambda: Busy("before", 2.0, log), [{}, {"refuse": True}], ONE_THREAD)
+        pilot(lambda: busy("before", 2.0, log), [{}, {"refuse": True}], ONE_THREAD)
 
 
 def test_plan_fills_samples_and_slots() -> None:
-    quick = plan([Pilot(0.001, 0.001, 0.0001), Pilot(0.001, 0.001, 0.0002)], ONE_THREAD, seconds=10)
+    quick = plan([Pilot(0.001, 0.001, 0.0001, {}), Pilot(0.001, 0.001, 0.0002, {})], ONE_THREAD, seconds=10)
     assert (quick.batch, quick.warm_ups, quick.refill) == (50, 3, True)
     assert quick.rounds * 3 * 51 * 0.00015 == pytest.approx(0.5, rel=0.1)
-    costly_to_open = plan([Pilot(1.0, 1.0, 0.01)] * 2, ONE_THREAD, seconds=10)
+    costly_to_open = plan([Pilot(1.0, 1.0, 0.01, {})] * 2, ONE_THREAD, seconds=10)
     assert costly_to_open.rounds * 3 * 2 * 0.01 == pytest.approx(10 / 6, rel=0.1)
-    slow = plan([Pilot(7.0, 2.0, 5.0)] * 2, ONE_THREAD, seconds=10)
+    slow = plan([Pilot(7.0, 2.0, 5.0, {})] * 2, ONE_THREAD, seconds=10)
     assert slow == Plan(warm_ups=1, refill=False, batch=1, rounds=3)
 
 

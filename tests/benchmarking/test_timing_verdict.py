@@ -10,7 +10,7 @@ STILL = Estimate(1.001, 0.997, 1.004)
 MS = Estimate(2.0, 1.9, 2.1)
 
 
-def timing(ratio: Estimate, control: Estimate = STILL, **changes: object) -> Timing:
+def timing(ratio: Estimate, control: Estimate = STILL, **changes: Any) -> Timing:
     figures = Figures(ratio, control, MS, MS)
     result = Timing(
         provider="cpu",
@@ -29,6 +29,8 @@ def timing(ratio: Estimate, control: Estimate = STILL, **changes: object) -> Tim
         runtime="onnxruntime 1.31.1",
         machine="a processor",
         cores=2,
+        assignment_before={"CPUExecutionProvider": 9},
+        assignment_after={"CPUExecutionProvider": 7},
         load_average=(1.0, None),
     )
     return dataclasses.replace(result, **changes)
@@ -54,7 +56,7 @@ def timing(ratio: Estimate, control: Estimate = STILL, **changes: object) -> Tim
         (Estimate(0.965, 0.964, 0.966), Estimate(1.015, 1.01, 1.02), "faster"),
     ],
 )
-def test_only_an_interval_outside_the_blind_zone_is_a_claim(
+def test_only_an_interval_outside_the_blind_zone_claims(
     ratio: Estimate, control: Estimate, verdict: str
 ) -> None:
     assert timing(ratio, control).verdict == verdict
@@ -83,6 +85,15 @@ def test_the_verdict_reads_the_clock_it_names() -> None:
     assert (result.control_ratio, result.control_interval) == (1.001, (0.997, 1.004))
     assert result.verdict == "slower"
     assert "2.000x wall time [1.900, 2.100]" in result.summary
+
+
+def test_nodes_that_a_device_left_on_the_cpu_are_said() -> None:
+    nodes = {"CUDAExecutionProvider": 117, "CPUExecutionProvider": 3}
+    ratio = Estimate(0.5, 0.49, 0.51)
+    assert timing(ratio, provider="cuda", assignment_after=nodes).summary.endswith(
+        "; 3 of 120 nodes on the CPU"
+    )
+    assert timing(ratio, assignment_after={"CPUExecutionProvider": 7}).summary.endswith("ms after")
 
 
 def test_dictionary_is_json_and_carries_the_verdict() -> None:
