@@ -80,10 +80,9 @@ def _slice(call: Call) -> np.ndarray:
 def _span(start: int, end: int, step: int, size: int) -> slice:
     """A Python slice for ONNX's, in which an end before element 0 is no index from behind."""
     start, end = (i + size if i < 0 else i for i in (start, end))
-    if step > 0:
-        return slice(max(start, 0), max(end, 0), step)
-    start = min(start, size - 1)
-    return slice(start, None if end < 0 else end, step) if start >= 0 else slice(0)
+    if step > 0 or size == 0:
+        return slice(max(start, 0), max(end, 0), abs(step))
+    return slice(min(max(start, 0), size - 1), None if end < 0 else end, step)
 
 
 def _gather(call: Call) -> np.ndarray:
@@ -181,7 +180,7 @@ def _gather_nd(call: Call) -> np.ndarray:
     x, indices, batch = call.array(), call.array(1), int_attr(call.node, "batch_dims", 0)
     call.room((*indices.shape[:-1], *x.shape[batch + indices.shape[-1] :]), x.dtype.itemsize)
     index: list[np.ndarray] = list(np.moveaxis(indices, -1, 0))
-    places = np.indices(indices.shape[:batch], sparse=True) if batch else ()
+    places: tuple[np.ndarray, ...] = np.indices(indices.shape[:batch], sparse=True)
     outer = [place.reshape(place.shape + (1,) * (indices.ndim - 1 - batch)) for place in places]
     return np.asarray(x[(*outer, *index)])
 

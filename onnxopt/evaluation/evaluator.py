@@ -76,12 +76,13 @@ def _reference(node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -
     proto = ir.to_proto(node)
     proto.input[:] = [f"i{i}" if array is not None else "" for i, array in enumerate(inputs)]
     proto.output[:] = [f"o{i}" for i in range(len(node.outputs))]
-    function = onnx.FunctionProto(
-        name="one", input=[name for name in proto.input if name], output=proto.output, node=[proto]
-    )
-    function.opset_import.add(domain="", version=opset)
     feeds = {f"i{i}": array for i, array in enumerate(inputs) if array is not None}
-    return tuple(ReferenceEvaluator(function).run(None, feeds))
+    graph = onnx.GraphProto(
+        node=[proto],
+        input=[onnx.ValueInfoProto(name=name) for name in feeds],
+        output=[onnx.ValueInfoProto(name=name) for name in proto.output],
+    )
+    return tuple(ReferenceEvaluator(graph, opsets={"": opset}).run(None, feeds))
 
 
 def _meaning(schema: onnx.defs.OpSchema) -> object:

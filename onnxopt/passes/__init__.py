@@ -5,10 +5,52 @@ from __future__ import annotations
 if __name__ != "onnxopt.passes":
     raise ImportError(f"import onnxopt.passes, not {__name__!r}: the passes would exist twice")
 
+from onnxopt.passes.dedupe_initializers import DedupeInitializers
+from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.fold_batchnorm import FoldBatchnorm
+from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.freeze_initializers import FreezeInitializers
+from onnxopt.passes.infer_shapes import InferShapes
+from onnxopt.passes.inline_functions import InlineFunctions
+from onnxopt.passes.lift_constants import LiftConstants
+from onnxopt.passes.merge_affine import MergeAffine
+from onnxopt.passes.merge_cast import MergeCast
+from onnxopt.passes.merge_clip import MergeClip
+from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_matmul import MergeMatmul
+from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge_reshape import MergeReshape
+from onnxopt.passes.merge_slice import MergeSlice
+from onnxopt.passes.merge_squeeze import MergeSqueeze
+from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.pipeline import Pass
 
 __all__ = ["BUILTIN"]
 
-BUILTIN: tuple[type[Pass], ...] = (EliminateIdentity,)
-"""In the order of the default recipe."""
+BUILTIN: tuple[type[Pass], ...] = (
+    FreezeInitializers,
+    InlineFunctions,
+    LiftConstants,
+    EliminateIdentity,
+    InferShapes,
+    FoldConstants,
+    EliminateNoop,
+    MergeCast,
+    MergeReshape,
+    MergeSqueeze,
+    MergeTranspose,
+    MergeSlice,
+    MergeConcat,
+    MergeClip,
+    MergePad,
+    FoldBatchnorm,
+    MergeAffine,
+    MergeMatmul,
+    EliminateCommonSubexpressions,
+    EliminateDead,
+    DedupeInitializers,
+)
+"""In the order in which they run best."""

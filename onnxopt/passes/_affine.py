@@ -37,22 +37,18 @@ def scale_outputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, anchor: ir
     return edit.replace(anchor.outputs[0], layer.rebuilt(edit, layer.source, tensor, bias))
 
 
-def scale_inputs(
-    layer: Layer, scale: np.ndarray, shift: np.ndarray, affine: ir.Node, source: ir.Value, scope: Scope
-) -> Edit:
+def scale_inputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, source: ir.Value, scope: Scope) -> Edit:
     """Let the layer read `source`, where it reads scale * source + shift.
 
     Args:
-        layer: reads the output of `affine`.
+        layer: the only reader of that.
         scale, shift: float64, of shape `()` or one number an input channel.
-        affine: the node that computes scale * source + shift.
-        source: of the same shape as the output of `affine`.
+        source: of the same shape as what the layer reads.
         scope: where the layer stands.
 
     Raises:
         Declined: the layer cannot take them.
     """
-    require_sole_reader(affine)
     weight, bias = layer.weight(), None
     _check(layer, scale, shift, weight.inputs, scope)
     if shift.any():

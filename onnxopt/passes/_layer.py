@@ -275,11 +275,9 @@ class Layer:
         if self.node.op_type != "MatMul":
             inputs += [bias_value] if bias_value is not None else []
             return edit.op(self.node.op_type, inputs, attributes, name=self.node.name)
-        product, present = edit.op("MatMul", inputs, name=self.node.name), self.node.outputs[0]
+        product = edit.op("MatMul", inputs, name=self.node.name)
         if bias_value is None:
             return product
-        product.type = present.type
-        product.shape = present.shape.copy() if present.shape is not None else None
         return edit.op("Add", [product, bias_value], name=self.add.name if self.add is not None else None)
 
     def _bias_tensor(self, bias: np.ndarray, weight: Weight) -> ir.TensorProtocol:
@@ -299,7 +297,7 @@ def layer_of(node: ir.Node | None) -> Layer | None:
     if node.op_type != "Add" or len(node.inputs) != 2:
         return None
     for value, other in (node.inputs, node.inputs[::-1]):
-        product = layer_of(value.producer()) if value is not None and is_stored(other) else None
-        if product is not None and product.node.op_type == "MatMul" and product.add is None:
-            return Layer(product.node, node)
+        product = value.producer() if value is not None and is_stored(other) else None
+        if product is not None and product.op_type == "MatMul" and not product.domain:
+            return Layer(product, node)
     return None

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import float_attr, has_reference, int_attr, sole_user
 from onnxopt.passes._affine import scale_inputs, scale_outputs
-from onnxopt.passes._layer import LAYERS, Layer, constant, layer_of
+from onnxopt.passes._layer import LAYERS, Layer, constant, layer_of, require_sole_reader
 from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
@@ -66,8 +66,9 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     _require_channels(layer)
     if layer.transposes:
         raise Declined("the Gemm transposes what it reads")
+    require_sole_reader(norm)
     scale, shift = _scale_and_shift(norm, scope)
-    return scale_inputs(layer, scale, shift, norm, source, scope)
+    return scale_inputs(layer, scale, shift, source, scope)
 
 
 def _require_channels(layer: Layer) -> None:

@@ -12,7 +12,7 @@ are taken for unknown values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -26,6 +26,7 @@ from onnxopt.rewrite import Ledger
 __all__ = ["InferShapes"]
 
 _RULE = "types and shapes"
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class InferShapes(Pass):
             ledger.decline(_RULE, "", "constants outside the initializers do not fit one protobuf (2 GB)")
             return
         try:
-            inferred = onnx.shape_inference.infer_shapes(_without_overridable(model), data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(_question(model), data_prop=True)
         except onnx.shape_inference.InferenceError as error:
             ledger.decline(_RULE, "", " ".join(str(error).split()))
             return
@@ -70,13 +71,28 @@ def _is_complete(value: ir.Value) -> bool:
     return value.shape is not None and value.shape.is_static()
 
 
-def _without_overridable(model: ir.Model) -> onnx.ModelProto:
+def _question(model: ir.Model) -> onnx.ModelProto:
+    """The model as onnx's inference has to see it.
+
+    It takes overridable initializers for constants, and in a body it does not see the constants around it.
+    """
     proto = skeleton(model)
     inputs = {value.name for value in model.graph.inputs}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in inputs]
+    fixed = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.name not in inputs}
+    kept = list(fixed.values())
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
+    _copy_into_bodies(proto.graph, fixed)
     return proto
+
+
+def _copy_into_bodies(graph: onnx.GraphProto, fixed: Mapping[str, onnx.TensorProto]) -> None:
+    for node in graph.node:
+        for attr in node.attribute:
+            for body in (attr.g, *attr.graphs) if attr.type in _GRAPHS else ():
+                read = dict.fromkeys(name for inner in body.node for name in inner.input)
+                body.initializer.extend(fixed[name] for name in read if name in fixed)
+                _copy_into_bodies(body, fixed)
 
 
 def _compare(

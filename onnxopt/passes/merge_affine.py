@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.passes._affine import scale_inputs, scale_outputs
-from onnxopt.passes._layer import LAYERS, along, constant, is_stored, layer_of
+from onnxopt.passes._layer import LAYERS, along, constant, is_stored, layer_of, require_sole_reader
 from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
@@ -95,6 +95,7 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
         return None
     if affine.shifts != (layer.end is not layer.node) and layer.node.op_type == "MatMul":
         return None  # a shift needs the bias that the Add holds; a scale is taken at the MatMul itself
+    require_sole_reader(affine.node)
     if _ends_block(affine, scope):
         raise Declined("it ends a normalization or activation, which runtimes know as a whole")
     weight = layer.weight()
@@ -105,7 +106,7 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     scale, shift = _scale_and_shift(affine, weight.inputs, rank, trailing)
     if max(scale.size, shift.size) > 1 and _size(affine.source, -1 - trailing) != weight.inputs:
         raise Declined("the layer's input is not known to have as many channels as the constant")
-    return scale_inputs(layer, scale, shift, affine.node, affine.source, scope)
+    return scale_inputs(layer, scale, shift, affine.source, scope)
 
 
 def _size(value: ir.Value, axis: int) -> int | None:
@@ -139,12 +140,11 @@ def _scale_and_shift(
 def _ends_block(affine: _Affine, scope: Scope) -> bool:
     """Whether it follows a product or quotient of run-time values, as LayerNorm, RMSNorm and GELU end.
 
-    A product with a gate is none of them: what follows a SiLU or HardSwish is free to be merged.
+    A product with a gate is none of them: what follows a HardSwish is free to be merged.
     """
-    node = affine.source.producer()
-    while (inner := _affine_of(node, scope)) is not None:
-        node = inner.source.producer()
-    if node is None or node.domain or node.op_type not in ("Mul", "Div"):
+    inner = _affine_of(affine.source.producer(), scope) or affine
+    node = inner.source.producer()
+    if node is None or node.domain or node.op_type not in ("Mul", "Div") or _affine_of(node, scope):
         return False
     factors = (value.producer() for value in node.inputs if value is not None)
     return not any(factor is not None and factor.op_type in _GATES for factor in factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,9 +32,10 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
 
 
 def amount(value: int | str, unit: str = "") -> str:
-    """A count as people read it: `1 234`, `5.6 M`, `5.6 MB`; text (a formula in dynamic sizes) cut short."""
+    """A count as people read it: `1 234`, `5.6 M`, `5.6 MB`; a formula in dynamic sizes is cut short."""
     if isinstance(value, str):
-        return value if len(value) <= 24 else value[:23] + "…"
+        text = re.sub(r"\d{6,}", lambda number: amount(int(number[0])), value)
+        return text if len(text) <= 32 else text[:31] + "…"
     for prefix, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if abs(value) >= max(size, 100_000):
             return f"{value / size:.3g} {prefix}{unit}"
