@@ -60,7 +60,7 @@ def evaluate(
     arrays = result if isinstance(result, tuple) else (result,)
     for value, array in zip(node.outputs, arrays, strict=False):
         _check(value, array)
-    return arrays
+    return tuple(np.asarray(array) for array in arrays)
 
 
 def _reference(node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -> Result:

@@ -16,6 +16,7 @@ from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole
 from onnxopt.rewrite import Declined, Edit
 
 __all__ = [
+    "LARGE",
     "LAYERS",
     "Layer",
     "Weight",
@@ -28,8 +29,7 @@ __all__ = [
 ]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-_LARGE = 1 << 20
+LARGE = 1 << 20
 """Bytes above which a weight is not duplicated, and not read to be scaled before it is needed."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -133,7 +133,7 @@ class Weight:
         """
         if (scale == 1).all():
             return self.tensor
-        dtype, large = self.tensor.dtype, self.tensor.nbytes > _LARGE
+        dtype, large = self.tensor.dtype, self.tensor.nbytes > LARGE
         if large and len(self.value.uses()) > 1:
             raise Declined("the weight is shared and too large to duplicate")
         factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs).reshape(self.groups, -1)
@@ -272,13 +272,12 @@ class Layer:
             bias_value = edit.constant(self._bias_tensor(bias, replace(old, tensor=tensor)), like)
             attributes.pop("beta", None)
         inputs = [source, old.value if tensor is old.tensor else edit.constant(tensor, old.value.name)]
-        if self.node.op_type != "MatMul":
-            inputs += [bias_value] if bias_value is not None else []
-            return edit.op(self.node.op_type, inputs, attributes, name=self.node.name)
-        product = edit.op("MatMul", inputs, name=self.node.name)
-        if bias_value is None:
-            return product
-        return edit.op("Add", [product, bias_value], name=self.add.name if self.add is not None else None)
+        adds = self.node.op_type == "MatMul" and bias_value is not None
+        inputs += [bias_value] if bias_value is not None and not adds else []
+        output = edit.op(self.node.op_type, inputs, attributes, name=self.node.name or "")
+        return (
+            edit.op("Add", [output, bias_value], name=(self.add and self.add.name) or "") if adds else output
+        )
 
     def _bias_tensor(self, bias: np.ndarray, weight: Weight) -> ir.TensorProtocol:
         if bias.size == 1 or self.node.op_type != "Gemm":
@@ -294,9 +293,7 @@ def layer_of(node: ir.Node | None) -> Layer | None:
         return None
     if node.op_type in LAYERS:
         return Layer(node) if len(node.inputs) > 1 and node.inputs[0] is not None else None
-    if node.op_type != "Add" or len(node.inputs) != 2:
-        return None
-    for value, other in (node.inputs, node.inputs[::-1]):
+    for value, other in (node.inputs, node.inputs[::-1]) if node.op_type == "Add" else ():
         product = value.producer() if value is not None and is_stored(other) else None
         if product is not None and product.op_type == "MatMul" and not product.domain:
             return Layer(product, node)

@@ -75,10 +75,10 @@ class _Sweep:
     def merge(self, node: ir.Node, kept: ir.Node) -> None:
         site = node.outputs[0].name or node.name or node.op_type
         pairs = list(zip(node.outputs, kept.outputs, strict=True))
-        if any(old.is_graph_output() and new.is_graph_output() for old, new in pairs):
-            self.ledger.decline(_RULE, site, "is a graph output of the same value as another one")
-        elif kept.graph is not node.graph and any(old.is_graph_output() for old in node.outputs):
+        if kept.graph is not node.graph and any(old.is_graph_output() for old in node.outputs):
             self.ledger.decline(_RULE, site, "is a graph output whose value comes from outside the graph")
+        elif any(old.is_graph_output() and new.is_graph_output() for old, new in pairs):
+            self.ledger.decline(_RULE, site, "is a graph output of the same value as another one")
         elif self.ledger.claim(_RULE, site):
             self.ledger.touch(usage.node for old in node.outputs for usage in old.uses())
             for old, new in pairs:

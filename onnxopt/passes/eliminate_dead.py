@@ -54,7 +54,8 @@ def _sweep(graph: ir.Graph, opsets: dict[str, int], present: set[ir.Node], ledge
             continue
         for body in subgraphs_of(node):
             _sweep(body, opsets, present, ledger)
-        _drop_outputs(node, opsets, present, ledger)
+        if not unread:
+            _drop_outputs(node, opsets, present, ledger)
 
 
 def _remove(node: ir.Node, graph: ir.Graph, present: set[ir.Node]) -> None:
@@ -68,7 +69,7 @@ def _remove(node: ir.Node, graph: ir.Graph, present: set[ir.Node]) -> None:
 
 
 def _drop_outputs(node: ir.Node, opsets: dict[str, int], present: set[ir.Node], ledger: Ledger) -> None:
-    unread = [v for v in node.outputs[1:] if v.name and not _is_read(v, present)]
+    unread = [v for v in node.outputs if v.name and not _is_read(v, present)]
     optional = _optional_outputs(node, opsets) if unread else ()
     dropped = False
     for value in unread:

@@ -90,8 +90,9 @@ def _copy_into_bodies(graph: onnx.GraphProto, fixed: Mapping[str, onnx.TensorPro
     for node in graph.node:
         for attr in node.attribute:
             for body in (attr.g, *attr.graphs) if attr.type in _GRAPHS else ():
+                own = {port.name for port in (*body.input, *body.initializer)}
                 read = dict.fromkeys(name for inner in body.node for name in inner.input)
-                body.initializer.extend(fixed[name] for name in read if name in fixed)
+                body.initializer.extend(fixed[name] for name in read if name in fixed and name not in own)
                 _copy_into_bodies(body, fixed)
 
 

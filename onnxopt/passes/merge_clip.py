@@ -59,7 +59,8 @@ def _merge(node: ir.Node, scope: Scope) -> Edit | None:
         return None
     source, result = first.inputs[inside], node.outputs[0]
     dtype = _dtype(scope.opset, source, *first.inputs, *first.outputs, *node.inputs, result)
-    inner, outer = _bounds(first, dtype), _bounds(node, dtype)
+    inner = _bounds(first, dtype, rank_of(source) or 0)
+    outer = _bounds(node, dtype, rank_of(*first.outputs, source) or 0)
     low, high = outer.of(inner.of(-math.inf)), outer.of(inner.of(math.inf))
     edit = Edit(node, scope)
     if (low, high) == (inner.of(-math.inf), inner.high):
@@ -103,7 +104,8 @@ def _dtype(opset: int, *values: ir.Value | None) -> ir.DataType:
     return dtype
 
 
-def _bounds(node: ir.Node, dtype: ir.DataType) -> _Bounds:
+def _bounds(node: ir.Node, dtype: ir.DataType, rank: int) -> _Bounds:
+    """What the node does to a value of this type, and of at least this rank."""
     if node.op_type == "Relu":
         return _Bounds(0, math.inf)
     if node.op_type == "Clip":
@@ -117,7 +119,7 @@ def _bounds(node: ir.Node, dtype: ir.DataType) -> _Bounds:
         )
     place = _data_input(node)
     assert place is not None
-    bound = _scalar(node.inputs[1 - place], rank_of(node.inputs[place]) or 0)
+    bound = _scalar(node.inputs[1 - place], rank)
     return _Bounds(bound, math.inf) if node.op_type == "Max" else _Bounds(-math.inf, bound)
 
 

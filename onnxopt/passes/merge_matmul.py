@@ -7,8 +7,8 @@ Before: y = Gemm(Gemm(x, A, a), B, b)
 After:  y = Gemm(x, A @ B, a @ B + b)
 
 Declines: a weight or a bias that matters is no constant; another node, graph or the user reads what lies
-    between; the product takes no fewer multiply-adds; the second Gemm transposes what it reads; the first
-    bias differs by row.
+    between; the product takes no fewer multiply-adds; a weight is shared, stays, and the product is above
+    1 MiB; the second Gemm transposes what it reads; the first bias differs by row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import float_attr
-from onnxopt.passes._layer import Layer, layer_of, require_sole_reader, rounded
+from onnxopt.passes._layer import LARGE, Layer, layer_of, require_sole_reader, rounded
 from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
@@ -56,6 +56,9 @@ def _merge(node: ir.Node, scope: Scope) -> Edit | None:
     a, b = first.weight(), second.weight()
     if a.inputs * a.outputs + b.inputs * b.outputs <= a.inputs * b.outputs:
         raise Declined("the product of the weights takes no fewer multiply-adds")
+    lost = sum(w.tensor.nbytes for w in (a, b) if len(w.value.uses()) == 1)
+    if a.inputs * b.outputs * a.tensor.dtype.itemsize > max(lost, LARGE):
+        raise Declined("the weights are shared and their product too large to add")
     kept = second if second.node.op_type == "Gemm" and not first.transposes else first
     bias = None if kept is second and first.bias is None else _bias(first, second)
     product = b.blocks[0, :, :, 0] @ a.blocks[0, :, :, 0]

@@ -106,6 +106,8 @@ def _copied(first: ir.Node, axis: int) -> int:
 def _known(first: ir.Node, axis: int) -> int:
     """The size of an axis of the first op's result; it must not be 0, which would be read as a copy."""
     target, shape = _target(first), first.outputs[0].shape
+    if first.op_type == "Unsqueeze" and axis in _axes(first):
+        return 1
     size = target[axis] if axis < len(target) else 0
     if size < 1 and shape is not None and axis < len(shape) and isinstance(recorded := shape.dims[axis], int):
         size = recorded
@@ -120,13 +122,15 @@ def _is_copy(first: ir.Node, axis: int) -> bool:
         return axis == 0 and int_attr(first, "axis", 1) == 1
     if first.op_type == "Reshape":
         return axis < len(_target(first)) and _target(first)[axis] == 0
-    axes = axes_of(first)
-    if not axes:
-        return False
-    unsqueezed, rank = first.op_type == "Unsqueeze", rank_of(first.inputs[0])
-    if rank is not None:
-        return axis < min(normalised(axes, rank + len(axes) if unsqueezed else rank))
-    return axis < min(axes) if min(axes) >= 0 else False
+    return axis < min(_axes(first), default=0)
+
+
+def _axes(first: ir.Node) -> tuple[int, ...]:
+    """The axes of a Squeeze or Unsqueeze from the front; empty where they are not known."""
+    axes, rank = axes_of(first) or (), rank_of(first.inputs[0])
+    if rank is None:
+        return axes if min(axes, default=-1) >= 0 else ()
+    return normalised(axes, rank + len(axes) if first.op_type == "Unsqueeze" else rank)
 
 
 def _target(first: ir.Node) -> tuple[int, ...]:

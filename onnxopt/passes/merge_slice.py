@@ -3,7 +3,8 @@
 Before: z = Slice(Slice(x, starts, ends, axes, steps), starts', ends', axes', steps')
 After:  z = one Slice of x, with a start, end and step for each axis that either of the two cuts
 Declines: an axis that both cut, unless its size is known, or all steps are 1 and nothing counts from the
-    end; starts, ends, axes or steps that are no constants; the value in between is read elsewhere too.
+    end; a negative step whose end is the largest integer; starts, ends, axes or steps that are no
+    constants; the value in between is read elsewhere too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from onnxopt.rewrite import Declined, Edit, Rule, Scope
 __all__ = ["MergeSlice"]
 
 _END = np.iinfo(np.int64).max
+_OPEN_ENDS = (_END, np.iinfo(np.int32).max)
+"""With a negative step, ONNX clamps these to the size; ONNX Runtime goes on past index 0."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def _slice(node: ir.Node, scope: Scope) -> Edit | None:
     source = first.inputs[0]
     rank = rank_of(source, *first.outputs, *node.outputs)
     inner, outer = _cuts(first, scope.opset), _cuts(node, scope.opset)
-    if rank is not None or any(axis < 0 for axis in inner) != any(axis < 0 for axis in outer):
+    if rank is not None or len({axis < 0 for axis in (*inner, *outer)}) > 1:
         inner, outer = (
             dict(zip(normalised(tuple(c), rank), c.values(), strict=True)) for c in (inner, outer)
         )
@@ -113,6 +116,8 @@ def _size(source: ir.Value | None, axis: int) -> int | None:
 
 def _composed(first: _Cut, second: _Cut, size: int | None) -> _Cut:
     """One cut for two of the same axis."""
+    if any(cut.step < 0 and cut.end in _OPEN_ENDS for cut in (first, second)):
+        raise Declined("a negative step to the largest integer, on which runtimes disagree")
     if size is not None:
         kept = first.of(size)
         again = second.of(len(kept))

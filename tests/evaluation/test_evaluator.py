@@ -303,7 +303,8 @@ def test_casts_to_and_from_bfloat16_round_to_even() -> None:
     assert down.dtype == ml_dtypes.bfloat16
     assert up[:2].tolist() == [1.0, 1.015625]
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { h = Cast<to=16>(x) y = Cast<to=1>(h) }'
+        '<ir_version: 10, opset_import: ["" : 17]>'
+        "g (float[n] x) => (float[n] y) { h = Cast<to=16>(x) y = Cast<to=1>(h) }"
     )
     np.testing.assert_array_equal(execute(model, {"x": x})[0], up)
 

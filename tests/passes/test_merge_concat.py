@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from tests.support import assert_equivalent, run_pass, text_model
 
 from onnxopt.passes.merge_concat import MergeConcat
+from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"
 
@@ -119,6 +119,8 @@ def test_random_trees(data: st.DataObject) -> None:
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, dims if known else None)],
         [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
     )
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    model: onnx.ModelProto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10
+    )
     after = run_pass(model, MergeConcat())
     assert_equivalent(model, after.model, {"x": np.arange(np.prod(dims), dtype=np.float32).reshape(dims)})

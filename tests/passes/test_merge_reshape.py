@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -9,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
-from tests.support import assert_equivalent, execute, run_pass, text_model
 
 from onnxopt.passes.merge_reshape import MergeReshape
+from tests.support import assert_equivalent, execute, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"
 DYNAMIC = "the shape is no constant"
@@ -19,7 +21,9 @@ ZERO = "a 0 in the shape copies a size that is not known to be positive"
 FRONT = "the axes in front of Flatten's cut are not those before the first change of shape"
 
 
-def reshapes(first: list[int], second: list[int], shape: str = "n, 3, 4", attributes: str = "") -> onnx.ModelProto:
+def reshapes(
+    first: list[int], second: list[int], shape: str = "n, 3, 4", attributes: str = ""
+) -> onnx.ModelProto:
     return text_model(
         f"""agraph (float[{shape}] x) => (float z)
         <int64[{len(first)}] s = {{{", ".join(map(str, first))}}},
@@ -315,12 +319,14 @@ def test_random_chains(data: st.DataObject) -> None:
     value, flowing = "x", list(shape)
     for i in range(data.draw(st.integers(2, 3))):
         op_type = data.draw(st.sampled_from(["Reshape", "Reshape", "Flatten", "Unsqueeze", "Squeeze"]))
-        inputs, attributes = [value], {}
+        inputs, attributes = [value], dict[str, Any]()
         if op_type == "Flatten":
             attributes["axis"] = data.draw(st.integers(0, len(flowing)))
         elif op_type == "Reshape":
             entries = st.sampled_from([-1, 0, 0, 1, 2, 3, 4, 5, 6])
-            target = data.draw(st.lists(entries, min_size=1, max_size=3).filter(lambda sizes: sizes.count(-1) <= 1))
+            target = data.draw(
+                st.lists(entries, min_size=1, max_size=3).filter(lambda sizes: sizes.count(-1) <= 1)
+            )
             attributes["allowzero"] = data.draw(st.sampled_from([0, 0, 1]))
             inputs.append(f"c{i}")
             constants.append(numpy_helper.from_array(np.array(target, np.int64), f"c{i}"))
@@ -345,11 +351,12 @@ def test_random_chains(data: st.DataObject) -> None:
 def _model(
     nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], result: str, shape: list[int], known: str
 ) -> onnx.ModelProto:
-    spelt = {"sizes": shape, "rank": [f"d{i}" for i in range(len(shape))], "nothing": None}[known]
+    symbols = [f"d{i}" for i in range(len(shape))]
+    spellings: dict[str, list[Any] | None] = {"sizes": shape, "rank": symbols, "nothing": None}
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, spelt)],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, spellings[known])],
         [helper.make_tensor_value_info(result, TensorProto.FLOAT, None)],
         initializer=constants,
     )

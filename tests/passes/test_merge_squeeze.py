@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from tests.support import assert_equivalent, run_pass, text_model
 
 from onnxopt.passes.merge_squeeze import MergeSqueeze
+from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"
 UNKNOWN = "an axis counts from the end of an unknown number of axes"
@@ -18,11 +20,11 @@ UNKNOWN = "an axis counts from the end of an unknown number of axes"
 Step = tuple[str, list[int] | None]
 
 
-def chain(steps: list[Step], opset: int, shape: list[int] | None, dims: list[int] | None = None) -> onnx.ModelProto:
+def chain(steps: list[Step], opset: int, shape: list[Any] | None) -> onnx.ModelProto:
     """Squeezes and Unsqueezes between an Abs and a Neg."""
     nodes, constants = [helper.make_node("Abs", ["x"], ["v0"])], []
     for i, (op_type, axes) in enumerate(steps):
-        inputs, attributes = [f"v{i}"], {}
+        inputs, attributes = [f"v{i}"], dict[str, Any]()
         if axes is not None and opset >= 13:
             inputs.append(f"axes{i}")
             constants.append(numpy_helper.from_array(np.array(axes, np.int64), f"axes{i}"))
@@ -148,14 +150,14 @@ def test_random_chains(data: st.DataObject) -> None:
     sizes, steps = list(shape), list[Step]()
     for _ in range(data.draw(st.integers(2, 4))):
         ones = [axis for axis, size in enumerate(sizes) if size == 1]
-        if ones and data.draw(st.booleans()):
+        if len(ones) > 0 and data.draw(st.booleans()):
             axes = data.draw(st.lists(st.sampled_from(ones), min_size=1, unique=True))
             rank = len(sizes)
             sizes = [size for axis, size in enumerate(sizes) if axis not in axes]
             op_type = "Squeeze"
         else:
             rank = len(sizes) + data.draw(st.integers(1, 2))
-            axes = data.draw(st.permutations(range(rank)))[: rank - len(sizes)]
+            axes = data.draw(st.permutations(list(range(rank))))[: rank - len(sizes)]
             for axis in sorted(axes):
                 sizes.insert(axis, 1)
             op_type = "Unsqueeze"

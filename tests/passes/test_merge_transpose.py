@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from tests.support import assert_equivalent, run_pass, text_model
 
 from onnxopt.passes.merge_transpose import MergeTranspose
+from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"
 
@@ -19,7 +21,9 @@ def perm_text(perm: tuple[int, ...] | None) -> str:
     return "" if perm is None else f"<perm = [{', '.join(map(str, perm))}]>"
 
 
-def pair(first: tuple[int, ...] | None, second: tuple[int, ...] | None, *, output: str = "z") -> onnx.ModelProto:
+def pair(
+    first: tuple[int, ...] | None, second: tuple[int, ...] | None, *, output: str = "z"
+) -> onnx.ModelProto:
     return text_model(
         f"""agraph (float[2, 3, 4] x) => (float[a, b, c] {output}) {{
           y = Transpose {perm_text(first)} (x)
@@ -136,7 +140,8 @@ def test_random_chains(data: st.DataObject) -> None:
     nodes = []
     for i in range(length):
         perm = data.draw(perms)
-        nodes.append(helper.make_node("Transpose", [f"t{i}"], [f"t{i + 1}"], **({} if perm is None else {"perm": perm})))
+        attributes: dict[str, Any] = {} if perm is None else {"perm": perm}
+        nodes.append(helper.make_node("Transpose", [f"t{i}"], [f"t{i + 1}"], **attributes))
     nodes.append(helper.make_node("Neg", [f"t{length}"], ["z"]))
     source = helper.make_tensor_value_info("t0", TensorProto.FLOAT, shape)
     result = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)

@@ -1,0 +1,182 @@
+"""infer-shapes: the record grows, it never contradicts, and the signature stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnxopt.graph import nodes
+from onnxopt.model import load
+from onnxopt.passes.infer_shapes import InferShapes
+from onnxopt.passes.lift_constants import LiftConstants
+from onnxopt.rewrite import Ledger
+from tests.support import assert_equivalent, random_feeds, run_pass, text_model
+
+
+def record(model: ir.Model) -> dict[str | None, str]:
+    """Type and shape of what nodes give, as text."""
+    return {v.name: f"{v.type} {v.shape}" for node in nodes(model) for v in node.outputs}
+
+
+def test_missing_types_and_shapes_are_filled_in() -> None:
+    proto = text_model(
+        """g (float[N, 3] x) => (float[A, B] y) <float[3, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> {
+            a = MatMul(x, w)\n b = Cast<to = 7>(a)\n s = Shape(a)\n c = Cast<to = 1>(b)\n y = Neg(c) }"""
+    )
+    result = run_pass(proto, InferShapes())
+    assert result.changes == 1
+    found = record(result.model)
+    assert (found["a"], found["b"], found["s"]) == (
+        "FLOAT [N,4]",
+        "INT64 [N,4]",
+        "INT64 [2]",
+    )
+    assert found["y"] == "FLOAT [A,B]"
+    assert_equivalent(proto, result.model, random_feeds(proto, sizes={"N": 5}))
+
+
+def test_names_that_inference_makes_up_are_not_kept() -> None:
+    result = run_pass(
+        "g (float[N] x, bool[N] m) => (float[M] y) { i = NonZero(m)\n a = Compress(x, m)\n y = Neg(a) }",
+        InferShapes(),
+    )
+    assert record(result.model)["i"] == "INT64 [1,None]"
+    assert record(result.model)["a"] == "FLOAT [None]"
+
+
+@pytest.mark.parametrize(
+    ("on_record", "after"),
+    [
+        ([None, 4], "[N,4]"),
+        (["N", "K"], "[N,4]"),
+        (["Other", 4], "[Other,4]"),
+        ([7, None], "[7,4]"),
+        ([None, 5], "[None,5]"),
+        ([None], "[None]"),
+        (None, "[N,4]"),
+    ],
+)
+def test_the_record_is_refined_and_never_contradicted(
+    on_record: list[int | str | None] | None, after: str
+) -> None:
+    model = load(
+        text_model(
+            """g (float[N, 3] x) => (float[A, B] y)
+            <float[3, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> {
+                a = MatMul(x, w)\n y = Neg(a) }"""
+        )
+    )
+    value = next(iter(model.graph)).outputs[0]
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    value.shape = None if on_record is None else ir.Shape(on_record)
+    InferShapes().apply(model, Ledger(pass_name="infer-shapes"))
+    assert str(value.shape) == after
+
+
+def test_a_type_on_record_is_not_contradicted() -> None:
+    model = load(text_model("g (float[3] x) => (float[3] y) { a = Neg(x)\n y = Neg(a) }"))
+    value = next(iter(model.graph)).outputs[0]
+    value.type = ir.TensorType(ir.DataType.INT8)
+    InferShapes().apply(model, Ledger(pass_name="infer-shapes"))
+    assert (str(value.type), value.shape) == ("INT8", None)
+
+
+def test_one_node_that_cannot_be_inferred_does_not_stop_the_rest() -> None:
+    proto = text_model(
+        """<ir_version: 10, opset_import: ["" : 17, "unknown" : 1]>
+        g (float[2, 3] x) => (float[?] y) {
+            a = unknown.Op(x)\n b = Transpose(x)\n c = MatMul(x, x)\n y = Sum(a, b, c) }"""
+    )
+    found = record(run_pass(proto, InferShapes()).model)
+    assert found["a"] == "None None"
+    assert found["b"] == "FLOAT [3,2]"
+
+
+def test_a_shape_that_can_be_overridden_is_unknown() -> None:
+    proto = text_model(
+        "g (float[4] x, int64[1] k) => (float[?] y) <int64[1] k = {4}> { a = Reshape(x, k)\n y = Neg(a) }"
+    )
+    assert record(run_pass(proto, InferShapes()).model)["a"] == "FLOAT [None]"
+
+
+@pytest.mark.parametrize("lift", [False, True])
+def test_bodies_also_after_their_constants_were_lifted(lift: bool) -> None:
+    proto = text_model(
+        """g (float[2, 3] x, bool c) => (float[?, ?] y) {
+            y = If(c) <
+                then_branch = t () => (float[?, ?] p) {
+                    k = Constant<value_ints = [3, 2]>()\n a = Reshape(x, k)\n p = Neg(a) },
+                else_branch = e () => (float[?, ?] q) { b = Transpose(x)\n q = Exp(b) }>
+        }"""
+    )
+    before = run_pass(proto, LiftConstants()).model if lift else load(proto)
+    InferShapes().apply(before, Ledger(pass_name="infer-shapes"))
+    found = record(before)
+    assert (found["a"], found["p"], found["b"]) == ("FLOAT [3,2]",) * 3
+    assert len(before.graph.initializers) == lift
+    x = np.ones((2, 3), np.float32)
+    assert_equivalent(proto, before, [{"x": x, "c": np.array(c)} for c in (True, False)])
+
+
+def test_a_loop_may_change_the_shape_it_carries() -> None:
+    proto = text_model(
+        """g (float[?] x) => (float[?] y) <int64 n = {3}, bool t = {1}> {
+            u = Exp(x)
+            v = Loop(n, t, u) <body = b (int64 i, bool c, float[?] s) => (bool d, float[?] r) {
+                d = Identity(c)\n r = Concat<axis = 0>(s, s) }>
+            y = Neg(v)
+        }"""
+    )
+    result = run_pass(proto, InferShapes())
+    assert record(result.model)["r"] == "FLOAT [None]"
+    assert_equivalent(proto, result.model, {"x": np.ones(2, np.float32)})
+
+
+def test_sequences() -> None:
+    proto = text_model(
+        "g (float[4] x) => (float[2] y) <int64 two = {2}, int64 one = {1}> "
+        "{ s = SplitToSequence<axis = 0>(x, two)\n t = SequenceAt(s, one)\n y = Neg(t) }"
+    )
+    found = record(run_pass(proto, InferShapes()).model)
+    assert found["s"].startswith("Sequence(Tensor(FLOAT))")
+    assert found["t"].startswith("FLOAT")
+
+
+def test_calls_of_functions() -> None:
+    proto = text_model(
+        """<ir_version: 10, opset_import: ["" : 17, "d" : 1]>
+        g (float[2, 3] x) => (float[?, ?] y) { a = d.f(x)\n y = Neg(a) }
+        <domain: "d", opset_import: ["" : 17]> f (a) => (b) { b = Transpose(a) }"""
+    )
+    result = run_pass(proto, InferShapes())
+    assert record(result.model)["a"] == "FLOAT [3,2]"
+    assert_equivalent(proto, result.model)
+
+
+def test_large_weights_are_not_copied() -> None:
+    """A weight whose content cannot be had: its type and shape are enough."""
+
+    def unavailable() -> ir.TensorProtocol:
+        raise AssertionError("the weight was read")
+
+    tensor = ir.LazyTensor(unavailable, ir.DataType.FLOAT, ir.Shape([3, 1000]), name="w")
+    weight = ir.Value(name="w", const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 3]))
+    product = ir.Node("", "MatMul", [x, weight])
+    product.outputs[0].name = "a"
+    last = ir.Node("", "Neg", product.outputs)
+    last.outputs[0].name = "y"
+    graph = ir.Graph(
+        [x], last.outputs, nodes=[product, last], initializers=[weight], opset_imports={"": 17}, name="g"
+    )
+    InferShapes().apply(ir.Model(graph, ir_version=10), Ledger(pass_name="infer-shapes"))
+    assert str(product.outputs[0].shape) == "[N,1000]"
+
+
+def test_nothing_is_claimed_where_all_is_known() -> None:
+    proto = onnx.shape_inference.infer_shapes(
+        text_model("g (float[2, 3] x) => (float[3, 2] y) { a = Transpose(x)\n y = Neg(a) }")
+    )
+    assert run_pass(proto, InferShapes()).changes == 0
