@@ -1,9 +1,9 @@
-"""Peak memory and time of optimizing a model above 2 GB with external data, against what the runtime needs to run it.
+"""Peak memory and time of optimizing a model above 2 GB, against what the runtime needs to run it.
 
     python benchmarks/big_model.py [--gigabytes 2.3] [--folder DIR]
 
-The model is written with holes, so it needs little disk until it is saved again. Peak memory is the resident set's
-maximum of each process, as the kernel counts it, mapped files included.
+The model's external data is written with holes, so it needs little disk until it is saved again. Peak memory
+is the maximum of the resident set of each process, as the kernel counts it, mapped files included.
 """
 
 from __future__ import annotations
@@ -44,13 +44,17 @@ assert not {verify} or result.report.verdict.ok, result.report.verdict.summary
 
 def measure(body: str) -> tuple[float, int]:
     """Seconds and peak bytes of a Python process that runs `body`."""
-    done = subprocess.run([sys.executable, "-c", _MEASURED.format(body=body)], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED.format(body=body)], check=True, stdout=subprocess.PIPE
+    )
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
     return seconds, peak
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=2.3)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     args = parser.parse_args()

@@ -3,9 +3,10 @@
     python benchmarks/real_models.py MODELS [--scores SCORE.PY] [--target generic] [--peers]
 
 For each model: exit code, nodes, BatchNormalization nodes that a Conv, ConvTranspose, Gemm or MatMul feeds,
-seconds, the proof; then, independently of onnxopt: onnx.checker, names and types of inputs and outputs, operator
-domains, the largest difference of the outputs in ONNX Runtime with its optimizations off, and, where SCORE.PY knows
-the model, its score before and after. --peers adds onnxslim, onnxsim and onnxscript where they are installed.
+seconds, the proof; then, independently of onnxopt: onnx.checker, names and types of inputs and outputs,
+operator domains, the largest difference of the outputs in ONNX Runtime with its optimizations off, and, where
+SCORE.PY knows the model, its score before and after. --peers adds onnxslim, onnxsim and onnxscript where they
+are installed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def fed_batchnorms(model: onnx.ModelProto) -> int:
     """BatchNormalization nodes of the main graph whose input is the output of a linear node."""
     producers = {name: node.op_type for node in model.graph.node for name in node.output}
     return sum(
-        node.op_type == "BatchNormalization" and producers.get(node.input[0]) in LINEAR for node in model.graph.node
+        node.op_type == "BatchNormalization" and producers.get(node.input[0]) in LINEAR
+        for node in model.graph.node
     )
 
 
@@ -118,7 +120,17 @@ def judge(source: Path, target: Path) -> dict[str, str]:
 
 def optimize(source: Path, target: Path, options: list[str]) -> dict[str, str]:
     report = target.with_suffix(".json")
-    command = [sys.executable, "-m", "onnxopt", "optimize", str(source), "-o", str(target), "--json", str(report)]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxopt",
+        "optimize",
+        str(source),
+        "-o",
+        str(target),
+        "--json",
+        str(report),
+    ]
     started = time.perf_counter()
     done = subprocess.run([*command, "--no-bench", *options], capture_output=True, text=True)
     row = {"exit": str(done.returncode), "seconds": f"{time.perf_counter() - started:.1f}"}
@@ -133,12 +145,15 @@ def peer(name: str, source: Path, target: Path) -> dict[str, str]:
     started = time.perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", PEERS[name], str(source), str(target)], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", PEERS[name], str(source), str(target)],
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         code = str(done.returncode)
     except subprocess.TimeoutExpired:
         code = "timeout"
-    return {"exit": code, "seconds": f"{time.perf_counter() - started:.1f}", "proof": "–"}
+    return {"exit": code, "seconds": f"{time.perf_counter() - started:.1f}", "proof": ""}
 
 
 def load_scores(path: Path | None) -> Any:
@@ -167,7 +182,9 @@ def score(scores: Any, name: str, path: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", type=Path)
     parser.add_argument("--scores", type=Path)
     parser.add_argument("--target", default="cpu")
@@ -178,7 +195,18 @@ def main() -> int:
     scores = load_scores(args.scores)
     options = ["--target", args.target] + ["--freeze-initializers"] * args.freeze_initializers
     tools = ["onnxopt"] + [p for p in PEERS if args.peers and importlib.util.find_spec(p)]
-    columns = ("model", "tool", "exit", "seconds", "nodes", "fed BN", "difference", "score", "outside", "proof")
+    columns = (
+        "model",
+        "tool",
+        "exit",
+        "seconds",
+        "nodes",
+        "fed BN",
+        "difference",
+        "score",
+        "outside",
+        "proof",
+    )
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(args.models.glob("*.onnx")):
@@ -189,7 +217,10 @@ def main() -> int:
                 row: Mapping[str, str]
                 row = optimize(source, target, options) if tool == "onnxopt" else peer(tool, source, target)
                 row = {"model": source.stem, "tool": tool, **row, **judge(source, target)}
-                old, new = score(scores, source.stem, source) if target.exists() else "", score(scores, source.stem, target)
+                old, new = (
+                    score(scores, source.stem, source) if target.exists() else "",
+                    score(scores, source.stem, target),
+                )
                 row["score"] = f"{old} → {new}" if new else ""
                 print("| " + " | ".join(row.get(column, "") for column in columns) + " |", flush=True)
     return 0

@@ -46,10 +46,10 @@ def _cell(b: Builder, x: str) -> str:
 def big_model(folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int = 0) -> Path:
     """Write ``model.onnx`` and ``model.onnx.data`` above protobuf's 2 GB limit; returns the model's path.
 
-    A chain of MatMuls (8192 x 8192, 256 MiB each), each followed by an Identity, an Add and a Mul that can be
-    folded: ``x`` float32 (batch, 8192) to ``y``. Each weight has one block of 8 rows of numbers and is zero
-    elsewhere, so that outputs are dense and not trivial; the file system keeps the zeros as holes, and the
-    file takes a few megabytes of disk.
+    A chain of MatMuls (8192 x 8192, 256 MiB each), each followed by an Identity, an Add, a Mul that can be
+    folded and a Tanh: ``x`` float32 (batch, 8192) to ``y``. Each weight has one block of 8 rows of numbers
+    and is zero elsewhere, so that outputs are dense and not trivial; the file system keeps the zeros as
+    holes, and the file takes a few megabytes of disk.
     """
     folder = Path(folder)
     width, rows = 8192, 8
@@ -65,7 +65,7 @@ def big_model(folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int 
             b.initializers.append(_external(f"weight_{layer}", (width, width), layer * nbytes, nbytes))
             x = b.add("MatMul", x, f"weight_{layer}")
             x = b.add("Add", b.add("Identity", x), b.constant(b.rng.normal(0, 0.1, width)))
-            x = b.add("Mul", x, b.constant(b.rng.uniform(0.8, 1.2, width)))
+            x = b.add("Tanh", b.add("Mul", x, b.constant(b.rng.uniform(0.8, 1.2, width))))
         data.truncate(count * nbytes)
     b.add("Relu", x, outputs=["y"])
     model = b.model("big", [("x", ["batch", width])], [("y", ["batch", width])])

@@ -19,10 +19,11 @@ from onnxopt.data import Feeds, read_feeds, synthesize
 from onnxopt.errors import NoSamplesError, ProviderError, UsageError, did_you_mean
 from onnxopt.model import ModelLike, fingerprint, opener
 from onnxopt.pipeline import Kind, Outcome, Pipeline, Proof, pass_name, spelling
+from onnxopt.protobuf import dump
 from onnxopt.recipe import load_recipe, parse_pass
 from onnxopt.reporting import Report, measure_size
 from onnxopt.runtimes import UnsupportedModelError
-from onnxopt.storage import dump, save
+from onnxopt.storage import save
 from onnxopt.targets import find_target
 from onnxopt.verification import Baseline, Verdict
 

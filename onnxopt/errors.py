@@ -26,6 +26,7 @@ __all__ = [
     "RuntimeMissingError",
     "UsageError",
     "did_you_mean",
+    "one_line",
 ]
 
 
@@ -76,3 +77,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f" (did you mean {near[0]!r}?)"
     return f" (known: {', '.join(words)})" if words else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text in one line of at most 300 characters, without ONNX Runtime's code in front."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+    return text if len(text) <= 300 else text[:297] + "..."

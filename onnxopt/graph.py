@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.errors import ModelError
+
 __all__ = [
     "NONDETERMINISTIC",
     "constant_array",
@@ -18,11 +20,13 @@ __all__ = [
     "ints_attr",
     "is_deterministic",
     "nodes",
+    "pieces",
     "roots",
     "sole_user",
     "static_shape",
     "str_attr",
     "subgraphs_of",
+    "tensor_bytes",
     "tensors",
     "value_names",
 ]
@@ -78,6 +82,31 @@ def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                     yield attr.as_tensor()
                 elif attr.type == ir.AttributeType.TENSORS:
                     yield from attr.value
+
+
+def tensor_bytes(model: ir.Model) -> int:
+    """Bytes of all tensors: initializers and tensor attributes, subgraphs and functions included."""
+    return sum(tensor.nbytes for tensor in tensors(model))
+
+
+def pieces(tensor: ir.TensorProtocol, size: int = 1 << 24) -> Iterator[bytes | memoryview]:
+    """The tensor's bytes in pieces of `size`; external data is read, not mapped, so that memory stays flat.
+
+    Raises:
+        ModelError: the external file ends too soon.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        data = memoryview(tensor.tobytes())
+        yield from (data[start : start + size] for start in range(0, len(data), size))
+        return
+    left = tensor.nbytes
+    with open(tensor.path, "rb") as source:
+        source.seek(tensor.offset or 0)
+        while left and (piece := source.read(min(left, size))):
+            left -= len(piece)
+            yield piece
+    if left:
+        raise ModelError(f"{tensor.path}: cut off while tensor {tensor.name!r} was read")
 
 
 def value_names(model: ir.Model) -> set[str]:

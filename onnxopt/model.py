@@ -17,30 +17,22 @@ from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError
 
-from onnxopt.errors import ModelError
-from onnxopt.graph import graphs, tensors
+from onnxopt.errors import ModelError, one_line
+from onnxopt.graph import pieces, roots, tensor_bytes, tensors
+from onnxopt.protobuf import LARGEST_PROTOBUF, dump, skeleton
 
 __all__ = [
-    "LARGEST_PROTOBUF",
     "ModelLike",
     "fingerprint",
-    "in_memory",
     "load",
     "materialize",
     "opener",
-    "serialize",
-    "skeleton",
-    "swapped",
-    "tensor_bytes",
     "uses_external_data",
 ]
 
 ModelLike = str | os.PathLike[str] | bytes | BinaryIO | onnx.ModelProto | ir.Model
-
-LARGEST_PROTOBUF = 2**31 - 2**24
-"""Bytes of tensors that still go into one protobuf: its limit of 2 GiB less 16 MiB for the graph."""
 
 _CHUNK = 1 << 24
 
@@ -53,7 +45,7 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
     if isinstance(source, ir.Model):
         return source.clone
     if isinstance(source, onnx.ModelProto):
-        return lambda: _from_proto(source, "model", None)
+        return lambda: _from_proto(_copy(source), "model", None)
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
         return lambda: _from_proto(_parse(data, "model"), "model", None)
@@ -77,6 +69,13 @@ def load(source: ModelLike) -> ir.Model:
             installed onnx knows, or external data that is missing, too short or outside the folder.
     """
     return opener(source)()
+
+
+def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Tensors of the ir share names with the protobuf they came from: a copy keeps the caller's as it is."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
 
 
 def _load_file(path: Path) -> ir.Model:
@@ -125,11 +124,19 @@ def _from_proto(proto: onnx.ModelProto, who: str, folder: Path | None) -> ir.Mod
     try:
         model = ir.from_proto(proto)
     except Exception as error:
-        raise ModelError(f"{who}: not a valid ONNX graph: {_one_line(error)}") from error
+        raise ModelError(f"{who}: not a valid ONNX graph: {one_line(error)}") from error
+    _normalise_domains(model)
     _bind_external_data(model, who, folder)
     if not _is_sorted(model.graph):
         _sort(model, who)
     return model
+
+
+def _normalise_domains(model: ir.Model) -> None:
+    """`ai.onnx` is the long name of the default domain; nodes bear the short one already."""
+    for root in roots(model):
+        if "ai.onnx" in root.opset_imports:
+            root.opset_imports[""] = root.opset_imports.pop("ai.onnx")
 
 
 def _bind_external_data(model: ir.Model, who: str, folder: Path | None) -> None:
@@ -172,90 +179,15 @@ def _sort(model: ir.Model, who: str) -> None:
         raise ModelError(f"{who}: the graph has a cycle") from None
 
 
-def tensor_bytes(model: ir.Model) -> int:
-    """Bytes of all tensors: initializers and tensor attributes, subgraphs and functions included."""
-    return sum(tensor.nbytes for tensor in tensors(model))
-
-
 def uses_external_data(model: ir.Model) -> bool:
-    """Whether any tensor lies in a file of its own."""
-    return any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors(model))
-
-
-def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
-    """External tensors read into memory; None for the others, which are in memory already."""
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype) if isinstance(tensor, ir.ExternalTensor) else None
-
-
-def skeleton(model: ir.Model, keep: int = 1024) -> onnx.ModelProto:
-    """The model without its weights, for onnx's checker and shape inference, which copy what they get.
-
-    Initializers of the main graph above `keep` bytes become graph inputs of the same type.
-    """
-
-    def hollow(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
-        if tensor.nbytes <= keep:
-            return None
-        return ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or ""
-        )
-
-    with swapped(model, hollow, graphs_=[model.graph]):
-        proto = ir.to_proto(model)
-    known = {value.name for value in proto.graph.input}
-    kept = []
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            kept.append(tensor)
-        elif tensor.name not in known:
-            value = proto.graph.input.add(name=tensor.name)
-            value.type.tensor_type.elem_type = tensor.data_type
-            for size in tensor.dims:
-                value.type.tensor_type.shape.dim.add(dim_value=size)
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return proto
-
-
-@contextlib.contextmanager
-def swapped(
-    model: ir.Model,
-    swap: Callable[[ir.TensorProtocol], ir.TensorProtocol | None],
-    graphs_: list[ir.Graph] | None = None,
-) -> Iterator[None]:
-    """Within the block, initializers hold the tensor that `swap` gives for theirs (None: as it is)."""
-    kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    try:
-        for graph in graphs(model) if graphs_ is None else graphs_:
-            for value in graph.initializers.values():
-                tensor = value.const_value
-                other = swap(tensor) if tensor is not None else None
-                if tensor is not None and other is not None:
-                    other.name = value.name
-                    kept.append((value, tensor))
-                    value.const_value = other
-        yield
-    finally:
-        for value, tensor in kept:
-            value.const_value = tensor
-
-
-def serialize(model: ir.Model) -> bytes:
-    """The model as bytes, the same bytes for the same model.
-
-    Raises:
-        ModelError: the graph itself, without external weights, does not fit one protobuf.
-    """
-    try:
-        return ir.to_proto(model).SerializeToString(deterministic=True)
-    except (EncodeError, ValueError) as error:
-        raise ModelError(f"model: cannot be written as one protobuf: {_one_line(error)}") from error
+    """Whether any tensor lies in a file of its own, or is computed from one when it is read."""
+    return any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors(model))
 
 
 @contextlib.contextmanager
 def materialize(source: ModelLike) -> Iterator[Path | bytes]:
     """What a runtime can open: a path as it is, small models as bytes, large ones in a temporary folder."""
-    from onnxopt.storage import dump, stage
+    from onnxopt.storage import stage
 
     if isinstance(source, str | os.PathLike):
         yield Path(source)
@@ -288,15 +220,11 @@ def fingerprint(source: ModelLike) -> str:
         model = load(source)
         digest.update(skeleton(model, keep=0).SerializeToString(deterministic=True))
         for tensor in tensors(model):
-            digest.update(tensor.tobytes())
+            for piece in pieces(tensor):
+                digest.update(piece)
     return digest.hexdigest()
 
 
 def _absorb(digest: hashlib._Hash, stream: io.BufferedReader) -> None:
     while chunk := stream.read(_CHUNK):
         digest.update(chunk)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -16,18 +16,18 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import nodes
-from onnxopt.model import tensor_bytes
-from onnxopt.rewrite import Ledger, Rewrite, Rule, drive
+from onnxopt.graph import nodes, tensor_bytes
+from onnxopt.ledger import Ledger, Rewrite
+from onnxopt.rewrite import Rule, drive
 from onnxopt.structure import checker_complaint, find_problem, signature_of
 
 __all__ = ["Kind", "LeftOut", "Outcome", "Pass", "Pipeline", "Proof", "Step", "pass_name", "spelling"]
 
 Kind = Literal["exact", "reorder", "lossy"]
-"""The promise of a pass: bit-equal, equal up to the order of float operations, or worse within a budget."""
+"""The promise of a pass: bit-equal, equal but for the order of float operations, worse within a budget."""
 
 Proof = Callable[[ir.Model, Kind], str | None]
-"""Judges a rewritten model by the weakest promise of the passes that changed it: None, or what does not hold."""
+"""Judges a rewritten model by the weakest promise of the passes that changed it; None, or what fails."""
 
 _KINDS: tuple[Kind, ...] = ("exact", "reorder", "lossy")
 _WHOLE = "the whole pass"
@@ -79,6 +79,11 @@ def _spell(value: object) -> str:
 def pass_name(one: ir.passes.PassBase) -> str:
     """The name of a pass; a plain onnx_ir pass goes by its class."""
     return one.name if isinstance(one, Pass) else type(one).__name__
+
+
+def _kind(one: ir.passes.PassBase) -> Kind:
+    """The promise of a pass; a plain onnx_ir pass makes none, and is taken to keep the numbers."""
+    return one.kind if isinstance(one, Pass) else "reorder"
 
 
 def spelling(one: ir.passes.PassBase) -> str:
@@ -155,7 +160,7 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in the order in which they run; the sequence repeats until nothing changes, `rounds` times at most."""
+    """Passes in their order, again and again until nothing changes, `rounds` times at most."""
 
     passes: tuple[ir.passes.PassBase, ...]
     rounds: int = 12
@@ -242,8 +247,9 @@ class Pipeline:
         return sum(1 for _ in nodes(model)), tensor_bytes(model)
 
     def _kind(self, done: _Attempt) -> Kind:
-        kinds = [getattr(self.passes[position], "kind", "reorder") for position in done.changed]
-        return max(kinds, key=_KINDS.index, default="exact")
+        return max(
+            (_kind(self.passes[position]) for position in done.changed), key=_KINDS.index, default="exact"
+        )
 
     def _culprit(
         self,
@@ -282,7 +288,7 @@ class Pipeline:
                 if rewrite.pass_name == pass_name(one):
                     reasons.setdefault(reason, []).append(rewrite.site)
             declined = {reason: tuple(sites) for reason, sites in reasons.items()}
-            kind: Kind = getattr(one, "kind", "reorder")
+            kind = _kind(one)
             steps.append(
                 Step(pass_name(one), kind, tally.changes, declined, tally.seconds, tally.nodes, tally.bytes)
             )

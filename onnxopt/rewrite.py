@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
-from onnxopt.graph import roots, value_names
+from onnxopt.graph import roots, subgraphs_of, value_names
+from onnxopt.ledger import Ledger
 
-__all__ = ["Declined", "Edit", "Ledger", "Rewrite", "Rule", "Scope", "drive", "scopes"]
+__all__ = ["Declined", "Edit", "Rule", "Scope", "drive", "scopes"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -31,60 +32,6 @@ class Declined(Exception):  # noqa: N818 - a decision, not an error
 
 class UnendingError(OnnxoptError):
     """A pass goes on rewriting what it has rewritten."""
-
-
-@dataclass(frozen=True, order=True)
-class Rewrite:
-    """One change to the graph: which pass and rule made it, and where."""
-
-    pass_name: str
-    rule: str
-    site: str
-
-    def __str__(self) -> str:
-        return f"{self.pass_name}: {self.rule}" + (f" at {self.site!r}" if self.site else "")
-
-
-@dataclass
-class Ledger:
-    """Gives leave for each rewrite, counts them, and keeps the reasons of those that were declined.
-
-    limit: grant this many rewrites in all, then no more; None for no limit.
-    left_out: rewrites that are never granted.
-    """
-
-    limit: int | None = None
-    left_out: frozenset[Rewrite] = frozenset()
-    pass_name: str = ""
-    granted: list[Rewrite] = field(default_factory=list)
-    declined: dict[Rewrite, str] = field(default_factory=dict)
-    touched: dict[ir.Node, None] = field(default_factory=dict)
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the limit is reached."""
-        return self.limit is not None and len(self.granted) >= self.limit
-
-    def leaves_out(self, rewrite: Rewrite) -> bool:
-        """Whether this rewrite is one that is never granted."""
-        return rewrite in self.left_out
-
-    def claim(self, rule: str, site: str) -> bool:
-        """Ask for leave before a change; False: leave the graph as it is there."""
-        rewrite = Rewrite(self.pass_name, rule, site)
-        if self.exhausted or self.leaves_out(rewrite):
-            return False
-        self.granted.append(rewrite)
-        self.declined.pop(rewrite, None)
-        return True
-
-    def decline(self, rule: str, site: str, reason: str) -> None:
-        """Record why a rewrite that applies is not made."""
-        self.declined[Rewrite(self.pass_name, rule, site)] = reason
-
-    def touch(self, nodes: Iterable[ir.Node]) -> None:
-        """Record nodes that are new or have new inputs, so that they are checked."""
-        self.touched.update(dict.fromkeys(nodes))
 
 
 @dataclass
@@ -145,11 +92,12 @@ class Edit:
         self._initializers: list[ir.Value] = []
         self._named: dict[ir.Value, str] = {}
         self._replaced: list[tuple[ir.Value, ir.Value]] = []
+        self._named_after_anchor = False
 
     def constant(self, array: np.ndarray | ir.TensorProtocol, like: str | None) -> ir.Value:
         """A new constant; its name is fresh and starts with `like`."""
         tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
-        value = ir.Value(type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        value = ir.Value(type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
         self._named[value] = like or "constant"
         if self._scope.holds_initializers:
             value.const_value = tensor
@@ -168,7 +116,7 @@ class Edit:
         domain: str = "",
         name: str | None = None,
     ) -> ir.Value:
-        """A new node with one output; the output. `name` is the node's, by default the anchor's."""
+        """A new node with one output; the output. The first node has the anchor's name, if none is given."""
         return self.ops(op_type, inputs, attributes, domain=domain, name=name, outputs=1)[0]
 
     def ops(
@@ -186,7 +134,8 @@ class Edit:
         values = tuple(ir.Value() for _ in range(outputs))
         base = self._anchor.outputs[0].name or op_type
         self._named.update(dict.fromkeys(values, base))
-        node_name = self._anchor.name if name is None else name
+        node_name = name or (None if self._named_after_anchor else self._anchor.name)
+        self._named_after_anchor |= node_name == self._anchor.name
         self._planned.append(_Planned(domain, op_type, tuple(inputs), attrs, values, node_name))
         return values
 
@@ -198,7 +147,7 @@ class Edit:
     def check(self) -> None:
         """Raise `Declined` where a graph output could not keep its name."""
         for old, new in self._replaced:
-            if not old.is_graph_output() or new in self._named and new not in self._initializers:
+            if not old.is_graph_output() or (new in self._named and new not in self._initializers):
                 continue
             producer = new.producer()
             if producer is None or producer.graph is not old.graph:
@@ -256,6 +205,9 @@ def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
             above[node] = None
             continue
         work.extend(p for v in node.inputs if v is not None and (p := v.producer()))
+        for inner in [inner for body in subgraphs_of(node) for inner in body.all_nodes()]:
+            for position in range(len(inner.inputs)):
+                inner.replace_input_with(position, None)
         node.graph.remove(node, safe=True)
     return list(above)
 

@@ -29,6 +29,7 @@ from onnxopt.errors import (
     RuntimeMissingError,
     UsageError,
     did_you_mean,
+    one_line,
 )
 from onnxopt.model import ModelLike, materialize
 from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
@@ -40,7 +41,6 @@ __all__ = [
     "Session",
     "TensorInfo",
     "UnsupportedModelError",
-    "one_line",
     "open_session",
     "providers",
     "runtime_version",
@@ -287,10 +287,3 @@ def _why_not(ort: ModuleType, provider: str) -> str:
     except OSError as error:
         return f"; {one_line(error)}; {_NEEDS}"
     return ""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text in one line of at most 300 characters, without ONNX Runtime's code."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -19,25 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import onnx
 import onnx_ir as ir
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import graphs, tensors
-from onnxopt.model import (
-    LARGEST_PROTOBUF,
-    in_memory,
-    serialize,
-    swapped,
-    tensor_bytes,
-    uses_external_data,
-)
+from onnxopt.graph import graphs, pieces, tensor_bytes, tensors
+from onnxopt.model import uses_external_data
+from onnxopt.protobuf import LARGEST_PROTOBUF, in_memory, serialize, swapped
 
-__all__ = ["Staged", "check_target", "commit", "dump", "save", "stage", "staging"]
+__all__ = ["Staged", "check_target", "commit", "save", "stage", "staging"]
 
 _ALIGNMENT = 4096
-"""Tensors at least this large go into the external file, each on such a boundary, so that it can be mapped."""
-_CHUNK = 1 << 24
+"""Tensors at least this large go into the external file, each at such a boundary, to be mapped there."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,8 @@ class Staged:
 
     model_file: Path
     data_file: Path | None
-    sources: frozenset[Path]
-    """External data files that the model in memory still reads from."""
+    sources: frozenset[Path] | None
+    """External data files that the model in memory still reads from; None where it cannot be told."""
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
@@ -65,19 +57,6 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
     target = Path(path)
     with staging(target) as folder:
         return commit(stage(model, folder, target.name, external_data=external_data), target)
-
-
-def dump(model: ir.Model) -> onnx.ModelProto:
-    """The model as one protobuf, weights included.
-
-    Raises:
-        ModelError: more than 2 GB of weights, which need a path to be saved to.
-    """
-    size = tensor_bytes(model)
-    if size > LARGEST_PROTOBUF:
-        raise ModelError(f"model: {size} bytes of weights do not fit one protobuf (2 GB): save it to a path")
-    with swapped(model, in_memory):
-        return ir.to_proto(model)
 
 
 def check_target(target: Path) -> None:
@@ -123,7 +102,7 @@ def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool | Non
             offsets[id(tensor)],
             tensor.nbytes,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name="",
             base_dir=folder,
         )
@@ -134,13 +113,21 @@ def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool | Non
     with model_file.open("wb") as stream:
         stream.write(content)
         _sync(stream)
-    sources = frozenset(Path(t.path) for t in tensors(model) if isinstance(t, ir.ExternalTensor))
-    return Staged(model_file, data_file, sources)
+    return Staged(model_file, data_file, _sources(model))
+
+
+def _sources(model: ir.Model) -> frozenset[Path] | None:
+    found = list(tensors(model))
+    if any(isinstance(tensor, ir.LazyTensor) for tensor in found):
+        return None
+    return frozenset(Path(tensor.path) for tensor in found if isinstance(tensor, ir.ExternalTensor))
 
 
 def commit(staged: Staged, target: Path) -> Path:
-    """Move a staged model into place, data first; then remove data files that only the replaced model read."""
-    outdated = set(_own_data_files(target)) - staged.sources if target.exists() else set()
+    """Move a staged model into place, data first; then remove data that only the replaced model read."""
+    outdated: set[Path] = set()
+    if staged.sources is not None and target.exists():
+        outdated = set(_own_data_files(target)) - staged.sources
     if staged.data_file is not None:
         os.replace(staged.data_file, target.parent / staged.data_file.name)
         outdated.discard(target.parent / staged.data_file.name)
@@ -168,7 +155,7 @@ def _write_data(model: ir.Model, folder: Path, name: str) -> tuple[Path | None, 
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
             offsets[id(tensor)] = stream.tell()
             digest.update(stream.tell().to_bytes(8, "little"))
-            for chunk in _chunks(tensor):
+            for chunk in pieces(tensor):
                 stream.write(chunk)
                 digest.update(chunk)
         _sync(stream)
@@ -184,22 +171,6 @@ def _large_weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
             tensor = value.const_value
             if tensor is not None and tensor.nbytes >= _ALIGNMENT and tensor.dtype != ir.DataType.STRING:
                 yield tensor
-
-
-def _chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
-    """The tensor's bytes; external ones are read from their file, not mapped, to keep memory flat."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        data = memoryview(tensor.tobytes())
-        yield from (data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK))
-        return
-    with open(tensor.path, "rb") as source:
-        source.seek(tensor.offset or 0)
-        left = tensor.nbytes
-        while left and (chunk := source.read(min(left, _CHUNK))):
-            left -= len(chunk)
-            yield chunk
-    if left:
-        raise ModelError(f"{tensor.path}: cut off while tensor {tensor.name!r} was read")
 
 
 def _sync(stream: BinaryIO) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import constant_of, has_reference, roots, subgraphs_of
-from onnxopt.model import skeleton
+from onnxopt.protobuf import skeleton
 
 __all__ = ["Signature", "StructureError", "checker_complaint", "find_problem", "signature_of"]
 
@@ -58,14 +58,15 @@ def find_problem(model: ir.Model, touched: Iterable[ir.Node] = ()) -> str | None
     also held against their operator's schema, types and shapes.
     """
     for root in roots(model):
-        complaint = next(_walk(root, set(), {}), None)
+        complaint = next(_walk(root, _Scopes()), None)
         if complaint:
             return complaint
     if model.ir_version < 4:
         inputs = set(model.graph.inputs)
         for value in model.graph.initializers.values():
             if value not in inputs:
-                return f"initializer {value.name!r} is no graph input, which IR version {model.ir_version} asks for"
+                asks = f"as IR version {model.ir_version} asks"
+                return f"initializer {value.name!r} is no graph input, {asks}"
     opsets = dict(model.graph.opset_imports)
     for node in touched:
         if node.graph is not None and (complaint := _node_problem(node, opsets, model.ir_version)):
@@ -73,40 +74,54 @@ def find_problem(model: ir.Model, touched: Iterable[ir.Node] = ()) -> str | None
     return None
 
 
-def _walk(graph: ir.Graph, defined: set[ir.Value], names: dict[str, ir.Value]) -> Iterator[str]:
-    """Problems of a graph; `defined` and `names` hold what the graphs around it have defined so far."""
-    added: list[ir.Value] = []
+class _Scopes:
+    """The values that may be read at a place in the graph, and the names that are taken there."""
 
-    def define(value: ir.Value) -> str | None:
-        if value in defined:
-            return None
-        if value.name and names.setdefault(value.name, value) is not value:
+    def __init__(self) -> None:
+        self._values: set[ir.Value] = set()
+        self._names: dict[str, ir.Value] = {}
+
+    def __contains__(self, value: ir.Value) -> bool:
+        return value in self._values
+
+    def define(self, value: ir.Value) -> str | None:
+        """Add a value; what is wrong with it."""
+        if (
+            value not in self._values
+            and value.name
+            and self._names.setdefault(value.name, value) is not value
+        ):
             return f"two values are named {value.name!r}"
-        defined.add(value)
-        added.append(value)
+        self._values.add(value)
         return None
 
-    for value in (*graph.inputs, *graph.initializers.values()):
-        if problem := define(value):
-            yield problem
+    def forget(self, values: Iterable[ir.Value]) -> None:
+        """Leave the graph that defined these."""
+        for value in values:
+            self._values.discard(value)
+            if value.name and self._names.get(value.name) is value:
+                del self._names[value.name]
+
+
+def _walk(graph: ir.Graph, scopes: _Scopes) -> Iterator[str]:
+    """Problems of a graph; `scopes` holds what the graphs around it have defined so far."""
+    own = dict.fromkeys((*graph.inputs, *graph.initializers.values()))
+    yield from filter(None, map(scopes.define, own))
     for node in graph:
         for value in node.inputs:
-            if value is not None and value not in defined:
-                yield f"node {node.name!r} ({node.op_type}) reads {value.name!r}, which nothing before it defines"
+            if value is not None and value not in scopes:
+                who = f"node {node.name!r} ({node.op_type})"
+                yield f"{who} reads {value.name!r}, which nothing before it defines"
         for body in subgraphs_of(node):
-            yield from _walk(body, defined, names)
-        for value in node.outputs:
-            if problem := define(value):
-                yield problem
-    for value in graph.outputs:
-        if value not in defined:
-            yield f"graph output {value.name!r} is defined nowhere"
-        elif not value.name:
+            yield from _walk(body, scopes)
+        yield from filter(None, map(scopes.define, node.outputs))
+        own.update(dict.fromkeys(node.outputs))
+    for output in graph.outputs:
+        if output not in scopes:
+            yield f"graph output {output.name!r} is defined nowhere"
+        elif not output.name:
             yield "a graph output has no name"
-    for value in added:
-        defined.discard(value)
-        if value.name and names.get(value.name) is value:
-            del names[value.name]
+    scopes.forget(own)
 
 
 def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str | None:
@@ -141,7 +156,7 @@ def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str
             proto,
             types,
             data,
-            opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()],
+            opset_imports=[onnx.OperatorSetIdProto(domain=d, version=v) for d, v in opsets.items()],
             ir_version=ir_version,
         )
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -170,7 +185,7 @@ def _clash(value: ir.Value, inferred: onnx.TypeProto) -> str | None:
 
 
 def checker_complaint(model: ir.Model) -> str | None:
-    """What `onnx.checker` says of the whole model (without its large weights), in one line; None if it passes."""
+    """What `onnx.checker` says of the model without its large weights, in one line; None if it passes."""
     try:
         onnx.checker.check_model(skeleton(model))
     except onnx.checker.ValidationError as error:

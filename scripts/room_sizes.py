@@ -12,13 +12,17 @@ from pathlib import Path
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budget", type=int, required=True, help="lines that onnxopt/ may have in all")
     budget = parser.parse_args().budget
     root = Path(__file__).resolve().parents[1] / "onnxopt"
     lines: Counter[str] = Counter()
     for file in sorted(root.rglob("*.py")):
-        lines[file.parent.relative_to(root.parent).as_posix()] += len(file.read_text(encoding="utf-8").splitlines())
+        lines[file.parent.relative_to(root.parent).as_posix()] += len(
+            file.read_text(encoding="utf-8").splitlines()
+        )
     for folder, count in sorted(lines.items()):
         print(f"{count:6} {folder}")
     total = sum(lines.values())

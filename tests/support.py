@@ -12,9 +12,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxopt.graph import nodes
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Ledger
-from onnxopt.storage import dump
+from onnxopt.protobuf import dump
 from onnxopt.structure import checker_complaint, find_problem, signature_of
 
 Feeds = Mapping[str, np.ndarray]

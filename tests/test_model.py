@@ -11,12 +11,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
-from tests.support import assert_equivalent, execute, random_feeds, text_model
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import tensors
-from onnxopt.model import fingerprint, load, materialize, opener, skeleton, tensor_bytes
-from onnxopt.storage import dump
+from onnxopt.graph import tensor_bytes, tensors
+from onnxopt.model import fingerprint, load, materialize, opener
+from onnxopt.protobuf import dump, skeleton
+from tests.support import assert_equivalent, execute, random_feeds, text_model
 
 TEXT = "agraph (float[2,3] x) => (float[2,3] y) { a = Relu(x)\n y = Neg(a) }"
 
@@ -145,10 +145,10 @@ def test_external_data_behind_a_link_out_of_the_folder_is_refused(tmp_path: Path
 def test_missing_and_truncated_external_data_are_refused(tmp_path: Path) -> None:
     path = weighted(tmp_path)
     os.truncate(tmp_path / "m.data", 100)
-    with pytest.raises(ModelError, match="is cut off: 'm.data' has 100 bytes, 16384 are needed"):
+    with pytest.raises(ModelError, match=r"is cut off: 'm\.data' has 100 bytes, 16384 are needed"):
         load(path)
     (tmp_path / "m.data").unlink()
-    with pytest.raises(ModelError, match="is missing: no file 'm.data' beside the model"):
+    with pytest.raises(ModelError, match=r"is missing: no file 'm\.data' beside the model"):
         load(path)
 
 

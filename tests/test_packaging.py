@@ -23,5 +23,7 @@ def test_wheel_and_sdist_hold_every_pass_and_recipe_once(tmp_path: Path) -> None
     files = (p for p in (ROOT / "onnxopt" / "passes").rglob("*") if p.suffix in (".py", ".toml"))
     expected = sorted(p.relative_to(ROOT).as_posix() for p in files)
     for listing in (in_wheel, in_sdist):
-        assert sorted(n for n in listing if "passes/" in n and n.startswith(("onnxopt", "passes"))) == expected
+        assert (
+            sorted(n for n in listing if "passes/" in n and n.startswith(("onnxopt", "passes"))) == expected
+        )
         assert "onnxopt/py.typed" in listing

@@ -9,12 +9,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from tests.support import assert_equivalent, execute, random_feeds, text_model
 
+from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.model import opener
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Kind, Pass, Pipeline
-from onnxopt.rewrite import Declined, Edit, Ledger, Rewrite, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from tests.support import assert_equivalent, execute, random_feeds, text_model
 
 CHAIN = """
 agraph (float[2,3] x) => (float[2,3] y) {

@@ -7,12 +7,13 @@ import time
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tests.support import assert_equivalent, text_model
 
 from onnxopt.graph import nodes
+from onnxopt.ledger import Ledger
 from onnxopt.model import load
-from onnxopt.rewrite import Declined, Edit, Ledger, Rule, Scope, drive, scopes
+from onnxopt.rewrite import Declined, Edit, Rule, Scope, drive, scopes
 from onnxopt.structure import find_problem
+from tests.support import assert_equivalent, text_model
 
 
 def first_scope(model: ir.Model) -> Scope:
@@ -100,8 +101,8 @@ def test_nodes_above_that_nobody_reads_go_too_and_others_stay() -> None:
 
 @pytest.mark.parametrize("ir_version", [3, 4, 10])
 def test_constants_are_initializers_where_the_format_lets_them(ir_version: int) -> None:
-    text = f'<ir_version: {ir_version}, opset_import: ["" : 9]> agraph (float[2] x) => (float[2] z) {{ z = Neg(x) }}'
-    proto = text_model(text)
+    head = f'<ir_version: {ir_version}, opset_import: ["" : 9]>'
+    proto = text_model(head + "agraph (float[2] x) => (float[2] z) { z = Neg(x) }")
     model = load(proto)
     edit = Edit(model.graph[0], first_scope(model))
     minus = edit.constant(np.array(-1, np.float32), "minus")
@@ -123,7 +124,10 @@ def test_the_driver_reaches_branches_and_functions() -> None:
     text = """<ir_version: 10, opset_import: ["" : 17, "local" : 1]>
     agraph (bool c, float[2] x) => (float[2] z) {
         y = local.f(x)
-        z = If(c) <then_branch = t () => (float[2] p) { p = Neg(y) }, else_branch = e () => (float[2] q) { q = Abs(y) }>
+        z = If(c) <
+            then_branch = t () => (float[2] p) { p = Neg(y) },
+            else_branch = e () => (float[2] q) { q = Abs(y) }
+        >
     }
     <domain: "local", opset_import: ["" : 17]>
     f (a) => (b) { b = Neg(a) }

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tests.support import text_model
 
 from onnxopt import storage
 from onnxopt.errors import ModelError
 from onnxopt.model import load
 from onnxopt.storage import save
+from tests.support import text_model
 
 TEXT = "agraph (float[2,3] x) => (float[2,3] y) { a = Relu(x)\n y = Neg(a) }"
 

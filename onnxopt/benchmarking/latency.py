@@ -15,7 +15,8 @@ from onnxopt.benchmarking.rounds import Opener, Protocol, Samples, clocks, measu
 from onnxopt.benchmarking.statistics import estimate
 from onnxopt.benchmarking.timing import Figures, Timing
 from onnxopt.errors import UsageError
-from onnxopt.model import ModelLike, load, materialize, tensor_bytes
+from onnxopt.graph import tensor_bytes
+from onnxopt.model import ModelLike, load, materialize
 from onnxopt.runtimes import open_session, runtime_version
 
 __all__ = ["bench"]

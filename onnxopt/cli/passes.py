@@ -29,9 +29,9 @@ def command(json_file: str | None) -> int:
     for name, one in known_passes().items():
         kind = getattr(one, "kind", "reorder")
         about = (one.__doc__ or "").strip().split("\n")[0]
-        options = (
-            {f.name: f.default for f in dataclasses.fields(one)} if dataclasses.is_dataclass(one) else {}
-        )
+        options: dict[str, Any] = {}
+        if dataclasses.is_dataclass(one):
+            options = {field.name: field.default for field in dataclasses.fields(one)}
         listing.append({"name": name, "kind": kind, "about": about, "options": options})
         table.add_row(name, kind, about, ", ".join(f"{key}={value}" for key, value in options.items()))
     shipped = plain_table("recipe", "what it is for")

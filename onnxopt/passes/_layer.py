@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole_user
+from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, pieces, sole_user
 from onnxopt.rewrite import Declined, Edit
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LARGE = 1 << 20
 """Bytes above which a weight is not duplicated, and not read to be scaled before it is needed."""
+_BLOCK = 1 << 22
+"""Elements of a weight that are scaled at once."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -136,16 +138,34 @@ class Weight:
         dtype, large = self.tensor.dtype, self.tensor.nbytes > LARGE
         if large and len(self.value.uses()) > 1:
             raise Declined("the weight is shared and too large to duplicate")
-        factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs).reshape(self.groups, -1)
-        factors = factors[:, :, None, None] if outputs else factors[:, None, :, None]
-
-        def product() -> np.ndarray:
-            blocks: np.ndarray = self.blocks * factors
-            return (blocks.swapaxes(1, 2) if self.inputs_first else blocks).reshape(self.shape)
-
+        factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs)
+        on_first = outputs != self.inputs_first
         if large and isinstance(self.tensor, ir.ExternalTensor | ir.LazyTensor):
-            return ir.LazyTensor(lambda: _cast(product(), dtype), dtype, ir.Shape(self.shape))
-        return rounded(product(), dtype)
+            return ir.LazyTensor(lambda: self._product(factors, on_first), dtype, ir.Shape(self.shape))
+        return _finite(self._product(factors, on_first))
+
+    def _product(self, factors: np.ndarray, on_first: bool) -> ir.TensorProtocol:
+        """The weight times a float64 factor a channel, of its first stored axis or (by group) of its second.
+
+        A few rows at a time, so that a large weight is never in memory in float64.
+        """
+        first, second, *rest = self.shape
+        dtype, width = self.tensor.dtype.numpy(), second * int(np.prod(rest))
+        rows = max(1, _BLOCK // width)
+        result = np.empty((first, second, width // second), dtype)
+        by_group = None if on_first else factors.reshape(self.groups, second)
+        for start, piece in zip(
+            range(0, first, rows), pieces(self.tensor, rows * width * dtype.itemsize), strict=True
+        ):
+            block = np.frombuffer(piece, dtype).reshape(-1, *result.shape[1:])
+            taken = np.arange(start, start + len(block))
+            if by_group is None:
+                scale = factors[taken][:, None, None]
+            else:
+                scale = by_group[taken // (first // self.groups)][:, :, None]
+            with np.errstate(over="ignore"):
+                result[taken] = (block.astype(np.float64) * scale).astype(dtype)
+        return ir.Tensor(result.reshape(self.shape), dtype=self.tensor.dtype)
 
     def times(self, vector: np.ndarray) -> np.ndarray:
         """W x for an x that is the same at every position: float64, one number an output channel."""
@@ -154,20 +174,19 @@ class Weight:
         return product
 
 
-def _cast(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
-    with np.errstate(over="ignore"):
-        return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)
-
-
 def rounded(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
     """The float64 array as a tensor of a type.
 
     Raises:
         Declined: the type cannot hold it.
     """
-    tensor = _cast(array, dtype)
+    with np.errstate(over="ignore"):
+        return _finite(ir.Tensor(array.astype(dtype.numpy()), dtype=dtype))
+
+
+def _finite(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if not np.isfinite(tensor.numpy()).all():
-        raise Declined(f"the folded constants would not be finite in {dtype.name}")
+        raise Declined(f"the folded constants would not be finite in {tensor.dtype.name}")
     return tensor
 
 

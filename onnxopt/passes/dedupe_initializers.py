@@ -2,7 +2,8 @@
 
 Before: y = MatMul(x, w1); z = MatMul(y, w2), where w1 and w2 hold the same bytes
 After:  z = MatMul(MatMul(x, w1), w1)
-Declines: nothing. Initializers that are graph inputs (overridable) or graph outputs stay.
+Declines: nothing. Initializers that are graph inputs (overridable) or graph outputs stay, and large
+    products that are computed when they are written.
 
 Equal means the same type, shape and bytes; -0.0 is not 0.0. An initializer of a body may give way to
 one of a graph around it; bodies beside each other keep their own, since neither sees the other's.
@@ -19,9 +20,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxopt.graph import graphs, roots, subgraphs_of
+from onnxopt.graph import graphs, pieces, roots, subgraphs_of
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Ledger
 
 __all__ = ["DedupeInitializers"]
 
@@ -48,8 +49,11 @@ class DedupeInitializers(Pass):
 def _candidates(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     for graph in graphs(model):
         for value in graph.initializers.values():
-            if value.const_value is not None and not (value.is_graph_input() or value.is_graph_output()):
-                yield value, value.const_value
+            tensor = value.const_value
+            if tensor is None or value.is_graph_input() or value.is_graph_output():
+                continue
+            if not isinstance(tensor, ir.LazyTensor):
+                yield value, tensor
 
 
 def _shared(keys: Keys, refine: Callable[[ir.TensorProtocol], Hashable]) -> Keys:
@@ -67,30 +71,22 @@ def _kind(tensor: ir.TensorProtocol) -> Hashable:
 
 
 def _head(tensor: ir.TensorProtocol) -> Hashable:
-    return next(_pieces(tensor, _HEAD), b"")[:_HEAD]
+    return bytes(next(_bytes(tensor, _HEAD), b""))
 
 
 def _digest(tensor: ir.TensorProtocol) -> Hashable:
     digest = hashlib.sha256()
-    for piece in _pieces(tensor, _CHUNK):
+    for piece in _bytes(tensor, _CHUNK):
         digest.update(piece)
     return digest.digest()
 
 
-def _pieces(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
-    """The tensor's bytes; those of an external file are read in pieces, not mapped, to keep memory flat."""
-    if isinstance(tensor, ir.ExternalTensor):
-        with open(tensor.path, "rb") as source:
-            source.seek(tensor.offset or 0)
-            left = tensor.nbytes
-            while left and (piece := source.read(min(left, size))):
-                left -= len(piece)
-                yield piece
-    elif isinstance(tensor, ir.StringTensor):
+def _bytes(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes | memoryview]:
+    if isinstance(tensor, ir.StringTensor):
         for text in tensor.string_data():
             yield len(text).to_bytes(8, "little") + text
     else:
-        yield tensor.tobytes()
+        yield from pieces(tensor, size)
 
 
 def _merge(graph: ir.Graph, keys: Keys, first: dict[Hashable, ir.Value], ledger: Ledger) -> None:

@@ -20,8 +20,9 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.graph import is_deterministic, roots, subgraphs_of
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Ledger, substitute
+from onnxopt.rewrite import substitute
 
 __all__ = ["EliminateCommonSubexpressions"]
 

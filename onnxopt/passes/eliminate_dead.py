@@ -16,8 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.graph import graphs, has_reference, int_attr, nodes, roots, subgraphs_of
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Ledger
 
 __all__ = ["EliminateDead"]
 

@@ -24,9 +24,10 @@ import onnx_ir as ir
 
 from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import has_reference, is_deterministic, static_shape, subgraphs_of
+from onnxopt.ledger import Ledger
 from onnxopt.passes._inference import refine
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Declined, Edit, Ledger, Scope, scopes
+from onnxopt.rewrite import Declined, Edit, Scope, scopes
 
 __all__ = ["FoldConstants"]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from onnxopt.graph import nodes
-from onnxopt.model import LARGEST_PROTOBUF, skeleton, tensor_bytes
+from onnxopt.graph import nodes, tensor_bytes
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Ledger
+from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 
 __all__ = ["InferShapes"]
 

@@ -18,8 +18,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnxopt.graph import nodes, subgraphs_of
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Declined, Ledger, Scope, scopes
+from onnxopt.rewrite import Declined, Scope, scopes
 
 __all__ = ["InlineFunctions"]
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
+from onnxopt.ledger import Ledger
 from onnxopt.pipeline import Pass
-from onnxopt.rewrite import Declined, Ledger, Scope, scopes
+from onnxopt.rewrite import Declined, Scope, scopes
 
 __all__ = ["LiftConstants"]
 

@@ -7,8 +7,9 @@ Before: y = Gemm(Gemm(x, A, a), B, b)
 After:  y = Gemm(x, A @ B, a @ B + b)
 
 Declines: a weight or a bias that matters is no constant; another node, graph or the user reads what lies
-    between; the product takes no fewer multiply-adds; a weight is shared, stays, and the product is above
-    1 MiB; the second Gemm transposes what it reads; the first bias differs by row.
+    between; the product takes no fewer multiply-adds, or more than 10^11 to compute; a weight is shared,
+    stays, and the product is above 1 MiB; the second Gemm transposes what it reads; the first bias differs
+    by row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from onnxopt.rewrite import Declined, Edit, Rule, Scope
 __all__ = ["MergeMatmul"]
 
 _OPS = ("Gemm", "MatMul")
+_MOST = 10**11
+"""Multiply-adds that a product of two weights may take: some seconds."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def _merge(node: ir.Node, scope: Scope) -> Edit | None:
     a, b = first.weight(), second.weight()
     if a.inputs * a.outputs + b.inputs * b.outputs <= a.inputs * b.outputs:
         raise Declined("the product of the weights takes no fewer multiply-adds")
+    if a.outputs * a.inputs * b.outputs > _MOST:
+        raise Declined("the product of the weights would take too long to compute")
     lost = sum(w.tensor.nbytes for w in (a, b) if len(w.value.uses()) == 1)
     if a.inputs * b.outputs * a.tensor.dtype.itemsize > max(lost, LARGE):
         raise Declined("the weights are shared and their product too large to add")

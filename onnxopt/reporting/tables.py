@@ -22,7 +22,7 @@ _GOOD, _BAD, _DIM = "green", "red", "dim"
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
-    """A table with a rule under its head and no other lines; columns that start with `>` are right-aligned."""
+    """A table without lines; columns that start with `>` are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
@@ -92,7 +92,7 @@ def _change(old: int | str, new: int | str) -> Text:
     if not old:
         return Text(f"+{new}")
     share = (new - old) / old
-    return Text(f"{share:+.1%}".replace("-", "−"), style=_GOOD if share < 0 else "")
+    return Text(f"{share:+.1%}", style=_GOOD if share < 0 else "")
 
 
 def _print_steps(report: Report, console: Console, list_declined: bool) -> None:
@@ -120,7 +120,7 @@ def _print_steps(report: Report, console: Console, list_declined: bool) -> None:
 
 
 def _signed_bytes(change: int) -> str:
-    return f"{'+' if change > 0 else '−'}{count_bytes(abs(change))}" if change else ""
+    return f"{'+' if change > 0 else '-'}{count_bytes(abs(change))}" if change else ""
 
 
 def _declined(step: Step) -> Text:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 
+from onnxopt.errors import one_line
 from onnxopt.model import ModelLike, materialize
-from onnxopt.runtimes import RunError, UnsupportedModelError, one_line
+from onnxopt.runtimes import RunError, UnsupportedModelError
 
 __all__ = ["ReferenceSession", "Runner"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models.resnet20 import resnet20
-from tests.support import text_model
 
+from models.resnet20 import resnet20
 from onnxopt.cli import main
+from tests.support import text_model
 
 TEXT = """
 agraph (float[N,3] x) => (float[N,3] y) <float[3] w = {1, 2, 3}> {
@@ -67,7 +67,11 @@ def test_optimize_writes_a_proved_model_and_says_so(run: Run, model: str) -> Non
     assert ran.err == ""
     proto = onnx.load("out.onnx")
     assert [node.op_type for node in proto.graph.node] == ["Mul", "Relu"]
-    assert {p.key for p in proto.metadata_props} == {"onnxopt.passes", "onnxopt.versions", "onnxopt.input_sha256"}
+    assert {p.key for p in proto.metadata_props} == {
+        "onnxopt.passes",
+        "onnxopt.versions",
+        "onnxopt.input_sha256",
+    }
 
 
 def test_same_input_same_bytes(run: Run, model: str) -> None:
@@ -151,7 +155,9 @@ def test_overridable_initializers_are_kept_unless_frozen(run: Run) -> None:
     known = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
         if tensor.name not in known:
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
     Path("ir3.onnx").write_bytes(proto.SerializeToString())
 
     def left(*options: str) -> int:
@@ -230,7 +236,8 @@ def test_strict_refuses_a_model_that_is_best_left_as_it_was(run: Run, model: str
 
 
 def test_unknown_domains_are_kept_and_reported(run: Run) -> None:
-    text = '<ir_version: 9, opset_import: ["" : 17, "my.ops" : 1]> agraph (float[2] x) => (float[2] y) { a = Identity(x)\n y = my.ops.Twist(a) }'
+    head = '<ir_version: 9, opset_import: ["" : 17, "my.ops" : 1]>'
+    text = head + "agraph (float[2] x) => (float[2] y) { a = Identity(x)\n y = my.ops.Twist(a) }"
     Path("custom.onnx").write_bytes(text_model(text).SerializeToString())
     ran = run("optimize", "custom.onnx", "-o", "o.onnx", "--no-bench")
     assert ran.code == 0

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxopt.graph import tensors
+from onnxopt.ledger import Ledger
 from onnxopt.model import load
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
-from onnxopt.rewrite import Ledger
 from onnxopt.storage import save
 from tests.support import assert_equivalent, run_pass, text_model
 

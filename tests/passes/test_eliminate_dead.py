@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxopt.graph import nodes, subgraphs_of
+from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.passes.eliminate_dead import EliminateDead
-from onnxopt.rewrite import Ledger, Rewrite
 from tests.support import assert_equivalent, run_pass, text_model
 
 

@@ -14,7 +14,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
-from onnxopt.storage import dump
+from onnxopt.protobuf import dump
 from tests.passes.layers import KINDS, Kind, Sketch
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 

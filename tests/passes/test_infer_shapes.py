@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 
 from onnxopt.graph import nodes
+from onnxopt.ledger import Ledger
 from onnxopt.model import load
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.lift_constants import LiftConstants
-from onnxopt.rewrite import Ledger
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 

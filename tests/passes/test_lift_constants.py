@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxopt.ledger import Ledger
 from onnxopt.passes.lift_constants import LiftConstants
-from onnxopt.rewrite import Ledger
 from tests.support import assert_equivalent, run_pass, text_model
 
 KINDS = [

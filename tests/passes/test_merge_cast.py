@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnxopt.passes.merge_cast import MergeCast, is_lossless
-from onnxopt.storage import dump
+from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

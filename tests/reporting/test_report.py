@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import jsonschema
-import onnxopt
 import pytest
+from rich.console import Console
+
+import onnxopt
 from models.digits_cnn import PATH
 from onnxopt.reporting import SCHEMA
 from onnxopt.reporting.tables import amount, count_bytes, print_report
-from rich.console import Console
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -33,7 +34,16 @@ def test_the_table_shows_sizes_passes_proof_and_place(tmp_path: Path) -> None:
     written = result.save(tmp_path / "out.onnx")
     print_report(result.report, Console(file=out, width=200), written=written, list_declined=True)
     text = out.getvalue()
-    for word in ("nodes", "initializers", "bytes", "parameters", "MACs", "fold-batchnorm", "proved: SQNR", "written"):
+    for word in (
+        "nodes",
+        "initializers",
+        "bytes",
+        "parameters",
+        "MACs",
+        "fold-batchnorm",
+        "proved: SQNR",
+        "written",
+    ):
         assert word in text
 
 

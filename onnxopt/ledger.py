@@ -1,0 +1,68 @@
+"""Who may change what: each rewrite is asked for, counted, and can be refused.
+
+This is what makes bisection possible: a run that grants only the first n rewrites, or all but some, is the
+same run up to there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+__all__ = ["Ledger", "Rewrite"]
+
+
+@dataclass(frozen=True, order=True)
+class Rewrite:
+    """One change to the graph: which pass and rule made it, and where."""
+
+    pass_name: str
+    rule: str
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.pass_name}: {self.rule}" + (f" at {self.site!r}" if self.site else "")
+
+
+@dataclass
+class Ledger:
+    """Gives leave for each rewrite, counts them, and keeps the reasons of those that were declined.
+
+    limit: grant this many rewrites in all, then no more; None for no limit.
+    left_out: rewrites that are never granted.
+    """
+
+    limit: int | None = None
+    left_out: frozenset[Rewrite] = frozenset()
+    pass_name: str = ""
+    granted: list[Rewrite] = field(default_factory=list)
+    declined: dict[Rewrite, str] = field(default_factory=dict)
+    touched: dict[ir.Node, None] = field(default_factory=dict)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and len(self.granted) >= self.limit
+
+    def leaves_out(self, rewrite: Rewrite) -> bool:
+        """Whether this rewrite is one that is never granted."""
+        return rewrite in self.left_out
+
+    def claim(self, rule: str, site: str) -> bool:
+        """Ask for leave before a change; False: leave the graph as it is there."""
+        rewrite = Rewrite(self.pass_name, rule, site)
+        if self.exhausted or self.leaves_out(rewrite):
+            return False
+        self.granted.append(rewrite)
+        self.declined.pop(rewrite, None)
+        return True
+
+    def decline(self, rule: str, site: str, reason: str) -> None:
+        """Record why a rewrite that applies is not made."""
+        self.declined[Rewrite(self.pass_name, rule, site)] = reason
+
+    def touch(self, nodes: Iterable[ir.Node]) -> None:
+        """Record nodes that are new or have new inputs, so that they are checked."""
+        self.touched.update(dict.fromkeys(nodes))
