@@ -29,6 +29,7 @@ __all__ = [
     "tensor_bytes",
     "tensors",
     "value_names",
+    "walk",
 ]
 
 NONDETERMINISTIC = frozenset(
@@ -47,14 +48,28 @@ def roots(model: ir.Model) -> Iterator[ir.Graph]:
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """Every graph: the main graph, function bodies, and all graphs nested in their nodes."""
     for root in roots(model):
-        yield root
-        yield from root.subgraphs()
+        yield from _with_nested(root)
+
+
+def _with_nested(graph: ir.Graph) -> Iterator[ir.Graph]:
+    yield graph
+    for node in graph:
+        for body in subgraphs_of(node):
+            yield from _with_nested(body)
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of every graph, outer nodes before those in their bodies."""
     for root in roots(model):
-        yield from root.all_nodes()
+        yield from walk(root)
+
+
+def walk(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes of a graph and of the graphs nested in them, a node before those in its bodies."""
+    for node in graph:
+        yield node
+        for body in subgraphs_of(node):
+            yield from walk(body)
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:

@@ -181,11 +181,13 @@ class Pipeline:
             stop_after: make this many rewrites, then stop.
             on_pass: called with the name of each pass before it runs.
         """
-        sound = checker_complaint(open_model()) is None
+        ready = [open_model()]
+        sound = checker_complaint(ready[0]) is None
         left_out: dict[Rewrite, str] = {}
 
         def attempt(limit: int | None) -> _Attempt:
-            return self._attempt(open_model(), Ledger(limit, frozenset(left_out)), on_pass)
+            model = ready.pop() if ready else open_model()
+            return self._attempt(model, Ledger(limit, frozenset(left_out)), on_pass)
 
         def verdict(done: _Attempt) -> str | None:
             if done.problem is None and done.ledger.granted:
@@ -200,7 +202,7 @@ class Pipeline:
 
     def _attempt(self, model: ir.Model, ledger: Ledger, on_pass: Callable[[str], None] | None) -> _Attempt:
         done = _Attempt(model, ledger, [_Tally() for _ in self.passes])
-        signature, quiet = signature_of(model), 0
+        signature, size, quiet = signature_of(model), self._size(model), 0
         for number, (position, one) in enumerate(self._turns()):
             done.rounds = number // len(self.passes) + 1
             ledger.pass_name, done.first, done.blamed = pass_name(one), len(ledger.granted), one
@@ -208,7 +210,6 @@ class Pipeline:
             if on_pass:
                 on_pass(ledger.pass_name)
             started = time.perf_counter()
-            size = self._size(done.model) if number < len(self.passes) or quiet == 0 else None
             try:
                 done.model = _apply(one, done.model, ledger)
             except Exception as error:
@@ -227,9 +228,9 @@ class Pipeline:
                 done.changed.add(position)
                 tally.changes += changes
                 after = self._size(done.model)
-                size = size or after
                 tally.nodes += after[0] - size[0]
                 tally.bytes += after[1] - size[1]
+                size = after
             tally.seconds += time.perf_counter() - started
             quiet = 0 if changes else quiet + 1
             if ledger.exhausted or quiet == len(self.passes):

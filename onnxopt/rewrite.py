@@ -8,15 +8,16 @@ what the change touched.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
-from onnxopt.graph import roots, subgraphs_of, value_names
+from onnxopt.graph import roots, subgraphs_of, value_names, walk
 from onnxopt.ledger import Ledger
 
 __all__ = ["Declined", "Edit", "Rule", "Scope", "drive", "scopes"]
@@ -34,6 +35,27 @@ class UnendingError(OnnxoptError):
     """A pass goes on rewriting what it has rewritten."""
 
 
+class Names:
+    """The value names of a model, collected when the first new one is asked for."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._numbers: Counter[str] = Counter()
+
+    @functools.cached_property
+    def _taken(self) -> set[str]:
+        return value_names(self._model)
+
+    def fresh(self, like: str) -> str:
+        """A name that no value has; it starts with `like`."""
+        name = like
+        while name in self._taken:
+            self._numbers[like] += 1
+            name = f"{like}_{self._numbers[like]}"
+        self._taken.add(name)
+        return name
+
+
 @dataclass
 class Scope:
     """A graph that stands for itself (the main graph or a function's body) with all that is nested in it."""
@@ -43,24 +65,16 @@ class Scope:
     """Version of the default operator set."""
     holds_initializers: bool
     """False in functions, and below IR version 4, where each initializer would have to be a graph input."""
-    names: set[str]
-    """All value names of the model; names of new values are added."""
-    numbers: Counter[str] = field(default_factory=Counter)
-    """How often a name was asked for, so that the next free one is found at once."""
+    names: Names
 
     def fresh(self, like: str) -> str:
-        """A name that no value has."""
-        name = like
-        while name in self.names:
-            self.numbers[like] += 1
-            name = f"{like}_{self.numbers[like]}"
-        self.names.add(name)
-        return name
+        """A name that no value has; it starts with `like`."""
+        return self.names.fresh(like)
 
 
 def scopes(model: ir.Model) -> Iterator[Scope]:
     """The scopes of a model: the main graph, then each function."""
-    names = value_names(model)
+    names = Names(model)
     for root in roots(model):
         opset = root.opset_imports.get("", 1)
         yield Scope(root, opset, root is model.graph and model.ir_version >= 4, names)
@@ -160,11 +174,12 @@ class Edit:
         graph = self._anchor.graph
         assert isinstance(graph, ir.Graph)
         taken = [old for old, new in self._replaced if new in self._named and new not in self._initializers]
-        names = {new: old.name for old, new in reversed(self._replaced) if old in taken}
+        kept = {new: old.name for old, new in reversed(self._replaced) if old in taken}
+        names = {value: kept.get(value) or self._scope.fresh(like) for value, like in self._named.items()}
         for old in taken:
             old.name = None
-        for value, like in self._named.items():
-            value.name = names.get(value) or self._scope.fresh(like)
+        for value, name in names.items():
+            value.name = name
         for value in self._initializers:
             graph.register_initializer(value)
         nodes = [
@@ -205,7 +220,7 @@ def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
             above[node] = None
             continue
         work.extend(p for v in node.inputs if v is not None and (p := v.producer()))
-        for inner in [inner for body in subgraphs_of(node) for inner in body.all_nodes()]:
+        for inner in [inner for body in subgraphs_of(node) for inner in walk(body)]:
             for position in range(len(inner.inputs)):
                 inner.replace_input_with(position, None)
         node.graph.remove(node, safe=True)
@@ -237,7 +252,7 @@ def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
         for op_type in rule.op_types:
             index.setdefault(op_type, []).append(rule)
     for scope in scopes(model):
-        work = deque(node for node in scope.graph.all_nodes() if _key(node) in index)
+        work = deque(node for node in walk(scope.graph) if _key(node) in index)
         waiting = set(work)
         left = 100 + 20 * len(work)
         while work and not ledger.exhausted:
