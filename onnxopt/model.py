@@ -196,7 +196,9 @@ def materialize(source: ModelLike) -> Iterator[Path | bytes]:
     elif isinstance(source, onnx.ModelProto):
         yield source.SerializeToString()
     elif isinstance(source, ir.Model) and tensor_bytes(source) <= LARGEST_PROTOBUF:
-        yield dump(source).SerializeToString(deterministic=True)
+        # dumping swaps external weights for read ones: in a clone, since others may be reading this model
+        model = source.clone() if uses_external_data(source) else source
+        yield dump(model).SerializeToString(deterministic=True)
     else:
         with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
             yield stage(load(source), Path(folder), "model.onnx").model_file
