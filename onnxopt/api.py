@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -141,7 +142,7 @@ def optimize(
     job = _Job(model, opener(model), pipeline, shapes, seed, progress or _silent)
     job.progress("reading the model", None)
     original = job.open_model()
-    samples = None if data is None else list(read_feeds(data, model))
+    samples = _samples(job, data) if verify or bench else []
     if verify:
         outcome, verdict = _rewrite_and_prove(job, samples, stop_after, freeze_initializers)
     else:
@@ -156,14 +157,16 @@ def optimize(
     rewritten = job.open_model() if slower else outcome.model
     if metadata and outcome.changes and not slower:
         _record(rewritten, model, outcome)
+    sizes = {**(shapes or {}), **_sizes_of(samples)}
     report = Report(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         target=where.name,
         passes=tuple(spelling(one) for one in pipeline.passes),
         seed=seed,
         versions=_versions(),
-        before=measure_size(original, shapes),
-        after=measure_size(rewritten, shapes),
+        shapes=sizes,
+        before=measure_size(original, sizes),
+        after=measure_size(rewritten, sizes),
         steps=outcome.steps,
         left_out=outcome.left_out,
         rounds=outcome.rounds,
@@ -174,6 +177,23 @@ def optimize(
         seconds=time.perf_counter() - started,
     )
     return Result(rewritten, report, model)
+
+
+def _samples(job: _Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -> list[Feeds]:
+    """The user's samples, or synthetic ones; none, with a note, where none could be made up."""
+    if data is not None:
+        return list(read_feeds(data, job.model))
+    job.progress("making up samples", None)
+    try:
+        return synthesize(job.model, seed=job.seed, shapes=job.shapes)
+    except NoSamplesError as error:
+        job.notes.append(str(error))
+        return []
+
+
+def _sizes_of(samples: list[Feeds]) -> dict[str, tuple[int, ...]]:
+    """Input shapes of the first sample."""
+    return {name: np.shape(array) for name, array in samples[0].items()} if samples else {}
 
 
 def _silent(_what: str, _share: float | None) -> None:
@@ -203,16 +223,10 @@ class _Job:
 
 
 def _rewrite_and_prove(
-    job: _Job, samples: list[Feeds] | None, stop_after: int | None, frozen: bool
+    job: _Job, samples: list[Feeds], stop_after: int | None, frozen: bool
 ) -> tuple[Outcome, Verdict]:
     """Run the pipeline under proof; where nothing can be shown of the original, make no rewrite."""
     job.progress("running the original", None)
-    if samples is None:
-        try:
-            samples = synthesize(job.model, seed=job.seed, shapes=job.shapes)
-        except NoSamplesError as error:
-            job.notes.append(str(error))
-            samples = []
     baseline = Baseline.measure(job.model, samples)
     verdict = baseline.compare(job.model)
 
@@ -230,10 +244,11 @@ def _rewrite_and_prove(
     return job.run(prove=prove, stop_after=stop_after), verdict
 
 
-def _measure(job: _Job, outcome: Outcome, provider: str, samples: list[Feeds] | None) -> Timing | None:
+def _measure(job: _Job, outcome: Outcome, provider: str, samples: list[Feeds]) -> Timing | None:
     """Time the original and the result on the target's provider; None, with a note, where that cannot be."""
-    if not outcome.changes:
-        job.notes.append("speed not measured: nothing was changed")
+    if not outcome.changes or not samples:
+        why = "nothing was changed" if samples else "there is no sample to run"
+        job.notes.append(f"speed not measured: {why}")
         return None
     try:
         return measure(
@@ -242,10 +257,9 @@ def _measure(job: _Job, outcome: Outcome, provider: str, samples: list[Feeds] | 
             provider=provider,
             feeds=samples,
             seed=job.seed,
-            shapes=job.shapes,
             progress=lambda share: job.progress("measuring the speed", share),
         )
-    except (ProviderError, UnsupportedModelError, NoSamplesError) as error:
+    except (ProviderError, UnsupportedModelError) as error:
         job.notes.append(f"speed not measured: {error}")
         return None
 

@@ -46,6 +46,7 @@ class Report:
     """What `optimize` did.
 
     source: path or kind of the input. passes: as a recipe spells them. steps: one for each pass.
+    shapes: input sizes that MACs are counted for; empty where they are left symbolic.
     left_out: rewrites that broke a claim and were undone. left_as_it_was: the result is the input.
     verdict, timing: None where nothing was verified or measured; `notes` say why. seconds: wall time.
     """
@@ -55,6 +56,7 @@ class Report:
     passes: tuple[str, ...]
     seed: int
     versions: Mapping[str, str]
+    shapes: Mapping[str, Sequence[int]]
     before: Size
     after: Size
     steps: tuple[Step, ...]
@@ -81,6 +83,7 @@ class Report:
             "passes": list(self.passes),
             "seed": self.seed,
             "versions": dict(self.versions),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "before": asdict(self.before),
             "after": asdict(self.after),
             "steps": [

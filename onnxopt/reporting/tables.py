@@ -54,6 +54,9 @@ def print_report(
     console.print(f"[bold]{escape(report.source)}[/]  target {report.target}  passes {len(report.passes)}")
     console.print()
     console.print(_sizes(report.before, report.after))
+    if report.shapes:
+        at = ", ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in report.shapes.items())
+        console.print(Text(f"MACs at {at}", style=_DIM))
     console.print()
     _print_steps(report, console, list_declined)
     for left in report.left_out:
