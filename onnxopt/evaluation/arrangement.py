@@ -15,6 +15,8 @@ from onnxopt.graph import float_attr, int_attr, ints_attr, str_attr
 __all__ = ["ARRANGEMENT"]
 
 _PAD_MODES = ("constant", "edge", "reflect", "wrap")
+_OPEN_ENDS = (np.iinfo(np.int64).max, np.iinfo(np.int32).max)
+"""With a negative step, ONNX clamps these to the size; ONNX Runtime goes on past index 0."""
 
 
 def _identity(call: Call) -> np.ndarray:
@@ -73,6 +75,8 @@ def _slice(call: Call) -> np.ndarray:
     steps = (None if first else call.ints("steps", 4)) or (1,) * len(starts)
     index = [slice(None)] * x.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if step < 0 and end in _OPEN_ENDS:
+            raise CannotEvaluateError("a negative step to the largest integer, on which runtimes disagree")
         index[axis] = _span(start, end, step, x.shape[axis])
     return np.asarray(x[tuple(index)])
 
@@ -89,7 +93,7 @@ def _gather(call: Call) -> np.ndarray:
     x, indices = call.array(), call.array(1)
     axis = int_attr(call.node, "axis", 0)
     call.room((*x.shape[:axis], *indices.shape, *x.shape[axis:][1:]), x.dtype.itemsize)
-    return np.take(x, indices, axis)
+    return np.asarray(np.take(x, indices, axis), x.dtype)
 
 
 def _expand(call: Call) -> np.ndarray:

@@ -285,6 +285,7 @@ def test_shape_is_folded_where_its_dimensions_are_known(
     "chain",
     [
         "a = Gather(s, two) c = Mul(a, two)",
+        "a = Gather(s, scalar) c = Sub(scalar, a)",
         "a = Slice(s, two, three) b = Squeeze(a) c = Identity(b)",
         "a = Mul(s, pairs) c = Gather(a, two)",
         "d = Concat<axis = 0>(two, s) c = Gather(d, three)",
@@ -297,7 +298,7 @@ def test_the_known_part_of_a_shape_is_followed(chain: str) -> None:
     after = fold(f"""g (float[n, m, 5] x) => (float[n, m, 5] y)
         <int64[1] two = {{2}}, int64[1] three = {{3}},
          int64[3] pairs = {{2, 2, 3}}, int64[2] parts = {{2, 1}},
-         int64[1] zero = {{0}}, int64[1] minus = {{-1}}> {{
+         int64[1] zero = {{0}}, int64[1] minus = {{-1}}, int64 scalar = {{2}}> {{
         s = Shape(x) {chain} f1 = Cast<to = 1>(c) y = Add(x, f1) }}""")
     assert after.op_types == ["Add"]
 
