@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxopt.api import Result, optimize
     from onnxopt.benchmarking import Timing, bench
+    from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
     from onnxopt.errors import (
         ClaimError,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from onnxopt.inspection import Inspection, inspect
     from onnxopt.model import load
-    from onnxopt.pipeline import Pass, Pipeline
+    from onnxopt.pipeline import Pipeline
     from onnxopt.recipe import load_recipe, parse_pass
     from onnxopt.reporting import Report
     from onnxopt.rewrite import Declined, Edit, Rule, Scope
@@ -41,7 +42,7 @@ _HOMES = {
     "Inspection": "inspection",
     "ModelError": "errors",
     "OnnxoptError": "errors",
-    "Pass": "pipeline",
+    "Pass": "claims",
     "Pipeline": "pipeline",
     "ProviderError": "errors",
     "Report": "reporting",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,24 @@ import onnx_ir as ir
 import onnxopt
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking import bench as measure
+from onnxopt.claims import Kind, spelling
 from onnxopt.data import Feeds, read_feeds, synthesize
-from onnxopt.errors import NoSamplesError, ProviderError, UsageError, did_you_mean
-from onnxopt.model import ModelLike, fingerprint, opener
-from onnxopt.pipeline import Kind, Outcome, Pipeline, Proof, pass_name, spelling
+from onnxopt.errors import NoSamplesError, ProviderError
+from onnxopt.graph import domains
+from onnxopt.model import ModelLike, fingerprint, opener, reusable
+from onnxopt.pipeline import Outcome, Pipeline, Proof
 from onnxopt.protobuf import dump
-from onnxopt.recipe import load_recipe, parse_pass
+from onnxopt.recipe import build_pipeline
 from onnxopt.reporting import Report, measure_size
 from onnxopt.runtimes import UnsupportedModelError
 from onnxopt.storage import save
-from onnxopt.targets import find_target
+from onnxopt.targets import STANDARD, Target, find_target
 from onnxopt.verification import Baseline, Verdict
 
-__all__ = ["Result", "build_pipeline", "optimize"]
+__all__ = ["Result", "optimize"]
+
+_TIMED = 4
+"""Samples that latency is measured on, at most."""
 
 Progress = Callable[[str, float | None], None]
 """Called with what is being done, and how much of it is done (0 to 1) where that is known."""
@@ -63,39 +69,12 @@ class Result:
         return save(self.graph, path)
 
 
-def build_pipeline(
-    recipe: str | os.PathLike[str] | Pipeline,
-    *,
-    passes: Sequence[str | ir.passes.PassBase] = (),
-    skip: Sequence[str] = (),
-    freeze_initializers: bool = False,
-) -> Pipeline:
-    """The pipeline of a recipe, or of `passes` where any are given, without those in `skip`.
-
-    Raises:
-        UsageError: an unknown recipe, pass or option, or a name in `skip` that the pipeline does not have.
-    """
-    pipeline = recipe if isinstance(recipe, Pipeline) else load_recipe(recipe)
-    if passes:
-        pipeline = replace(pipeline, passes=tuple(parse_pass(p) if isinstance(p, str) else p for p in passes))
-    names = [pass_name(one) for one in pipeline.passes]
-    for name in skip:
-        if name not in names:
-            raise UsageError(
-                f"cannot skip {name!r}: the pipeline has no such pass{did_you_mean(name, names)}"
-            )
-    kept = tuple(one for one in pipeline.passes if pass_name(one) not in skip)
-    if freeze_initializers:
-        kept = (parse_pass("freeze-initializers"), *kept)
-    return replace(pipeline, passes=kept)
-
-
 def optimize(
     model: ModelLike,
     *,
     target: str = "cpu",
     recipe: str | os.PathLike[str] | Pipeline | None = None,
-    passes: Sequence[str | ir.passes.PassBase] = (),
+    passes: str | Sequence[str | ir.passes.PassBase] = (),
     skip: Sequence[str] = (),
     freeze_initializers: bool = False,
     stop_after: int | None = None,
@@ -133,13 +112,12 @@ def optimize(
         RuntimeMissingError: onnxruntime is needed for `verify` or `bench` and is not installed.
     """
     started = time.perf_counter()
-    if hasattr(model, "read"):
-        model = model.read()
+    model = reusable(model)
     where = find_target(target)
     pipeline = build_pipeline(
         recipe or where.recipe, passes=passes, skip=skip, freeze_initializers=freeze_initializers
     )
-    job = _Job(model, opener(model), pipeline, shapes, seed, progress or _silent)
+    job = _Job(model, opener(model), pipeline, where, shapes, seed, progress or _silent)
     job.progress("reading the model", None)
     original = job.open_model()
     samples = _samples(job, data) if verify or bench else []
@@ -179,10 +157,10 @@ def optimize(
     return Result(rewritten, report, model)
 
 
-def _samples(job: _Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -> list[Feeds]:
+def _samples(job: _Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -> Sequence[Feeds]:
     """The user's samples, or synthetic ones; none, with a note, where none could be made up."""
     if data is not None:
-        return list(read_feeds(data, job.model))
+        return read_feeds(data, job.model)
     job.progress("making up samples", None)
     try:
         return synthesize(job.model, seed=job.seed, shapes=job.shapes)
@@ -191,7 +169,7 @@ def _samples(job: _Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -
         return []
 
 
-def _sizes_of(samples: list[Feeds]) -> dict[str, tuple[int, ...]]:
+def _sizes_of(samples: Sequence[Feeds]) -> dict[str, tuple[int, ...]]:
     """Input shapes of the first sample."""
     return {name: np.shape(array) for name, array in samples[0].items()} if samples else {}
 
@@ -207,6 +185,7 @@ class _Job:
     model: ModelLike
     open_model: Callable[[], ir.Model]
     pipeline: Pipeline
+    target: Target
     shapes: Mapping[str, Sequence[int]] | None
     seed: int
     progress: Progress
@@ -214,21 +193,29 @@ class _Job:
 
     def run(self, *, prove: Proof | None = None, stop_after: int | None = None) -> Outcome:
         """Run the pipeline, and tell of each pass."""
+        known = domains(self.open_model()) | STANDARD
+
+        def judge(candidate: ir.Model, kind: Kind) -> str | None:
+            strange = set() if self.target.contrib else domains(candidate) - known
+            if strange:
+                return f"target {self.target.name} takes no operators of {', '.join(sorted(strange))}"
+            return prove(candidate, kind) if prove else None
+
         return self.pipeline.run(
             self.open_model,
-            prove=prove,
+            prove=judge,
             stop_after=stop_after,
             on_pass=lambda name: self.progress(f"rewriting: {name}", None),
         )
 
 
 def _rewrite_and_prove(
-    job: _Job, samples: list[Feeds], stop_after: int | None, frozen: bool
+    job: _Job, samples: Sequence[Feeds], stop_after: int | None, frozen: bool
 ) -> tuple[Outcome, Verdict]:
     """Run the pipeline under proof; where nothing can be shown of the original, make no rewrite."""
     job.progress("running the original", None)
     baseline = Baseline.measure(job.model, samples)
-    verdict = baseline.compare(job.model)
+    verdict: Verdict | None = None
 
     def prove(candidate: ir.Model, kind: Kind) -> str | None:
         nonlocal verdict
@@ -236,15 +223,18 @@ def _rewrite_and_prove(
         verdict = baseline.compare(candidate, kind=kind, frozen=frozen)
         return None if verdict.ok else verdict.reason
 
-    if verdict.status == "unproved":
+    if baseline.unprovable:
         job.notes.append(
             "left as it was: nothing can be proved of this model; --no-verify rewrites it unproved"
         )
-        return job.run(stop_after=0), verdict
-    return job.run(prove=prove, stop_after=stop_after), verdict
+        stop_after = 0
+    outcome = job.run(prove=prove, stop_after=stop_after)
+    if verdict is None or not outcome.changes:
+        verdict = baseline.compare(job.model)
+    return outcome, verdict
 
 
-def _measure(job: _Job, outcome: Outcome, provider: str, samples: list[Feeds]) -> Timing | None:
+def _measure(job: _Job, outcome: Outcome, provider: str, samples: Sequence[Feeds]) -> Timing | None:
     """Time the original and the result on the target's provider; None, with a note, where that cannot be."""
     if not outcome.changes or not samples:
         why = "nothing was changed" if samples else "there is no sample to run"
@@ -255,7 +245,7 @@ def _measure(job: _Job, outcome: Outcome, provider: str, samples: list[Feeds]) -
             job.model,
             outcome.model,
             provider=provider,
-            feeds=samples,
+            feeds=samples[:_TIMED],
             seed=job.seed,
             progress=lambda share: job.progress("measuring the speed", share),
         )
@@ -274,6 +264,9 @@ def _record(model: ir.Model, source: ModelLike, outcome: Outcome) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """The versions that the result depends on."""
-    others = ("onnx", "onnx-ir", "numpy")
-    return {"onnxopt": onnxopt.__version__, **{name: importlib.metadata.version(name) for name in others}}
+    """The versions that the result depends on, as far as they are installed."""
+    found = {"onnxopt": onnxopt.__version__}
+    for name in ("onnx", "onnx-ir", "numpy", "onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

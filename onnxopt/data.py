@@ -115,7 +115,7 @@ def python_target(text: str) -> Callable[..., Any]:
             function = runpy.run_path(where, run_name=Path(where).stem).get(what)
         else:
             function = getattr(importlib.import_module(where), what, None)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UsageError(f"{text}: loading {where!r} failed: {_told(error)}") from error
     if not callable(function):
         raise UsageError(f"{text}: {where!r} has no function {what!r}")
@@ -195,7 +195,7 @@ def _open(source: FeedSource, contract: _Contract) -> Samples:
 def _called(function: Callable[[], Any], who: str) -> list[Any]:
     try:
         return list(function())
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UsageError(f"{who}: it failed to give samples: {_told(error)}") from error
 
 
@@ -273,6 +273,6 @@ def _label(source: FeedSource) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else "the source"
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:200]

@@ -13,12 +13,14 @@ __all__ = [
     "NONDETERMINISTIC",
     "constant_array",
     "constant_of",
+    "domains",
     "float_attr",
     "graphs",
     "has_reference",
     "int_attr",
     "ints_attr",
     "is_deterministic",
+    "nested",
     "nodes",
     "pieces",
     "roots",
@@ -48,14 +50,16 @@ def roots(model: ir.Model) -> Iterator[ir.Graph]:
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """Every graph: the main graph, function bodies, and all graphs nested in their nodes."""
     for root in roots(model):
-        yield from _with_nested(root)
+        yield root
+        yield from nested(root)
 
 
-def _with_nested(graph: ir.Graph) -> Iterator[ir.Graph]:
-    yield graph
+def nested(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The graphs in the nodes of a graph, and those in theirs."""
     for node in graph:
         for body in subgraphs_of(node):
-            yield from _with_nested(body)
+            yield body
+            yield from nested(body)
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -70,6 +74,11 @@ def walk(graph: ir.Graph) -> Iterator[ir.Node]:
         yield node
         for body in subgraphs_of(node):
             yield from walk(body)
+
+
+def domains(model: ir.Model) -> set[str]:
+    """The domains of all operators; that of ONNX's own is empty."""
+    return {node.domain for node in nodes(model)}
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:

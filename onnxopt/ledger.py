@@ -40,6 +40,8 @@ class Ledger:
     granted: list[Rewrite] = field(default_factory=list)
     declined: dict[Rewrite, str] = field(default_factory=dict)
     touched: dict[ir.Node, None] = field(default_factory=dict)
+    visiting: Rewrite | None = None
+    """The rule that is looking at a place now, so that one that raises there can be named."""
 
     @property
     def exhausted(self) -> bool:

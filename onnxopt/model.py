@@ -7,8 +7,10 @@ so that a model above 2 GB never is one protobuf in memory.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,9 +21,10 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from onnxopt.admission import admit
 from onnxopt.errors import ModelError, one_line
-from onnxopt.graph import pieces, roots, tensor_bytes, tensors
-from onnxopt.protobuf import LARGEST_PROTOBUF, dump, skeleton
+from onnxopt.graph import graphs, pieces, roots, subgraphs_of, tensor_bytes, tensors
+from onnxopt.protobuf import LARGEST_PROTOBUF, dump, in_memory, skeleton
 
 __all__ = [
     "ModelLike",
@@ -29,6 +32,7 @@ __all__ = [
     "load",
     "materialize",
     "opener",
+    "reusable",
     "uses_external_data",
 ]
 
@@ -43,7 +47,7 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
     A file object is read once, here; weights are shared between the models it gives.
     """
     if isinstance(source, ir.Model):
-        return source.clone
+        return lambda: _clone(source)
     if isinstance(source, onnx.ModelProto):
         return lambda: _from_proto(_copy(source), "model", None)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -53,7 +57,7 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
         path = Path(source)
         return lambda: _load_file(path)
     if hasattr(source, "read"):
-        return opener(source.read())
+        return opener(reusable(source))
     raise ModelError(
         f"model: expected a path, bytes, a file, a ModelProto or an ir.Model, not {type(source)}"
     )
@@ -71,23 +75,56 @@ def load(source: ModelLike) -> ir.Model:
     return opener(source)()
 
 
+def reusable(source: ModelLike) -> ModelLike:
+    """The source, to be read as often as needed: of a file object, which can be read once, its bytes."""
+    if not hasattr(source, "read"):
+        return source
+    content = source.read()
+    if not isinstance(content, bytes):
+        raise ModelError("model: the file is open as text: open it as binary, with mode 'rb'")
+    return content
+
+
+def _clone(model: ir.Model) -> ir.Model:
+    """A clone whose tensors are its own, as far as names and mapped files go; their data is shared."""
+    clone = model.clone()
+    for graph in graphs(clone):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _own(value.const_value)
+        for node in graph:
+            for name, attr in node.attributes.items():
+                if not attr.is_ref() and attr.type == ir.AttributeType.TENSOR:
+                    node.attributes[name] = ir.AttrTensor(name, _own(attr.as_tensor()), attr.doc_string)
+    return clone
+
+
+def _own(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor of the same data; a name given to it stays its own."""
+    if isinstance(tensor, ir.serde.TensorProtoTensor):
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+    return copy.copy(tensor)
+
+
 def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Tensors of the ir share names with the protobuf they came from: a copy keeps the caller's as it is."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    return copy
+    own = onnx.ModelProto()
+    own.CopyFrom(proto)
+    return own
 
 
 def _load_file(path: Path) -> ir.Model:
     if path.is_dir():
         raise ModelError(f"{path}: is a folder, not an ONNX file")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is no regular file, and a model is read more than once: write it to one")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    return _from_proto(_parse(data, str(path)), str(path), path.parent)
+    return _from_proto(_parse(data, str(path)), str(path), path)
 
 
 def _parse(data: bytes, who: str) -> onnx.ModelProto:
@@ -101,35 +138,27 @@ def _parse(data: bytes, who: str) -> onnx.ModelProto:
     return proto
 
 
-def _from_proto(proto: onnx.ModelProto, who: str, folder: Path | None) -> ir.Model:
-    if not proto.ir_version or not proto.HasField("graph"):
-        raise ModelError(f"{who}: not an ONNX model: it has no IR version or no graph")
-    if not proto.opset_import:
-        raise ModelError(
-            f"{who}: no opset import (IR version {proto.ir_version}), so its operators have no meaning; "
-            "export it again, or raise it to IR version 4 with an opset"
-        )
-    if proto.ir_version > onnx.IR_VERSION:
-        raise ModelError(
-            f"{who}: IR version {proto.ir_version} is newer than onnx {onnx.__version__} knows "
-            f"({onnx.IR_VERSION}); upgrade onnx"
-        )
-    newest = onnx.defs.onnx_opset_version()
-    for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx") and entry.version > newest:
-            raise ModelError(
-                f"{who}: opset {entry.version} is newer than onnx {onnx.__version__} knows ({newest}); "
-                "upgrade onnx"
-            )
+def _from_proto(proto: onnx.ModelProto, who: str, path: Path | None) -> ir.Model:
+    admit(proto, who)
     try:
         model = ir.from_proto(proto)
     except Exception as error:
-        raise ModelError(f"{who}: not a valid ONNX graph: {one_line(error)}") from error
+        cause = _root_cause(error)
+        if isinstance(cause, NotImplementedError):
+            raise ModelError(f"{who}: {one_line(cause).partition('.')[0]}") from error
+        raise ModelError(f"{who}: not a valid ONNX graph: {one_line(cause)}") from error
     _normalise_domains(model)
-    _bind_external_data(model, who, folder)
-    if not _is_sorted(model.graph):
+    _bind_tensors(model, who, path)
+    if not all(map(_is_sorted, graphs(model))):
         _sort(model, who)
     return model
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain: onnx_ir wraps it in one more for each level of the graph."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return error
 
 
 def _normalise_domains(model: ir.Model) -> None:
@@ -139,32 +168,76 @@ def _normalise_domains(model: ir.Model) -> None:
             root.opset_imports[""] = root.opset_imports.pop("ai.onnx")
 
 
-def _bind_external_data(model: ir.Model, who: str, folder: Path | None) -> None:
-    """Point external tensors at `folder`, and refuse those that are missing, too short or outside it."""
-    for tensor in tensors(model):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        where = f"{who}: external data of tensor {tensor.name!r}"
-        if folder is None:
-            raise ModelError(f"{where} needs a folder: load the model from its path")
-        location = os.fspath(tensor.location)
-        path, root = (folder / location).resolve(), folder.resolve()
-        if os.path.isabs(location) or not path.is_relative_to(root):
-            raise ModelError(f"{where} lies outside the model's folder: {location!r}")
-        if not path.is_file():
-            raise ModelError(f"{where} is missing: no file {location!r} beside the model")
-        end = (tensor.offset or 0) + tensor.nbytes
-        if path.stat().st_size < end:
-            raise ModelError(
-                f"{where} is cut off: {location!r} has {path.stat().st_size} bytes, {end} are needed"
-            )
-        tensor.base_dir = folder
+def _bind_tensors(model: ir.Model, who: str, path: Path | None) -> None:
+    """Refuse tensors whose data is not there or does not fit, and tell the external ones their file.
+
+    External tensors in attributes are read: in what is saved, only initializers are external.
+    """
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _bound(value.const_value, who, path)
+        for node in graph:
+            for name, attr in node.attributes.items():
+                if not attr.is_ref() and attr.type == ir.AttributeType.TENSOR:
+                    bound = _bound(attr.as_tensor(), who, path)
+                    if read := in_memory(bound):
+                        node.attributes[name] = ir.AttrTensor(name, read, attr.doc_string)
+
+
+def _bound(tensor: ir.TensorProtocol, who: str, path: Path | None) -> ir.TensorProtocol:
+    if tensor.dtype == ir.DataType.UNDEFINED or min(tensor.shape.numpy(), default=0) < 0:
+        raise ModelError(f"{who}: tensor {tensor.name!r} has no element type, or a negative size")
+    if isinstance(tensor, ir.ExternalTensor):
+        return _bound_to_file(tensor, f"{who}: external data of tensor {tensor.name!r}", path)
+    try:
+        tensor.numpy()
+    except ValueError:
+        raise ModelError(f"{who}: the data of tensor {tensor.name!r} does not fit its shape") from None
+    return tensor
+
+
+def _bound_to_file(tensor: ir.ExternalTensor, where: str, path: Path | None) -> ir.ExternalTensor:
+    """The tensor with its file's own path; the file must lie in the model's folder and be long enough.
+
+    Download caches keep a model and its data as links to two files in one other folder: that is allowed.
+    onnx_ir holds a path against a folder by itself only where it is told one, and then refuses hard links,
+    which package managers make: it is told none.
+    """
+    if path is None:
+        raise ModelError(f"{where} needs a folder: load the model from its path")
+    location = os.fspath(tensor.location)
+    file = (path.parent / location).resolve()
+    inside = file.is_relative_to(path.parent.resolve()) or file.parent == path.resolve().parent
+    if os.path.isabs(location) or os.path.normpath(location).startswith("..") or not inside:
+        raise ModelError(f"{where} lies outside the model's folder: {location!r}")
+    if not file.is_file():
+        raise ModelError(f"{where} is missing: no file {location!r} beside the model")
+    if tensor.length not in (None, tensor.nbytes):
+        raise ModelError(f"{where} has {tensor.length} bytes on record, its type and shape {tensor.nbytes}")
+    size, end = file.stat().st_size, (tensor.offset or 0) + tensor.nbytes
+    if size < end:
+        raise ModelError(f"{where} is cut off: {location!r} has {size} bytes, {end} are needed")
+    return ir.ExternalTensor(
+        file,
+        tensor.offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=tensor.metadata_props,
+    )
 
 
 def _is_sorted(graph: ir.Graph) -> bool:
+    """Whether each node stands after those it reads from; bodies count as part of their node."""
     seen: set[ir.Node] = set()
     for node in graph:
-        for value in node.inputs:
+        within = (
+            value for body in subgraphs_of(node) for inner in body.all_nodes() for value in inner.inputs
+        )
+        for value in itertools.chain(node.inputs, within):
             producer = value.producer() if value is not None else None
             if producer is not None and producer.graph is graph and producer not in seen:
                 return False
@@ -174,7 +247,8 @@ def _is_sorted(graph: ir.Graph) -> bool:
 
 def _sort(model: ir.Model, who: str) -> None:
     try:
-        model.graph.sort()
+        for root in roots(model):
+            root.sort()
     except ValueError:
         raise ModelError(f"{who}: the graph has a cycle") from None
 
@@ -197,7 +271,7 @@ def materialize(source: ModelLike) -> Iterator[Path | bytes]:
         yield source.SerializeToString()
     elif isinstance(source, ir.Model) and tensor_bytes(source) <= LARGEST_PROTOBUF:
         # dumping swaps external weights for read ones: in a clone, since others may be reading this model
-        model = source.clone() if uses_external_data(source) else source
+        model = _clone(source) if uses_external_data(source) else source
         yield dump(model).SerializeToString(deterministic=True)
     else:
         with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:

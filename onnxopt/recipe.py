@@ -20,10 +20,19 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnxopt.claims import pass_name
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.pipeline import Pipeline
 
-__all__ = ["ENTRY_POINTS", "known_passes", "load_recipe", "parse_pass", "parse_passes", "recipes"]
+__all__ = [
+    "ENTRY_POINTS",
+    "build_pipeline",
+    "known_passes",
+    "load_recipe",
+    "parse_pass",
+    "parse_passes",
+    "recipes",
+]
 
 ENTRY_POINTS = "onnxopt.passes"
 """The entry-point group in which other packages offer passes."""
@@ -90,6 +99,36 @@ def load_recipe(name: str | os.PathLike[str]) -> Pipeline:
     return Pipeline(tuple(parse_pass(entry) for entry in entries), rounds)
 
 
+def build_pipeline(
+    recipe: str | os.PathLike[str] | Pipeline,
+    *,
+    passes: str | Sequence[str | ir.passes.PassBase] = (),
+    skip: Sequence[str] = (),
+    freeze_initializers: bool = False,
+) -> Pipeline:
+    """The pipeline of a recipe, or of `passes` where any are given, without those in `skip`.
+
+    Raises:
+        UsageError: an unknown recipe, pass or option, or a name in `skip` that the pipeline does not have.
+    """
+    pipeline = recipe if isinstance(recipe, Pipeline) else load_recipe(recipe)
+    if isinstance(passes, str):
+        pipeline = dataclasses.replace(pipeline, passes=parse_passes(passes))
+    elif passes:
+        given = tuple(parse_pass(one) if isinstance(one, str) else one for one in passes)
+        pipeline = dataclasses.replace(pipeline, passes=given)
+    names = [pass_name(one) for one in pipeline.passes]
+    for name in skip:
+        if name not in names:
+            raise UsageError(
+                f"cannot skip {name!r}: the pipeline has no such pass{did_you_mean(name, names)}"
+            )
+    kept = tuple(one for one in pipeline.passes if pass_name(one) not in skip)
+    if freeze_initializers:
+        kept = (parse_pass("freeze-initializers"), *kept)
+    return dataclasses.replace(pipeline, passes=kept)
+
+
 def parse_passes(text: str) -> tuple[ir.passes.PassBase, ...]:
     """The passes of a comma-separated list such as `eliminate-dead,fold-constants{max_bytes=0}`."""
     return tuple(parse_pass(part) for part in re.split(r",(?![^{]*\})", text) if part.strip())
@@ -114,7 +153,11 @@ def parse_pass(text: str) -> ir.passes.PassBase:
         if not equals:
             raise UsageError(f"{name}: expected option=value, found {part!r}")
         given[key.strip()] = value.strip()
-    return known[name](**_typed(name, known[name], given))
+    typed = _typed(name, known[name], given)
+    try:
+        return known[name](**typed)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[str, object]:
@@ -135,6 +178,9 @@ def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[st
 def _value(who: str, kind: object, text: str) -> object:
     """Text as the type of a field: bool, int, float, str, a Literal of strings, or a tuple (`a+b`)."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in arguments:
+        rest = [argument for argument in arguments if argument is not type(None)]
+        return None if text == "none" else _value(who, rest[0], text)
     if origin is typing.Literal:
         if text not in arguments:
             raise UsageError(f"{who}: unknown value {text!r}{did_you_mean(text, arguments)}")

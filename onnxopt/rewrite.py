@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import roots, subgraphs_of, value_names, walk
-from onnxopt.ledger import Ledger
+from onnxopt.ledger import Ledger, Rewrite
 
 __all__ = ["Declined", "Edit", "Rule", "Scope", "drive", "scopes"]
 
@@ -187,11 +187,26 @@ class Edit:
             for p in self._planned
         ]
         graph.insert_before(self._anchor, nodes)
+        for planned in self._planned:
+            if planned.domain:
+                self._scope.graph.opset_imports.setdefault(planned.domain, 1)
         readers = [usage.node for old, _ in self._replaced for usage in old.uses()]
         for old, new in self._replaced:
             substitute(old, new)
         above = _remove_unread([self._anchor, *(p for old, _ in self._replaced if (p := old.producer()))])
+        self._rename_survivors(nodes, taken)
         return nodes, [n for n in (*readers, *above) if n.graph is not None]
+
+    def _rename_survivors(self, nodes: Iterable[ir.Node], taken: Iterable[ir.Value]) -> None:
+        """Where a replaced node stays for its other outputs, names are not shared with what replaces it."""
+        for old in taken:
+            producer = old.producer()
+            if producer is not None and producer.graph is not None:
+                old.name = self._scope.fresh("unused")
+        if self._anchor.graph is not None and self._anchor.name:
+            for node in nodes:
+                if node.name == self._anchor.name:
+                    node.name = f"{self._anchor.name}/{node.outputs[0].name}"
 
 
 def substitute(old: ir.Value, new: ir.Value) -> None:
@@ -278,6 +293,9 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
         if node.graph is None:
             break
         site = node.outputs[0].name or node.name or node.op_type
+        ledger.visiting = Rewrite(ledger.pass_name, rule.name, site)
+        if ledger.leaves_out(ledger.visiting):
+            continue
         try:
             edit = rule.apply(node, scope)
             if edit is None:

@@ -63,14 +63,26 @@ def check_target(target: Path) -> None:
     """Refuse a place that cannot be written to, before any work is done for it.
 
     Raises:
-        ModelError: it is a folder, or its folder is missing or closed to us.
+        ModelError: it is a folder, a device or write-protected, or its folder is missing or closed to us.
     """
+    try:
+        complaint = _complaint(target)
+    except OSError as error:
+        complaint = error.strerror
+    if complaint:
+        raise ModelError(f"{target}: cannot be written: {complaint}")
+
+
+def _complaint(target: Path) -> str | None:
     if target.is_dir():
-        raise ModelError(f"{target}: cannot be written: it is a folder")
+        return "it is a folder"
+    if target.exists() and not target.is_file():
+        return "it is no regular file"
+    if target.exists() and not os.access(target, os.W_OK):
+        return "it is write-protected"
     if not target.parent.is_dir():
-        raise ModelError(f"{target}: cannot be written: there is no folder {str(target.parent)!r}")
-    if not os.access(target.parent, os.W_OK):
-        raise ModelError(f"{target}: cannot be written: its folder is write-protected")
+        return f"there is no folder {str(target.parent)!r}"
+    return None if os.access(target.parent, os.W_OK) else "its folder is write-protected"
 
 
 @contextmanager
@@ -120,14 +132,16 @@ def _sources(model: ir.Model) -> frozenset[Path] | None:
     found = list(tensors(model))
     if any(isinstance(tensor, ir.LazyTensor) for tensor in found):
         return None
-    return frozenset(Path(tensor.path) for tensor in found if isinstance(tensor, ir.ExternalTensor))
+    return frozenset(Path(tensor.path).resolve() for tensor in found if isinstance(tensor, ir.ExternalTensor))
 
 
 def commit(staged: Staged, target: Path) -> Path:
     """Move a staged model into place, data first; then remove data that only the replaced model read."""
+    if target.resolve() in (staged.sources or ()):
+        raise ModelError(f"{target}: cannot be written: the model's own external data is in this file")
     outdated: set[Path] = set()
     if staged.sources is not None and target.exists():
-        outdated = set(_own_data_files(target)) - staged.sources
+        outdated = {file for file in _own_data_files(target) if file.resolve() not in staged.sources}
     if staged.data_file is not None:
         os.replace(staged.data_file, target.parent / staged.data_file.name)
         outdated.discard(target.parent / staged.data_file.name)

@@ -5,24 +5,19 @@ The contract: graph inputs and outputs keep their names, order, types and shapes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 
-from onnxopt.errors import OnnxoptError
-from onnxopt.graph import constant_of, has_reference, roots, subgraphs_of
+from onnxopt.graph import constant_of, has_reference, nested, nodes, roots, subgraphs_of
 from onnxopt.protobuf import skeleton
 
-__all__ = ["Signature", "StructureError", "checker_complaint", "find_problem", "signature_of"]
+__all__ = ["Signature", "all_problems", "checker_complaint", "find_problem", "signature_of"]
 
 _READABLE = 4096
 """Bytes of a constant that shape inference is shown: shapes, axes and the like."""
-
-
-class StructureError(OnnxoptError):
-    """A pass left a graph that is no valid graph, or broke the contract with the model's user."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +46,38 @@ def signature_of(model: ir.Model) -> Signature:
     return Signature(ports(model.graph.inputs), ports(model.graph.outputs))
 
 
-def find_problem(model: ir.Model, touched: Iterable[ir.Node] = ()) -> str | None:
+def find_problem(
+    model: ir.Model, touched: Iterable[ir.Node] = (), tolerated: Callable[[], Container[str]] = tuple
+) -> str | None:
     """The first thing that makes the graph invalid, as a sentence; None if all is well.
 
     The whole graph is walked for dangling values, order and single assignment; `touched` nodes are
-    also held against their operator's schema, types and shapes.
+    also held against their operator's schema, types and shapes. `tolerated` gives sentences that do
+    not count; it is called only where there is one.
     """
+    return next((problem for problem in _problems(model, touched) if problem not in tolerated()), None)
+
+
+def all_problems(model: ir.Model) -> frozenset[str]:
+    """Everything that `find_problem` would say of a model and of all its nodes."""
+    return frozenset(_problems(model, nodes(model)))
+
+
+def _problems(model: ir.Model, touched: Iterable[ir.Node]) -> Iterator[str]:
     for root in roots(model):
-        complaint = next(_walk(root, _Scopes()), None)
-        if complaint:
-            return complaint
+        yield from _walk(root, _Scopes())
     if model.ir_version < 4:
         inputs = set(model.graph.inputs)
         for value in model.graph.initializers.values():
             if value not in inputs:
                 asks = f"as IR version {model.ir_version} asks"
-                return f"initializer {value.name!r} is no graph input, {asks}"
-    opsets = dict(model.graph.opset_imports)
+                yield f"initializer {value.name!r} is no graph input, {asks}"
+    opsets = {graph: root.opset_imports for root in roots(model) for graph in (root, *nested(root))}
     for node in touched:
-        if node.graph is not None and (complaint := _node_problem(node, opsets, model.ir_version)):
-            return complaint
-    return None
+        if isinstance(node.graph, ir.Graph) and node.graph in opsets:
+            complaint = _node_problem(node, opsets[node.graph], model.ir_version)
+            if complaint:
+                yield complaint
 
 
 class _Scopes:
@@ -115,6 +121,8 @@ def _walk(graph: ir.Graph, scopes: _Scopes) -> Iterator[str]:
         for body in subgraphs_of(node):
             yield from _walk(body, scopes)
         yield from filter(None, map(scopes.define, node.outputs))
+        if any(not v.name and (v.uses() or v.is_graph_output()) for v in node.outputs):
+            yield f"an output of node {node.name!r} ({node.op_type}) is read and has no name"
         own.update(dict.fromkeys(node.outputs))
     for output in graph.outputs:
         if output not in scopes:
@@ -124,7 +132,7 @@ def _walk(graph: ir.Graph, scopes: _Scopes) -> Iterator[str]:
     scopes.forget(own)
 
 
-def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str | None:
+def _node_problem(node: ir.Node, opsets: Mapping[str, int], ir_version: int) -> str | None:
     """Hold one node against its schema, and its outputs against what the schema infers."""
     version = opsets.get(node.domain)
     if version is None or has_reference(node) or any(True for _ in subgraphs_of(node)):
@@ -138,7 +146,7 @@ def _node_problem(node: ir.Node, opsets: dict[str, int], ir_version: int) -> str
     proto = ir.to_proto(node)
     context = onnx.checker.C.CheckerContext()
     context.ir_version = ir_version
-    context.opset_imports = opsets
+    context.opset_imports = dict(opsets)
     types = {
         v.name: ir.serde.serialize_value(v).type for v in node.inputs if v is not None and v.type and v.name
     }

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 from onnxopt.errors import UsageError, did_you_mean
 
-__all__ = ["TARGETS", "Target", "find_target"]
+__all__ = ["STANDARD", "TARGETS", "Target", "find_target"]
+
+STANDARD = frozenset({"", "ai.onnx.ml"})
+"""The operator domains of the ONNX standard, training aside."""
 
 
 @dataclass(frozen=True)
 class Target:
     """Where a model is to run.
 
-    provider: the execution provider that measures it. contrib: whether passes may emit operators
-    outside the ONNX standard. recipe: the pipeline that prepares a model for it.
+    provider: the execution provider that measures it. contrib: whether passes may add operators of
+    domains outside the ONNX standard. recipe: the pipeline that prepares a model for it.
     """
 
     name: str

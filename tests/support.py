@@ -11,9 +11,9 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 
+from onnxopt.claims import Pass
 from onnxopt.graph import nodes
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 from onnxopt.protobuf import dump
 from onnxopt.structure import checker_complaint, find_problem, signature_of
 

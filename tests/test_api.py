@@ -13,15 +13,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+
+import onnxopt
 from models.bert import bert
 from models.digits_cnn import PATH, digits
 from models.resnet20 import resnet20
-from tests.support import assert_equivalent, execute, sqnr, text_model
-
-import onnxopt
 from onnxopt import api
 from onnxopt.errors import NoSamplesError, UsageError
 from onnxopt.protobuf import dump
+from tests.support import assert_equivalent, execute, sqnr, text_model
 
 TEXT = """
 agraph (float[2,3] x) => (float[2,3] y) {
@@ -76,7 +76,10 @@ def test_a_broken_third_party_pass_is_caught_undone_and_named_and_the_rest_goes_
     (left,) = result.report.left_out
     assert (left.rewrite.pass_name, left.rewrite.rule, left.rewrite.site) == ("rewrite-neg", "Neg", "c")
     assert "y" in left.reason
-    assert [(s.name, s.changes) for s in result.report.steps] == [("rewrite-neg", 1), ("eliminate-identity", 1)]
+    assert [(s.name, s.changes) for s in result.report.steps] == [
+        ("rewrite-neg", 1),
+        ("eliminate-identity", 1),
+    ]
     assert result.report.verdict is not None
     assert result.report.verdict.status == "proved"
     assert not result.report.clean

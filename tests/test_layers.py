@@ -13,6 +13,9 @@ import onnxopt
 
 ROOT = Path(onnxopt.__file__).parent
 ENGINE = {
+    "attempt",
+    "claims",
+    "admission",
     "errors",
     "graph",
     "ledger",

@@ -16,6 +16,7 @@ from onnxopt.errors import ModelError
 from onnxopt.graph import tensor_bytes, tensors
 from onnxopt.model import fingerprint, load, materialize, opener
 from onnxopt.protobuf import dump, skeleton
+from onnxopt.structure import find_problem
 from tests.support import assert_equivalent, execute, random_feeds, text_model
 
 TEXT = "agraph (float[2,3] x) => (float[2,3] y) { a = Relu(x)\n y = Neg(a) }"
@@ -165,6 +166,28 @@ def test_unsorted_nodes_are_sorted() -> None:
     del swapped.graph.node[:]
     swapped.graph.node.extend([second, first])
     assert [node.op_type for node in load(swapped).graph] == ["Relu", "Neg"]
+
+
+def test_unsorted_nodes_of_bodies_and_functions_are_sorted() -> None:
+    model = load(
+        text_model(
+            """
+            <ir_version: 10, opset_import: ["" : 17, "local" : 1]>
+            agraph (float[2] x, bool c) => (float[2] y) {
+                y = If (c) <
+                    then_branch = yes () => (float[2] u) { u = Neg(v)\n v = Add(x, late) },
+                    else_branch = no () => (float[2] w) { w = local.F(x) }
+                >
+                late = Abs(x)
+            }
+            <domain: "local", opset_import: ["" : 17]>
+            F (p) => (q) { q = Neg(r)\n r = Abs(p) }
+            """
+        )
+    )
+    assert [node.op_type for node in model.graph] == ["Abs", "If"]
+    assert find_problem(model) is None
+    assert find_problem(model.clone()) is None
 
 
 def test_skeleton_leaves_weights_out_and_the_model_alone(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from onnxopt.claims import Kind, Pass
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.model import opener
 from onnxopt.passes.eliminate_identity import EliminateIdentity
-from onnxopt.pipeline import Kind, Pass, Pipeline
+from onnxopt.pipeline import Pipeline
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 from tests.support import assert_equivalent, execute, random_feeds, text_model
 
@@ -229,8 +230,7 @@ def test_a_pass_that_never_settles_is_stopped(proof: Callable[[ir.Model, Kind], 
             )
 
     outcome = Pipeline((Turns(), EliminateIdentity())).run(opener(text_model(CHAIN)), prove=proof)
-    assert outcome.left_out
-    assert all("keeps rewriting" in left.reason for left in outcome.left_out)
+    assert "keeps rewriting" in outcome.left_out[0].reason
     assert outcome.steps[1].changes == 1
     assert_equivalent(text_model(CHAIN), outcome.model)
 
@@ -278,3 +278,94 @@ def test_the_weakest_promise_of_the_passes_that_changed_something_is_asked_for()
     Pipeline((EliminateIdentity(), Reorders(wrong=""))).run(opener(text_model(CHAIN)), prove=note)
     Pipeline((EliminateIdentity(),)).run(opener(text_model(CHAIN)), prove=note)
     assert seen == ["reorder", "exact"]
+
+
+@dataclass(frozen=True)
+class AtSites(Pass):
+    """Rewrites every Neg to x * -1; at some sites it computes something else, breaks the graph, or raises."""
+
+    name = "at-sites"
+    wrong: tuple[str, ...] = ()
+    invalid: tuple[str, ...] = ()
+    raising: tuple[str, ...] = ()
+
+    def rules(self) -> Sequence[Rule]:
+        def apply(node: ir.Node, scope: Scope) -> Edit | None:
+            site = node.outputs[0].name or ""
+            if site in self.raising:
+                raise ZeroDivisionError(site)
+            edit = Edit(node, scope)
+            if site in self.wrong:
+                return edit.replace(node.outputs[0], edit.op("Abs", node.inputs))
+            if site in self.invalid:
+                return edit.replace(node.outputs[0], edit.op("Conv", node.inputs))
+            minus = edit.constant(np.array(-1, np.float32), "minus")
+            return edit.replace(node.outputs[0], edit.op("Mul", [*node.inputs, minus]))
+
+        return (Rule("Neg", ("Neg",), apply),)
+
+
+def test_a_rule_that_raises_is_left_out_at_that_place_alone() -> None:
+    outcome = Pipeline((AtSites(raising=("d",)),)).run(opener(text_model(CHAIN)))
+    (left,) = outcome.left_out
+    assert left.rewrite == Rewrite("at-sites", "Neg", "d")
+    assert left.reason == "ZeroDivisionError: d"
+    assert outcome.changes == 2
+
+
+def test_broken_structure_is_not_mixed_up_with_numbers_broken_before(
+    proof: Callable[[ir.Model, Kind], str | None],
+) -> None:
+    outcome = Pipeline((AtSites(wrong=("b",), invalid=("y",)),)).run(opener(text_model(CHAIN)), prove=proof)
+    reasons = {left.rewrite.site: left.reason for left in outcome.left_out}
+    assert set(reasons) == {"b", "y"}
+    assert reasons["b"] == "numbers differ"
+    assert "Conv" in reasons["y"]
+    assert outcome.changes == 1
+    assert_equivalent(text_model(CHAIN), outcome.model)
+
+
+class Liar(ir.passes.InPlacePass):
+    """Changes the graph and says that it did not."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for node in model.graph:
+            if node.op_type == "Neg":
+                node.op_type = "Abs"
+        return ir.passes.PassResult(model, False)
+
+
+def test_a_change_that_nobody_asked_leave_for_does_not_get_through() -> None:
+    outcome = Pipeline((Liar(),)).run(opener(text_model(CHAIN)))
+    assert outcome.changes == 0
+    assert_equivalent(text_model(CHAIN), outcome.model)
+
+
+def test_a_renamed_output_is_seen_without_a_claim() -> None:
+    class Renames(Pass):
+        name = "renames"
+
+        def apply(self, model: ir.Model, ledger: Ledger) -> None:
+            model.graph.outputs[0].name = "z"
+
+    outcome = Pipeline((Renames(), EliminateIdentity())).run(opener(text_model(CHAIN)))
+    assert [str(left.rewrite) for left in outcome.left_out] == ["renames: the whole pass"]
+    assert outcome.changes == 1
+    assert_equivalent(text_model(CHAIN), outcome.model)
+
+
+def test_flaws_of_the_input_are_blamed_on_no_pass() -> None:
+    text = """agraph (float[2,3] x, bool c) => (float[2,3] y) <float[5] a> {
+        a = Identity(x)
+        b = Neg(a)
+        y = If(c) <
+            then_branch = t () => (float[2,3] p) { q = Relu(b)\n p = Identity(q) },
+            else_branch = e () => (float[2,3] r) { q = Neg(b)\n r = Identity(q) }
+        >
+    }"""
+    proto = text_model(text)
+    proto.graph.node[2].attribute[0].g.node[0].output[0] = "b2"
+    proto.graph.node[2].attribute[0].g.node[1].input[0] = "b2"
+    outcome = Pipeline((EliminateIdentity(), AtSites())).run(opener(proto))
+    assert outcome.left_out == ()
+    assert outcome.changes == 5

@@ -9,9 +9,10 @@ from typing import Literal
 import pytest
 
 from onnxopt import recipe
+from onnxopt.claims import Pass
 from onnxopt.errors import UsageError
 from onnxopt.passes.eliminate_identity import EliminateIdentity
-from onnxopt.pipeline import Pass, Pipeline
+from onnxopt.pipeline import Pipeline
 from onnxopt.recipe import known_passes, load_recipe, parse_pass, parse_passes, recipes
 
 

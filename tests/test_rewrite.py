@@ -169,3 +169,25 @@ def test_driver_time_grows_linearly_with_nodes() -> None:
 
     seconds(200)
     assert seconds(8000) < 10 * 2 * max(seconds(800), 0.01)
+
+
+def test_a_node_that_stays_for_its_other_output_shares_no_name() -> None:
+    text = """agraph (float[4] x) => (float[2] v, int64[2] i) <int64[1] k = {2}> {
+        [top] a, b = TopK(x, k)
+        v = Neg(a)
+        i = Identity(b)
+    }"""
+    proto = text_model(text)
+    model = load(proto)
+    node = node_of(model, "a")
+    edit = Edit(node, first_scope(model))
+    edit.replace(
+        node.outputs[0],
+        edit.op("Slice", [node.inputs[0], *(edit.constant(np.array([n]), "n") for n in (0, 2))]),
+    )
+    edit.commit()
+    assert node.graph is model.graph
+    names = [n.name for n in model.graph if n.name]
+    assert len(names) == len(set(names))
+    assert find_problem(model, list(model.graph)) is None
+    assert [node.outputs[0].name for node in model.graph][:2] == ["a", "unused"]

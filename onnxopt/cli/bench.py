@@ -10,6 +10,7 @@ from onnxopt.cli.common import (
     console,
     data_option,
     json_option,
+    keep_apart,
     progress,
     seed_option,
     shape_option,
@@ -55,6 +56,7 @@ def command(
     from onnxopt.data import read_feeds
     from onnxopt.reporting.tables import plain_table, print_timing
 
+    keep_apart(json_file, before, after)
     with progress() as show:
         timing = bench(
             before,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from onnxopt.data import parse_shape
-from onnxopt.errors import ModelError
+from onnxopt.errors import ModelError, UsageError
 
 __all__ = [
     "console",
     "data_option",
     "json_option",
+    "keep_apart",
     "progress",
     "seed_option",
     "shape_option",
@@ -36,14 +38,43 @@ data_option = click.option(
     "--data", metavar="PATH", help="Samples: a folder of .npz or .npy, one .npz, or file.py:function."
 )
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of synthetic samples.")
+
+
+def _writable(_context: click.Context, _option: click.Parameter, json_file: str | None) -> str | None:
+    """Refuse a place that cannot be written to, before any work is done for it."""
+    if json_file is None or json_file == "-":
+        return json_file
+    path = Path(json_file)
+    if path.is_dir():
+        raise ModelError(f"{path}: cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise ModelError(f"{path}: cannot be written: there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ModelError(f"{path}: cannot be written: it is write-protected")
+    return json_file
+
+
 json_option = click.option(
-    "--json", "json_file", metavar="FILE", help="Write the report as JSON; - for standard output."
+    "--json",
+    "json_file",
+    metavar="FILE",
+    callback=_writable,
+    help="Write the report as JSON; - for standard output.",
 )
 
 
 def shapes_of(given: Sequence[str]) -> Mapping[str, Sequence[int]] | None:
     """The `--shape` options as input name -> shape."""
     return dict(parse_shape(text) for text in given) or None
+
+
+def keep_apart(json_file: str | None, *models: Path | None) -> None:
+    """Refuse a report that would be written over one of the models."""
+    if json_file is None or json_file == "-":
+        return
+    place = Path(json_file).resolve()
+    if any(model is not None and model.resolve() == place for model in models):
+        raise UsageError(f"--json {json_file}: this is a model's file; give the report one of its own")
 
 
 def console(json_file: str | None) -> Console:

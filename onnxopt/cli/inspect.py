@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from onnxopt.cli.common import console, json_option, shape_option, shapes_of, write_json
+from onnxopt.cli.common import console, json_option, keep_apart, shape_option, shapes_of, write_json
 
 if TYPE_CHECKING:
     from onnxopt import Inspection
@@ -35,6 +35,7 @@ def command(model: Path, shape: tuple[str, ...], top: int, json_file: str | None
     from onnxopt import inspect
     from onnxopt.reporting.tables import plain_table
 
+    keep_apart(json_file, model)
     found = inspect(model, shapes=shapes_of(shape))
     out = console(json_file)
     out.print(_facts(found, plain_table("", "")))

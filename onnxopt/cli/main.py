@@ -68,18 +68,34 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     except click.exceptions.Abort:
         click.echo("onnxopt: interrupted", err=True)
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        click.echo(f"onnxopt: {error.format_message()}", err=True)
+        click.echo(f"onnxopt: {_one_line(error.format_message())}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if "-v" in given or "--verbose" in given:
             traceback.print_exc()
-        click.echo(f"onnxopt: {_describe(error)}", err=True)
-        sys.exit(error.exit_code if isinstance(error, OnnxoptError) else 4)
+        click.echo(f"onnxopt: {_one_line(_describe(error))}", err=True)
+        sys.exit(_exit_code(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OnnxoptError):
         return str(error)
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}; give smaller inputs with --shape or --data"
     return f"internal error: {type(error).__name__}: {error} (-v before the command shows the traceback)"
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, OnnxoptError):
+        return error.exit_code
+    return 2 if isinstance(error, MemoryError) else 4
+
+
+def _one_line(text: str) -> str:
+    """A file name may hold line ends: they are shown as they are written in Python."""
+    return "\\n".join(text.splitlines())

@@ -10,6 +10,7 @@ from onnxopt.cli.common import (
     console,
     data_option,
     json_option,
+    keep_apart,
     progress,
     seed_option,
     shape_option,
@@ -78,6 +79,7 @@ def command(
     from onnxopt.reporting.tables import print_report
     from onnxopt.storage import check_target
 
+    keep_apart(json_file, model, output)
     if output is None and not dry_run:
         raise click.UsageError("say where to write: -o OUT (or --dry-run)")
     if output is not None:

@@ -11,6 +11,7 @@ from onnxopt.cli.common import (
     console,
     data_option,
     json_option,
+    keep_apart,
     seed_option,
     shape_option,
     shapes_of,
@@ -61,6 +62,7 @@ def command(
     from onnxopt.data import read_feeds
     from onnxopt.reporting.tables import plain_table, print_verdict
 
+    keep_apart(json_file, before, after)
     verdict = verify(
         before,
         after,

@@ -204,7 +204,9 @@ def _non_zero(call: Call) -> np.ndarray:
 
 def _dropout(call: Call) -> tuple[np.ndarray, ...]:
     x = call.array()
-    mask = np.ones(x.shape, x.dtype if call.opset < 10 else np.bool_)
+    if call.opset < 12 and len(call.node.outputs) > 1:
+        raise CannotEvaluateError("the mask of a Dropout before opset 12, on which runtimes differ")
+    mask = np.ones(x.shape, np.bool_)
     return (x, mask)[: len(call.node.outputs)]
 
 

@@ -79,6 +79,8 @@ def _gemm(call: Call) -> np.ndarray:
         raise CannotEvaluateError("a Gemm of integers")
     left = widened(a.T if int_attr(call.node, "transA", 0) else a)
     right = widened(b.T if int_attr(call.node, "transB", 0) else b)
+    if not left.shape[1]:
+        raise CannotEvaluateError("a Gemm that adds up nothing, where a runtime leaves out beta")
     call.room((left.shape[0], right.shape[1]), a.dtype.itemsize)
     result = left.dtype.type(float_attr(call.node, "alpha", 1.0)) * (left @ right)
     if c is not None:

@@ -125,11 +125,11 @@ def bytes_by_dtype(model: ir.Model) -> dict[str, int]:
 
 
 def external_bytes(model: ir.Model) -> dict[str, int]:
-    """Bytes of weights by the external file they lie in, relative to the model's folder."""
+    """Bytes of weights by the name of the external file they lie in."""
     sizes: Counter[str] = Counter()
     for _, tensor in weights(model):
         if isinstance(tensor, ir.ExternalTensor):
-            sizes[os.fspath(tensor.location)] += tensor.nbytes
+            sizes[os.path.basename(tensor.path)] += tensor.nbytes
     return dict(sorted(sizes.items()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ from onnxopt.graph import constant_array, int_attr, subgraphs_of
 from onnxopt.inspection.contents import op_name
 from onnxopt.inspection.sizes import UNKNOWN, ZERO, Amount, Shapes, product
 
-__all__ = ["NodeCost", "costs", "has_cost"]
+__all__ = ["NodeCost", "costs", "has_cost", "macs_of", "sizes_read"]
 
 Cost = Callable[[ir.Node, Shapes], Amount]
 
@@ -115,28 +115,59 @@ def has_cost(node: ir.Node) -> bool:
     return op_name(node) in _COSTS or node.domain in ("", "ai.onnx")
 
 
+def sizes_read(node: ir.Node) -> Iterator[ir.Value]:
+    """The values whose sizes tell what the node costs."""
+    if op_name(node) in _COSTS:
+        yield from (value for value in (*node.inputs, *node.outputs) if value is not None and value.name)
+    elif node.op_type == "Scan":
+        yield from (value for value in node.inputs if value is not None)
+
+
+def macs_of(graph: ir.Graph, at: Shapes, scope: str = "") -> Amount:
+    """Multiply-accumulates of one run of a graph of a model with known shapes."""
+    return Amount.total(_macs_with_bodies(graph, at, scope))
+
+
+def _macs_with_bodies(graph: ir.Graph, at: Shapes, scope: str) -> Iterator[Amount]:
+    for node in graph:
+        inside = _inside(node, scope)
+        yield _node_macs(node, at, [macs_of(body, at, inside) for body in subgraphs_of(node)], inside)
+
+
 def costs(graph: ir.Graph, at: Shapes, scope: str = "", outer: Amount = ZERO) -> Iterator[NodeCost]:
-    """The nodes of a graph of an inferred model in order, each followed by those of its subgraphs.
+    """The nodes of a graph of a model with known shapes, in order, each followed by those of its subgraphs.
 
     Activations are live from their producer (graph inputs: from the start) to their last reader (graph
     outputs: to the end); constants are not counted, nor what a runtime saves by working in place. `outer` is
     live all along.
     """
     last = _last_uses(graph)
-    live = outer + sum((at.nbytes(value) for value in graph.inputs if value in last), ZERO)
+    live = Amount.total((outer, *(at.nbytes(value) for value in graph.inputs if value in last)))
     for position, node in enumerate(graph):
-        label = node.name or next((out.name for out in node.outputs if out.name), None) or node.op_type
-        inside = f"{scope}/{label}" if scope else label
+        inside = _inside(node, scope)
         outputs = [value for value in node.outputs if value.name and node.op_type != "Constant"]
-        produced = sum((at.nbytes(value) for value in outputs), ZERO)
+        produced = Amount.total(map(at.nbytes, outputs))
         live += produced
         bodies = [list(costs(body, at, inside, live)) for body in subgraphs_of(node)]
         peak = max((live, *(row.live_bytes for body in bodies for row in body)), key=_weight)
-        yield NodeCost(label, op_name(node), scope, _node_macs(node, at, bodies, inside), produced, peak)
+        macs = _node_macs(node, at, [_sum_macs(body, inside) for body in bodies], inside)
+        yield NodeCost(_label(node), op_name(node), scope, macs, produced, peak)
         for body in bodies:
             yield from body
         ended = {value for value in (*_read(node), *outputs) if last.get(value, position) == position}
-        live -= sum((at.nbytes(value) for value in ended if _is_activation(value, graph)), ZERO)
+        live -= Amount.total(at.nbytes(value) for value in ended if _is_activation(value, graph))
+
+
+def _label(node: ir.Node) -> str:
+    return node.name or next((out.name for out in node.outputs if out.name), None) or node.op_type
+
+
+def _inside(node: ir.Node, scope: str) -> str:
+    return f"{scope}/{_label(node)}" if scope else _label(node)
+
+
+def _sum_macs(rows: Iterable[NodeCost], scope: str) -> Amount:
+    return Amount.total(row.macs for row in rows if row.scope == scope)
 
 
 def _weight(amount: Amount) -> int:
@@ -168,20 +199,21 @@ def _last_uses(graph: ir.Graph) -> dict[ir.Value, int]:
     return last
 
 
-def _node_macs(node: ir.Node, at: Shapes, bodies: Sequence[Sequence[NodeCost]], inside: str) -> Amount:
+def _node_macs(node: ir.Node, at: Shapes, bodies: Sequence[Amount], inside: str) -> Amount:
     cost = _COSTS.get(op_name(node))
     if cost is not None:
         return cost(node, at)
-    totals = [sum((row.macs for row in body if row.scope == inside), ZERO) for body in bodies]
-    if not totals or not any(total.terms for total in totals):
+    if node.op_identifier() in at.opaque:
+        return UNKNOWN
+    if not any(body.terms for body in bodies):
         return ZERO
     if node.op_type == "Loop":
-        return totals[0] * _trips(node, inside)
+        return bodies[0] * _trips(node, inside)
     if node.op_type == "Scan":
         axes = node.attributes.get("scan_input_axes")
         first = len(node.inputs) - node.attributes["num_scan_inputs"].as_int()
-        return totals[0] * at.dim(_input(node, first), axes.as_ints()[0] if axes else 0)
-    return max(totals, key=_weight) * (UNKNOWN if node.op_type == "SequenceMap" else Amount.of(1))
+        return bodies[0] * at.dim(_input(node, first), axes.as_ints()[0] if axes else 0)
+    return max(bodies, key=_weight) * (UNKNOWN if node.op_type == "SequenceMap" else Amount.of(1))
 
 
 def _trips(node: ir.Node, name: str) -> Amount:

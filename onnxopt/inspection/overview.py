@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxopt.graph import nodes, subgraphs_of
+from onnxopt.graph import nodes, subgraphs_of, walk
 from onnxopt.inspection.contents import (
     Totals,
     Unused,
@@ -23,8 +23,8 @@ from onnxopt.inspection.contents import (
     totals,
     unused,
 )
-from onnxopt.inspection.costs import NodeCost, costs, has_cost
-from onnxopt.inspection.sizes import ZERO, Amount, sized
+from onnxopt.inspection.costs import NodeCost, costs, has_cost, macs_of, sizes_read
+from onnxopt.inspection.sizes import Amount, sized
 from onnxopt.model import ModelLike, load
 
 __all__ = ["Cost", "Inspection", "Port", "inspect", "macs"]
@@ -69,11 +69,12 @@ class Inspection:
         macs, peak_activation_bytes: of one run; text where they are dynamic, see `Size`.
         peak_node: where the peak is, with its scope.
         costs: node by node, functions inlined.
-        uncounted_ops: ops of other domains whose MACs are not known; they add nothing to `macs`.
+        uncounted_ops: ops of other domains whose MACs are not known; they add nothing to `macs`, but for
+            calls of the model's own functions that could not be inlined, which add ``?``.
         quantization: ``qdq``, ``qoperator``, ``dynamic``, ``weight-only`` to number of nodes, where present.
         external_data: file to bytes of the tensors in it.
         overridable_initializers: initializers that are graph inputs too, so that the user may override them.
-        shape_inference_failure: why onnx's shape inference gave up, or None.
+        shape_inference_failure: why onnx's inliner or shape inference gave up, or None.
     """
 
     producer: str
@@ -118,12 +119,12 @@ def inspect(source: ModelLike, *, shapes: Mapping[str, Sequence[int]] | None = N
         UsageError: `shapes` name no graph input, or contradict its rank or each other.
     """
     model = load(source)
-    copy = sized(model, shapes)
-    rows = list(costs(copy.graph, copy.shapes))
+    found = sized(model, shapes)
+    rows = list(costs(found.graph, found.shapes))
     peak = max(rows, key=lambda row: row.live_bytes.weight, default=None)
     external = external_bytes(model)
     main = set(model.graph)
-    in_functions = [node for function in model.functions.values() for node in function.all_nodes()]
+    in_functions = [node for function in model.functions.values() for node in walk(function.graph)]
     return Inspection(
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
         ir_version=model.ir_version,
@@ -134,21 +135,21 @@ def inspect(source: ModelLike, *, shapes: Mapping[str, Sequence[int]] | None = N
         overridable_initializers=tuple(v.name or "" for v in model.graph.inputs if v.is_initializer()),
         totals=totals(model),
         ops=_histogram(model.graph),
-        subgraph_ops=_histogram(node for node in model.graph.all_nodes() if node not in main),
+        subgraph_ops=_histogram(node for node in walk(model.graph) if node not in main),
         function_ops=_histogram(in_functions),
         subgraphs=sum(1 for node in nodes(model) for _ in subgraphs_of(node)),
         functions=len(model.functions),
         bytes_by_dtype=bytes_by_dtype(model),
         file_bytes=_file_bytes(source, external),
         external_data=external,
-        macs=_total_macs(rows).value(),
+        macs=Amount.total(row.macs for row in rows if not row.scope).value(),
         peak_activation_bytes=0 if peak is None else peak.live_bytes.value(),
         peak_node=None if peak is None else "/".join(filter(None, (peak.scope, peak.name))),
         costs=tuple(_cost(row) for row in rows),
-        uncounted_ops=_histogram(node for node in copy.graph.all_nodes() if not has_cost(node)),
+        uncounted_ops=_histogram(node for node in walk(found.graph) if not has_cost(node)),
         quantization=quantization(model),
         unused=unused(model),
-        shape_inference_failure=copy.failure,
+        shape_inference_failure=found.failure,
     )
 
 
@@ -158,12 +159,8 @@ def macs(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> 
     Raises:
         UsageError: `shapes` name no graph input, or contradict its rank or each other.
     """
-    copy = sized(model, shapes)
-    return _total_macs(costs(copy.graph, copy.shapes)).value()
-
-
-def _total_macs(rows: Iterable[NodeCost]) -> Amount:
-    return sum((row.macs for row in rows if not row.scope), ZERO)
+    found = sized(model, shapes, needed=sizes_read)
+    return macs_of(found.graph, found.shapes).value()
 
 
 def _cost(row: NodeCost) -> Cost:

@@ -1,28 +1,26 @@
-"""How large things are: amounts in a model's own dimension symbols, read off a copy with inferred shapes.
-
-The copy has its functions inlined and its weights hollow, so that no weight is loaded and a model above 2 GB
-is never one protobuf; the caller's model stays as it is.
-"""
+"""How large things are: amounts in a model's own dimension symbols, by the shapes that inference finds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import graphs, nodes
-from onnxopt.inspection.values import LARGEST, settle_values
+from onnxopt.graph import walk
+from onnxopt.inspection.outline import Dims, inline, outline
+from onnxopt.inspection.values import settle_values
 
 __all__ = ["UNKNOWN", "ZERO", "Amount", "Shapes", "Sized", "product", "sized"]
 
 _ROUNDS = 4
 """Of inference and shape arithmetic in turns; each reaches through another level of symbolic shapes."""
 _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+_NO_NUMBERS = frozenset({ir.DataType.UNDEFINED.value, ir.DataType.STRING.value})
+_REFUSALS = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError)
 _OPERATORS = re.compile(r"[-+*/()\s]+")
 
 
@@ -43,20 +41,27 @@ class Amount:
     def symbol(cls, name: str) -> Amount:
         return cls({(name,): 1})
 
+    @classmethod
+    def total(cls, amounts: Iterable[Amount]) -> Amount:
+        """The sum, in time linear in the number of terms."""
+        terms: dict[tuple[str, ...], int] = {}
+        for amount in amounts:
+            for symbols, factor in amount.terms.items():
+                terms[symbols] = terms.get(symbols, 0) + factor
+        return cls({symbols: factor for symbols, factor in terms.items() if factor})
+
     def __add__(self, other: Amount) -> Amount:
-        total = dict(self.terms)
-        for symbols, factor in other.terms.items():
-            total[symbols] = total.get(symbols, 0) + factor
-        return Amount({symbols: factor for symbols, factor in total.items() if factor})
+        return Amount.total((self, other))
 
     def __sub__(self, other: Amount) -> Amount:
         return self + Amount({symbols: -factor for symbols, factor in other.terms.items()})
 
     def __mul__(self, other: Amount) -> Amount:
-        total = ZERO
-        for left, factor in self.terms.items():
-            total += Amount({tuple(sorted(left + right)): factor * f for right, f in other.terms.items()})
-        return total
+        return Amount.total(
+            Amount({tuple(sorted(left + right)): factor * f})
+            for left, factor in self.terms.items()
+            for right, f in other.terms.items()
+        )
 
     @property
     def weight(self) -> int:
@@ -93,32 +98,90 @@ def product(dims: Iterable[Amount] | None) -> Amount:
     return result
 
 
+class _Record:
+    """What the model says of its shapes, with the given sizes put for symbols.
+
+    Unnamed dimensions of graph inputs are named: ``x[0]``. Where a given shape is another than the declared
+    one, what was recorded for the outputs of standard ops may be stale and is left out.
+    """
+
+    def __init__(self, graph: ir.Graph, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._bound = _bindings(graph, shapes)
+        self._inputs: dict[ir.Value, Dims] = {}
+        self._is_stale = False
+        for value in graph.inputs:
+            declared = self.dims(value)
+            given = shapes.get(value.name or "")
+            self._is_stale |= given is not None and _plain(value.shape) != tuple(given)
+            if given is not None:
+                self._inputs[value] = tuple(given)
+            elif declared is not None:
+                named = (dim if dim is not None else f"{value.name}[{i}]" for i, dim in enumerate(declared))
+                self._inputs[value] = tuple(named)
+        self.symbols = frozenset(d for dims in self._inputs.values() for d in dims if isinstance(d, str))
+
+    def dims(self, value: ir.Value) -> Dims | None:
+        if value in self._inputs:
+            return self._inputs[value]
+        if value.shape is None:
+            return None
+        if self._is_stale:
+            node = value.producer()
+            if node is not None and node.domain in _STANDARD:
+                return None
+        return tuple(
+            None if dim is None or (isinstance(dim, int) and dim < 0) else self._bound.get(dim, dim)
+            for dim in map(_symbol, value.shape.dims)
+        )
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a value: its dimensions, and its element type where it is a tensor of numbers."""
+
+    dims: Dims | None
+    dtype: ir.DataType | None
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """Reads sizes off the values of an inferred model, in the symbols of its graph inputs."""
+    """Reads sizes of the values of a graph, in the symbols of its graph inputs.
 
+    ``opaque`` are the functions whose calls stayed: what they cost is not known.
+    """
+
+    record: Callable[[ir.Value], Dims | None]
     symbols: frozenset[str]
+    inferred: Mapping[ir.Value, Known] = field(default_factory=dict)
+    opaque: frozenset[tuple[str, str, str]] = frozenset()
+
+    def _dims(self, value: ir.Value) -> Dims | None:
+        known = self.inferred.get(value)
+        return self.record(value) if known is None else known.dims
 
     def dims(self, value: ir.Value | None) -> tuple[Amount, ...] | None:
-        if value is None or value.shape is None:
-            return None
-        return tuple(self._dim(dim) for dim in value.shape)
+        dims = None if value is None else self._dims(value)
+        return None if dims is None else tuple(self._dim(dim) for dim in dims)
 
-    def _dim(self, dim: int | ir.SymbolicDim) -> Amount:
+    def _dim(self, dim: int | str | None) -> Amount:
         if isinstance(dim, int):
             return Amount.of(dim)
-        text = dim.value
-        if text is None:
+        if dim is None:
             return UNKNOWN
-        if text in self.symbols:
-            return Amount.symbol(text)
-        words = [word for word in _OPERATORS.split(text) if word and not word.isdecimal()]
-        return Amount.symbol(f"({text})") if words and self.symbols.issuperset(words) else UNKNOWN
+        if dim in self.symbols:
+            return Amount.symbol(dim)
+        words = [word for word in _OPERATORS.split(dim) if word and not word.isdecimal()]
+        return Amount.symbol(f"({dim})") if words and self.symbols.issuperset(words) else UNKNOWN
+
+    def is_static(self, value: ir.Value) -> bool:
+        """Whether each dimension is a number."""
+        dims = self._dims(value)
+        return dims is not None and all(isinstance(dim, int) for dim in dims)
 
     def is_known(self, value: ir.Value) -> bool:
         """Whether each dimension is a number or stands in the graph inputs' symbols."""
-        dims = value.shape
-        return dims is not None and all(isinstance(dim, int) or dim.value in self.symbols for dim in dims)
+        dims = self._dims(value)
+        return dims is not None and all(isinstance(dim, int) or dim in self.symbols for dim in dims)
 
     def dim(self, value: ir.Value | None, axis: int) -> Amount:
         dims = self.dims(value)
@@ -129,86 +192,109 @@ class Shapes:
 
     def nbytes(self, value: ir.Value) -> Amount:
         """Bytes of a dense tensor; unknown for strings, sequences and optionals."""
-        if not isinstance(value.type, ir.TensorType) or value.dtype in (None, ir.DataType.STRING):
+        known = self.inferred.get(value)
+        dtype = _number_type(value.type) if known is None else known.dtype
+        if dtype is None:
             return UNKNOWN
-        elements, bits = self.elements(value), value.type.dtype.bitwidth
+        elements = self.elements(value)
         if any(elements.terms):
-            return elements * Amount.of(max(1, bits // 8))
-        return Amount.of((elements.weight * bits + 7) // 8)
+            return elements * Amount.of(max(1, dtype.bitwidth // 8))
+        return Amount.of((elements.weight * dtype.bitwidth + 7) // 8)
 
 
 @dataclass(frozen=True)
 class Sized:
-    """A copy of a model with inferred shapes, how to read them, and why inference gave up, or None."""
+    """The graph with its functions inlined, how large its values are, and why inference gave up, or None."""
 
     graph: ir.Graph
     shapes: Shapes
     failure: str | None
 
 
-def sized(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Sized:
-    """Infer shapes on a copy, by onnx's own shape inference with data propagation.
+def sized(
+    model: ir.Model,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    needed: Callable[[ir.Node], Iterable[ir.Value]] | None = None,
+) -> Sized:
+    """Find the shapes of a model's values, by onnx's own shape inference with data propagation.
 
     Args:
         model: not changed.
         shapes: static shapes for some graph inputs, by name. A symbol they settle is settled everywhere.
+        needed: the values that have to be known of each node, by default all its outputs; nothing is
+            inferred where numbers are on record for all of them.
 
     Raises:
         UsageError: a name that is no graph input, a wrong rank, a negative size, or one symbol with two
         sizes.
     """
-    copy = model.clone()
-    if copy.functions:
-        copy = InlinePass()(copy).model
-    _hollow(copy)
-    _settle(copy, _bindings(copy.graph, shapes or {}), shapes or {})
-    symbols = frozenset(
-        dim.value
-        for value in copy.graph.inputs
-        for dim in (value.shape or ())
-        if not isinstance(dim, int) and dim.value is not None
-    )
-    known = Shapes(symbols)
-    return Sized(copy.graph, known, _infer(copy, known))
+    record = _Record(model.graph, shapes or {})
+    graph, failure, proto = model.graph, None, None
+    if model.functions:
+        proto = outline(model, record.dims)
+        failure = inline(proto)
+        graph = ir.from_proto(proto).graph
+    opaque = frozenset(key for key in model.functions if key in {n.op_identifier() for n in walk(graph)})
+    at = Shapes(_Record(graph, {}).dims if proto else record.dims, record.symbols, opaque=opaque)
+    wanted = [value for node in walk(graph) for value in (needed or _outputs)(node)]
+    if needed and all(map(at.is_static, wanted)):
+        return Sized(graph, at, failure)
+    try:
+        inferred = _infer(graph, proto or outline(model, record.dims), at, wanted)
+    except _REFUSALS as error:
+        return Sized(graph, at, failure or " ".join(str(error).split()) or type(error).__name__)
+    return Sized(graph, inferred, failure)
 
 
-def _infer(model: ir.Model, at: Shapes) -> str | None:
-    """Write inferred shapes into the model; gives the reason where inference gave up."""
-    scratch = model
+def _outputs(node: ir.Node) -> Iterator[ir.Value]:
+    return (value for value in node.outputs if value.name)
+
+
+def _infer(graph: ir.Graph, proto: onnx.ModelProto, at: Shapes, wanted: Sequence[ir.Value]) -> Shapes:
+    """Infer shapes, and settle shape arithmetic where that leaves any of the wanted values unknown."""
     for _ in range(_ROUNDS):
-        try:
-            proto = onnx.shape_inference.infer_shapes(ir.to_proto(scratch), data_prop=True)
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
-        scratch = ir.from_proto(proto)
-        if all(at.is_known(v) for node in nodes(scratch) for v in node.outputs) or not settle_values(scratch):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        at = replace(at, inferred=dict(_read(graph, proto.graph)))
+        if all(map(at.is_known, wanted)):
+            return at
+        scratch = ir.serde.deserialize_model(proto)
+        found = settle_values(scratch)
+        proto = ir.serde.serialize_model(scratch)
+        if not found:
             break
-    for node, inferred in zip(model.graph.all_nodes(), scratch.graph.all_nodes(), strict=True):
-        for value, known in zip(node.outputs, inferred.outputs, strict=True):
-            value.shape, value.type = known.shape, known.type
-    return None
+    return replace(at, inferred=dict(_read(graph, proto.graph)))
 
 
-def _hollow(model: ir.Model) -> None:
-    """Replace each large tensor by one that has its type and shape only, and read the small external ones."""
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value = _hollow_tensor(value.const_value, value.name or "")
-        for node in graph:
-            for name, attr in node.attributes.items():
-                if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
-                    node.attributes[name] = ir.AttrTensor(name, _hollow_tensor(attr.as_tensor(), ""))
+def _read(graph: ir.Graph, proto: onnx.GraphProto) -> Iterator[tuple[ir.Value, Known]]:
+    """What the inferred graph, which has the same nodes, says of the outputs of each."""
+    types = {info.name: info.type for info in (*proto.value_info, *proto.output)}
+    for node, twin in zip(graph, proto.node, strict=True):
+        for value in node.outputs:
+            if value.name and value.name in types:
+                yield value, _known(types[value.name])
+        for attr in twin.attribute:
+            if attr.type == onnx.AttributeProto.GRAPH:
+                yield from _read(node.attributes[attr.name].as_graph(), attr.g)
+            elif attr.type == onnx.AttributeProto.GRAPHS:
+                for body, other in zip(node.attributes[attr.name].as_graphs(), attr.graphs, strict=True):
+                    yield from _read(body, other)
 
 
-def _hollow_tensor(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    if tensor.size > LARGEST:
-        return ir.ExternalTensor(
-            "hollow", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+def _known(proto: onnx.TypeProto) -> Known:
+    if not proto.HasField("tensor_type"):
+        shape = ir.serde.deserialize_type_proto_for_shape(proto)
+        return Known(_plain(shape), None)
+    tensor = proto.tensor_type
+    dims = None
+    if tensor.HasField("shape"):
+        dims = tuple(
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
         )
-    if isinstance(tensor, ir.ExternalTensor):
-        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
-    return tensor
+    return Known(dims, None if tensor.elem_type in _NO_NUMBERS else ir.DataType(tensor.elem_type))
+
+
+def _number_type(kind: ir.TypeProtocol | None) -> ir.DataType | None:
+    return kind.dtype if isinstance(kind, ir.TensorType) and kind.dtype.value not in _NO_NUMBERS else None
 
 
 def _bindings(graph: ir.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -225,45 +311,15 @@ def _bindings(graph: ir.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str,
             raise UsageError(f"shapes: input {name!r}: {list(dims)} has a negative size")
         for old, new in zip(declared or (), dims, strict=False):
             symbol = _symbol(old)
-            if symbol is not None and bound.setdefault(symbol, new) != new:
+            if isinstance(symbol, str) and bound.setdefault(symbol, new) != new:
                 raise UsageError(f"shapes: {symbol!r} is {bound[symbol]}, but input {name!r} makes it {new}")
     return bound
 
 
-def _settle(model: ir.Model, bound: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Put sizes for symbols, and names for unnamed dimensions of graph inputs: ``x[0]``.
-
-    With shapes given, what was recorded for the outputs of standard ops may be stale and is inferred anew.
-    """
-    for graph in graphs(model):
-        for node in graph:
-            for value in node.outputs:
-                stale = bool(shapes) and node.domain in _STANDARD
-                value.shape = None if stale or value.shape is None else _substitute(value.shape, bound)
-        for value in graph.inputs:
-            value.shape = None if value.shape is None else _substitute(value.shape, bound)
-    for value in model.graph.inputs:
-        given = shapes.get(value.name or "")
-        if given is not None:
-            value.shape = ir.Shape(given)
-        elif value.shape is not None:
-            named = [_named(dim, f"{value.name}[{axis}]") for axis, dim in enumerate(value.shape)]
-            value.shape = ir.Shape(named)
+def _symbol(dim: int | ir.SymbolicDim) -> int | str | None:
+    """A number or the dimension's own name; exporters that know none write nothing, an empty text, or ``?``."""
+    return dim if isinstance(dim, int) else None if dim.value in ("", "?") else dim.value
 
 
-def _symbol(dim: int | ir.SymbolicDim) -> str | None:
-    """The dimension's own name; exporters that know none write nothing, an empty text, or ``?``."""
-    return None if isinstance(dim, int) or dim.value in ("", "?") else dim.value
-
-
-def _named(dim: int | ir.SymbolicDim, name: str) -> int | ir.SymbolicDim:
-    return dim if isinstance(dim, int) or _symbol(dim) else ir.SymbolicDim(name)
-
-
-def _substitute(shape: ir.Shape, bound: Mapping[str, int]) -> ir.Shape:
-    """Symbols become their sizes; a negative size, which some exporters write, is an unknown one."""
-    dims: list[int | ir.SymbolicDim | None] = []
-    for dim in shape:
-        symbol = _symbol(dim)
-        dims.append(bound.get(symbol, dim) if symbol else dim if isinstance(dim, int) and dim >= 0 else None)
-    return ir.Shape(dims)
+def _plain(shape: ir.Shape | None) -> Dims | None:
+    return None if shape is None else tuple(map(_symbol, shape.dims))

@@ -5,6 +5,7 @@ from __future__ import annotations
 if __name__ != "onnxopt.passes":
     raise ImportError(f"import onnxopt.passes, not {__name__!r}: the passes would exist twice")
 
+from onnxopt.claims import Pass
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate_dead import EliminateDead
@@ -26,7 +27,6 @@ from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
-from onnxopt.pipeline import Pass
 
 __all__ = ["BUILTIN"]
 

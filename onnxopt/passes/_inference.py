@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_of, has_reference, subgraphs_of
 
-__all__ = ["refine"]
+__all__ = ["refine", "sort_axes"]
 
 _READABLE = 4096
 """Bytes of a constant that shape inference is shown: shapes, axes and the like."""
@@ -35,13 +35,20 @@ def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
     }
     imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
     schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    proto = ir.to_proto(node)
+    sort_axes(proto)
     try:
-        inferred = onnx.shape_inference.infer_node_outputs(
-            schema, ir.to_proto(node), types, data, opset_imports=imports
-        )
+        inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
     except onnx.shape_inference.InferenceError:
         return []
     return [v for v in node.outputs if v.name in inferred and _complete(v, inferred[v.name])]
+
+
+def sort_axes(node: onnx.NodeProto) -> None:
+    """Sort a Squeeze's axes: before opset 11, onnx's inference passes over those that are out of order."""
+    if node.op_type == "Squeeze" and not node.domain:
+        for attr in node.attribute:
+            attr.ints.sort()
 
 
 def _complete(value: ir.Value, inferred: onnx.TypeProto) -> bool:

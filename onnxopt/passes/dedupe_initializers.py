@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import graphs, pieces, roots, subgraphs_of
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 
 __all__ = ["DedupeInitializers"]
 

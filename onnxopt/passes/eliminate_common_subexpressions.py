@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import onnx
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import is_deterministic, roots, subgraphs_of
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import substitute
 
 __all__ = ["EliminateCommonSubexpressions"]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import graphs, has_reference, int_attr, nodes, roots, subgraphs_of
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 
 __all__ = ["EliminateDead"]
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["EliminateNoop"]

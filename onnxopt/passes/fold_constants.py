@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import has_reference, is_deterministic, static_shape, subgraphs_of
 from onnxopt.ledger import Ledger
 from onnxopt.passes._inference import refine
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Scope, scopes
 
 __all__ = ["FoldConstants"]
@@ -153,6 +153,8 @@ class _Folder:
             producer = value.producer() if value is not None and self.facts.learned(value) else None
             if producer is None or producer in self.settled:
                 continue
+            if not all(self.facts.learned(output) for output in _used(producer)):
+                continue  # a Split of what is known in part stays
             self.settled.add(producer)
             if not self.replace(producer):
                 work.extend(producer.inputs)

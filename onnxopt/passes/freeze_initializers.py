@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 
 __all__ = ["FreezeInitializers"]
 

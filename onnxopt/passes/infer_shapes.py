@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import nodes, tensor_bytes
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
+from onnxopt.passes._inference import sort_axes
 from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 
 __all__ = ["InferShapes"]
@@ -72,7 +73,7 @@ def _is_complete(value: ir.Value) -> bool:
 
 
 def _question(model: ir.Model) -> onnx.ModelProto:
-    """The model as onnx's inference has to see it.
+    """The model as onnx's inference has to see it, with a Squeeze's axes in order.
 
     It takes overridable initializers for constants, and in a body it does not see the constants around it.
     """
@@ -82,18 +83,19 @@ def _question(model: ir.Model) -> onnx.ModelProto:
     kept = list(fixed.values())
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-    _copy_into_bodies(proto.graph, fixed)
+    _prepare_nodes(proto.graph, fixed)
     return proto
 
 
-def _copy_into_bodies(graph: onnx.GraphProto, fixed: Mapping[str, onnx.TensorProto]) -> None:
+def _prepare_nodes(graph: onnx.GraphProto, fixed: Mapping[str, onnx.TensorProto]) -> None:
     for node in graph.node:
+        sort_axes(node)
         for attr in node.attribute:
             for body in (attr.g, *attr.graphs) if attr.type in _GRAPHS else ():
                 own = {port.name for port in (*body.input, *body.initializer)}
                 read = dict.fromkeys(name for inner in body.node for name in inner.input)
                 body.initializer.extend(fixed[name] for name in read if name in fixed and name not in own)
-                _copy_into_bodies(body, fixed)
+                _prepare_nodes(body, fixed)
 
 
 def _compare(

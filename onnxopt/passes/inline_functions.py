@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from onnxopt.claims import Pass
 from onnxopt.graph import nodes, subgraphs_of
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Scope, scopes
 
 __all__ = ["InlineFunctions"]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import constant_of
 from onnxopt.ledger import Ledger
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Scope, scopes
 
 __all__ = ["LiftConstants"]

@@ -22,9 +22,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Kind, Pass
 from onnxopt.passes._affine import scale_inputs, scale_outputs
 from onnxopt.passes._layer import LAYERS, along, constant, is_stored, layer_of, require_sole_reader
-from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeAffine"]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.passes._chain import before, require_alone
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeCast", "is_lossless"]

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import constant_of, float_attr
 from onnxopt.passes._chain import before, rank_of, require_alone
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeClip"]
@@ -80,6 +80,8 @@ def _clip(
     """A Clip in the form of the opset."""
     if opset < 11:
         return edit.op("Clip", (source,), {"min": float(low), "max": float(high)})
+    if opset < 12 and dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        raise Declined("runtimes take no Clip of this type before opset 12")
     bounds = (
         edit.constant(np.array(bound, dtype.numpy()), name) for name, bound in (("min", low), ("max", high))
     )

@@ -21,9 +21,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Kind, Pass
 from onnxopt.graph import float_attr
 from onnxopt.passes._layer import LARGE, Layer, layer_of, require_sole_reader, rounded
-from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeMatmul"]

@@ -18,10 +18,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Kind, Pass
 from onnxopt.graph import int_attr, ints_attr, str_attr
 from onnxopt.passes._chain import before, normalised, rank_of, require_alone
 from onnxopt.passes._padding import ZERO, Pads, fill_array, fill_of, pads_of, require_constant_mode
-from onnxopt.pipeline import Kind, Pass
 from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule, Scope
 
 __all__ = ["MergePad"]

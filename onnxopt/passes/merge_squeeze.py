@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.passes._chain import axes_of, before, normalised, rank_of, require_alone
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeSqueeze"]

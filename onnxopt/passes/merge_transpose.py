@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxopt.claims import Pass
 from onnxopt.graph import ints_attr
 from onnxopt.passes._chain import before, require_alone
-from onnxopt.pipeline import Pass
 from onnxopt.rewrite import Declined, Edit, Rule, Scope
 
 __all__ = ["MergeTranspose"]

@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+
+from onnxopt.verification.slices import Slices, axes_of
 
 __all__ = ["Distance", "arrays_of", "distance", "is_float"]
 
@@ -58,6 +61,8 @@ class Distance:
     float_type: bool = False
     problems: list[str] = field(default_factory=list)
     """Differences of type, shape or length, which no tolerance forgives."""
+    slices: dict[int, Slices] = field(default_factory=dict)
+    """By axis: the last, and axis 1 of rank 3 and more."""
 
     @property
     def equal(self) -> bool:
@@ -133,19 +138,27 @@ class Distance:
             self.elements += before.size
             self.float_type = True
             left, right = before.reshape(-1), after.reshape(-1)
+            for axis in axes_of(before.shape):
+                self.slices.setdefault(axis, Slices(axis, float(ml_dtypes.finfo(before.dtype).smallest_normal)))
             for start in range(0, before.size, _CHUNK):
                 part = slice(start, start + _CHUNK)
-                self._add_floats(left[part].astype(np.float64), right[part].astype(np.float64))
+                self._add_floats(
+                    left[part].astype(np.float64), right[part].astype(np.float64), before.shape, start
+                )
             self._add_rows(before, after)
 
-    def _add_floats(self, before: np.ndarray, after: np.ndarray) -> None:
+    def _add_floats(
+        self, before: np.ndarray, after: np.ndarray, shape: tuple[int, ...], start: int
+    ) -> None:
+        """Take in a part of an array of `shape` that begins at `start` of the flattened array."""
         same = (before == after) | (np.isnan(before) & np.isnan(after))
         finite = np.isfinite(before) & np.isfinite(after)
         self.unequal += int(np.count_nonzero(~same))
         self.strays += int(np.count_nonzero(~same & ~finite))
         self.odd += int(np.count_nonzero(~np.isfinite(before)))
+        positions = np.arange(start, start + before.size)
         if not finite.all():
-            before, after = before[finite], after[finite]
+            before, after, positions = before[finite], after[finite], positions[finite]
         if not before.size:
             return
         with np.errstate(over="ignore", under="ignore"):
@@ -154,6 +167,8 @@ class Distance:
             self.energy += float(after @ after)
             self.product += float(before @ after)
             self.noise += float(error @ error)
+            for axis in axes_of(shape):
+                self.slices[axis].add(shape, positions, before, error)
         self.scale = max(self.scale, float(np.abs(before).max()))
         self.max_abs = max(self.max_abs, float(np.abs(error).max()))
 

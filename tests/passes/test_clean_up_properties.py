@@ -16,7 +16,8 @@ from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
-from onnxopt.pipeline import Pass, Pipeline
+from onnxopt.claims import Pass
+from onnxopt.pipeline import Pipeline
 from onnxopt.structure import signature_of
 from tests.support import assert_equivalent, run_pass, text_model
 

@@ -312,6 +312,13 @@ def test_an_unknown_dimension_is_never_made_up() -> None:
     assert constant_of(after.model.graph.outputs[1]) is None
 
 
+def test_a_split_of_what_is_known_in_part_stays() -> None:
+    after = fold("""g (float[n, 3] x) => (int64[1] y, int64[1] z)
+        <int64[1] seven = {7}, int64[3] ones = {1, 1, 1}> {
+        s = Shape(x) t = Concat<axis = 0>(s, seven) y, c, z = Split(t, ones) }""")
+    assert after.op_types == ["Shape", "Concat", "Split"]
+
+
 def test_size_needs_every_dimension() -> None:
     assert fold("g (float[2, 3] x) => (int64 y) { y = Size(x) }").op_types == ["Constant"]
     assert fold("g (float[n, 3] x) => (int64 y) { y = Size(x) }").op_types == ["Size"]

@@ -180,3 +180,15 @@ def test_nothing_is_claimed_where_all_is_known() -> None:
         text_model("g (float[2, 3] x) => (float[3, 2] y) { a = Transpose(x)\n y = Neg(a) }")
     )
     assert run_pass(proto, InferShapes()).changes == 0
+
+
+def test_axes_of_a_squeeze_in_any_order() -> None:
+    proto = text_model(
+        """<ir_version: 8, opset_import: ["" : 9]> g (float[1, 5, 1] x) => (float[A] y) {
+            a = Squeeze<axes = [2, 0]>(x)
+            y = Neg(a)
+        }"""
+    )
+    result = run_pass(proto, InferShapes())
+    assert record(result.model)["a"] == "FLOAT [5]"
+    assert_equivalent(proto, result.model)

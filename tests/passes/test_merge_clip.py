@@ -247,6 +247,14 @@ def test_inside_a_branch() -> None:
     assert_equivalent(model, after.model, {"c": np.array(True), "x": numbers()["v0"]})
 
 
+@pytest.mark.parametrize("opset", [11, 12])
+def test_a_clip_of_doubles_needs_opset_12(opset: int) -> None:
+    model = chain([("Max", 0, None), ("Min", None, 6)], opset, np.float64)
+    after = run_pass(model, MergeClip())
+    assert after.op_types == (["Max", "Min"] if opset < 12 else ["Clip"])
+    assert_equivalent(model, after.model, {"v0": numbers()["v0"].astype(np.float64)})
+
+
 bounds = st.one_of(st.none(), st.integers(-6, 8), st.sampled_from([-np.inf, np.inf, 0.1, -0.0]))
 ops = st.one_of(
     st.tuples(st.just("Clip"), bounds, bounds),

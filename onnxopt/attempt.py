@@ -1,0 +1,143 @@
+"""One run over the passes: each timed, each checked for structure where it changed something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from onnxopt.claims import KINDS, Kind, Pass, kind_of, pass_name
+from onnxopt.graph import nodes, tensor_bytes
+from onnxopt.ledger import Ledger, Rewrite
+from onnxopt.structure import Signature, find_problem, signature_of
+
+__all__ = ["WHOLE", "Attempt", "Tally", "attempt"]
+
+WHOLE = "the whole pass"
+
+
+@dataclass
+class Tally:
+    """What one pass did, over all rounds: rewrites, wall seconds, change in nodes and in bytes of tensors."""
+
+    changes: int = 0
+    seconds: float = 0.0
+    nodes: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Attempt:
+    """A run over the passes, up to its end or to the first pass that broke the model.
+
+    problem: what is broken. blamed: by which pass; None where all passes ran. first: how many rewrites
+    were granted before that pass began. settled: whether nothing changed any more at the end.
+    """
+
+    passes: Sequence[ir.passes.PassBase]
+    model: ir.Model
+    ledger: Ledger
+    tallies: list[Tally] = field(default_factory=list)
+    rounds: int = 0
+    settled: bool = False
+    problem: str | None = None
+    blamed: ir.passes.PassBase | None = None
+    first: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """The weakest promise among the passes that changed something."""
+        changed = (one for one, tally in zip(self.passes, self.tallies, strict=True) if tally.changes)
+        return max(map(kind_of, changed), key=KINDS.index, default="exact")
+
+
+def attempt(
+    passes: Sequence[ir.passes.PassBase],
+    rounds: int,
+    model: ir.Model,
+    ledger: Ledger,
+    *,
+    tolerated: Callable[[], Container[str]],
+    on_pass: Callable[[str], None] | None = None,
+) -> Attempt:
+    """Run the passes in order, again and again until a whole turn changes nothing, or `rounds` times.
+
+    Args:
+        passes, rounds: what to run, and how often at most.
+        model: is changed in place, or replaced by a pass that gives another one.
+        ledger: grants rewrites.
+        tolerated: gives problems of the input, which no pass is blamed for.
+        on_pass: called with the name of each pass before it runs.
+    """
+    done = Attempt(passes, model, ledger, [Tally() for _ in passes])
+    signature, size, quiet = signature_of(model), _size(model), 0
+    for number, (one, tally) in enumerate(_turns(passes, done.tallies, rounds)):
+        done.rounds = number // len(passes) + 1
+        ledger.pass_name, done.first, done.blamed = pass_name(one), len(ledger.granted), one
+        ledger.touched.clear()
+        if on_pass:
+            on_pass(ledger.pass_name)
+        started = time.perf_counter()
+        try:
+            done.model = _apply(one, done.model, ledger)
+            ledger.visiting = None
+            done.problem = _problem(one, done, signature, tolerated)
+        except Exception as error:
+            done.problem = f"{type(error).__name__}: {error}"
+        if done.problem is not None:
+            return done
+        changes = len(ledger.granted) - done.first
+        if changes:
+            signature, before, size = signature_of(done.model), size, _size(done.model)
+            tally.changes += changes
+            tally.nodes += size[0] - before[0]
+            tally.bytes += size[1] - before[1]
+        tally.seconds += time.perf_counter() - started
+        quiet = 0 if changes else quiet + 1
+        if ledger.exhausted or quiet == len(passes):
+            done.settled = True
+            break
+    done.blamed = None
+    return done
+
+
+def _turns(
+    passes: Sequence[ir.passes.PassBase], tallies: Sequence[Tally], rounds: int
+) -> Iterator[tuple[ir.passes.PassBase, Tally]]:
+    for _ in range(rounds):
+        yield from zip(passes, tallies, strict=True)
+
+
+def _size(model: ir.Model) -> tuple[int, int]:
+    return sum(1 for _ in nodes(model)), tensor_bytes(model)
+
+
+def _problem(
+    one: ir.passes.PassBase, done: Attempt, signature: Signature, tolerated: Callable[[], Container[str]]
+) -> str | None:
+    """What a pass broke. The signature is held against it even where it says that it changed nothing."""
+    keeps = one.keeps_signature if isinstance(one, Pass) else True
+    if keeps and signature_of(done.model) != signature:
+        return "graph inputs or outputs changed"
+    if len(done.ledger.granted) == done.first:
+        return None
+    return find_problem(done.model, done.ledger.touched, tolerated)
+
+
+def _apply(one: ir.passes.PassBase, model: ir.Model, ledger: Ledger) -> ir.Model:
+    """Run a pass; a plain onnx_ir pass counts as one rewrite, whatever it does."""
+    if ledger.leaves_out(Rewrite(ledger.pass_name, WHOLE, "")):
+        return model
+    if isinstance(one, Pass):
+        one.apply(model, ledger)
+        return model
+    if not ledger.claim(WHOLE, ""):
+        return model
+    result = one(model)
+    if result.modified:
+        ledger.touch(nodes(result.model))
+    else:
+        ledger.granted.pop()
+    return result.model
