@@ -115,7 +115,10 @@ def optimize(
     model = reusable(model)
     where = find_target(target)
     pipeline = build_pipeline(
-        recipe or where.recipe, passes=passes, skip=skip, freeze_initializers=freeze_initializers
+        where.recipe if recipe is None else recipe,
+        passes=passes,
+        skip=skip,
+        freeze_initializers=freeze_initializers,
     )
     job = _Job(model, opener(model), pipeline, where, shapes, seed, progress or _silent)
     job.progress("reading the model", None)

@@ -57,7 +57,7 @@ class Pass(ir.passes.InPlacePass):
 
 
 def _spell(value: object) -> str:
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return str(value).lower()
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 

@@ -30,6 +30,7 @@ __all__ = [
     "subgraphs_of",
     "tensor_bytes",
     "tensors",
+    "uses_external_data",
     "value_names",
     "walk",
 ]
@@ -111,6 +112,11 @@ def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all tensors: initializers and tensor attributes, subgraphs and functions included."""
     return sum(tensor.nbytes for tensor in tensors(model))
+
+
+def uses_external_data(model: ir.Model) -> bool:
+    """Whether any tensor lies in a file of its own, or is computed from one when it is read."""
+    return any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors(model))
 
 
 def pieces(tensor: ir.TensorProtocol, size: int = 1 << 24) -> Iterator[bytes | memoryview]:

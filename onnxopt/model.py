@@ -6,14 +6,12 @@ so that a model above 2 GB never is one protobuf in memory.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import io
 import itertools
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,17 +21,16 @@ from google.protobuf.message import DecodeError
 
 from onnxopt.admission import admit
 from onnxopt.errors import ModelError, one_line
-from onnxopt.graph import graphs, pieces, roots, subgraphs_of, tensor_bytes, tensors
-from onnxopt.protobuf import LARGEST_PROTOBUF, dump, in_memory, skeleton
+from onnxopt.graph import graphs, pieces, roots, subgraphs_of, tensors
+from onnxopt.protobuf import in_memory, skeleton
 
 __all__ = [
     "ModelLike",
+    "clone",
     "fingerprint",
     "load",
-    "materialize",
     "opener",
     "reusable",
-    "uses_external_data",
 ]
 
 ModelLike = str | os.PathLike[str] | bytes | BinaryIO | onnx.ModelProto | ir.Model
@@ -47,7 +44,7 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
     A file object is read once, here; weights are shared between the models it gives.
     """
     if isinstance(source, ir.Model):
-        return lambda: _clone(source)
+        return lambda: clone(source)
     if isinstance(source, onnx.ModelProto):
         return lambda: _from_proto(_copy(source), "model", None)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -85,10 +82,10 @@ def reusable(source: ModelLike) -> ModelLike:
     return content
 
 
-def _clone(model: ir.Model) -> ir.Model:
+def clone(model: ir.Model) -> ir.Model:
     """A clone whose tensors are its own, as far as names and mapped files go; their data is shared."""
-    clone = model.clone()
-    for graph in graphs(clone):
+    own = model.clone()
+    for graph in graphs(own):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = _own(value.const_value)
@@ -96,7 +93,7 @@ def _clone(model: ir.Model) -> ir.Model:
             for name, attr in node.attributes.items():
                 if not attr.is_ref() and attr.type == ir.AttributeType.TENSOR:
                     node.attributes[name] = ir.AttrTensor(name, _own(attr.as_tensor()), attr.doc_string)
-    return clone
+    return own
 
 
 def _own(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -251,31 +248,6 @@ def _sort(model: ir.Model, who: str) -> None:
             root.sort()
     except ValueError:
         raise ModelError(f"{who}: the graph has a cycle") from None
-
-
-def uses_external_data(model: ir.Model) -> bool:
-    """Whether any tensor lies in a file of its own, or is computed from one when it is read."""
-    return any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors(model))
-
-
-@contextlib.contextmanager
-def materialize(source: ModelLike) -> Iterator[Path | bytes]:
-    """What a runtime can open: a path as it is, small models as bytes, large ones in a temporary folder."""
-    from onnxopt.storage import stage
-
-    if isinstance(source, str | os.PathLike):
-        yield Path(source)
-    elif isinstance(source, bytes):
-        yield source
-    elif isinstance(source, onnx.ModelProto):
-        yield source.SerializeToString()
-    elif isinstance(source, ir.Model) and tensor_bytes(source) <= LARGEST_PROTOBUF:
-        # dumping swaps external weights for read ones: in a clone, since others may be reading this model
-        model = _clone(source) if uses_external_data(source) else source
-        yield dump(model).SerializeToString(deterministic=True)
-    else:
-        with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
-            yield stage(load(source), Path(folder), "model.onnx").model_file
 
 
 def fingerprint(source: ModelLike) -> str:

@@ -73,9 +73,11 @@ def load_recipe(name: str | os.PathLike[str]) -> Pipeline:
     path = Path(name)
     if path.suffix == ".toml":
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"recipe {path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"recipe {path}: not TOML: it is not UTF-8 text") from None
     else:
         shipped = recipes()
         if str(name) not in shipped:
@@ -92,7 +94,7 @@ def load_recipe(name: str | os.PathLike[str]) -> Pipeline:
             f"recipe {name}: unknown key {word!r}{did_you_mean(word, ('description', 'passes', 'rounds'))}"
         )
     entries, rounds = table.get("passes"), table.get("rounds", Pipeline.rounds)
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+    if not entries or not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
         raise UsageError(f'recipe {name}: expected a list: passes = ["fold-constants", ...]')
     if not isinstance(rounds, int) or rounds < 1:
         raise UsageError(f"recipe {name}: rounds must be a positive integer, not {rounds!r}")

@@ -31,8 +31,9 @@ from onnxopt.errors import (
     did_you_mean,
     one_line,
 )
-from onnxopt.model import ModelLike, materialize
+from onnxopt.model import ModelLike
 from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
+from onnxopt.storage import materialize
 
 __all__ = [
     "Level",

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import graphs, pieces, tensor_bytes, tensors
-from onnxopt.model import uses_external_data
-from onnxopt.protobuf import LARGEST_PROTOBUF, in_memory, serialize, swapped
+from onnxopt.graph import graphs, pieces, tensor_bytes, tensors, uses_external_data
+from onnxopt.model import ModelLike, clone, load
+from onnxopt.protobuf import LARGEST_PROTOBUF, dump, in_memory, serialize, swapped
 
-__all__ = ["Staged", "check_target", "commit", "save", "stage", "staging"]
+__all__ = ["Staged", "check_target", "commit", "materialize", "save", "stage", "staging"]
 
 _ALIGNMENT = 4096
 """Tensors at least this large go into the external file, each at such a boundary, to be mapped there."""
@@ -55,8 +57,31 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
         ModelError: the place cannot be written to, the disk is full, or the graph is too large.
     """
     target = Path(path)
+    if external_data is None:
+        external_data = uses_external_data(model) or tensor_bytes(model) > LARGEST_PROTOBUF
+    if external_data or uses_external_data(model):
+        model = clone(model)  # weights are swapped while it is written, which others who read it must not see
     with staging(target) as folder:
-        return commit(stage(model, folder, target.name, external_data=external_data), target)
+        commit(stage(model, folder, target.resolve().name, external_data=external_data), target)
+    return target
+
+
+@contextmanager
+def materialize(source: ModelLike) -> Iterator[Path | bytes]:
+    """What a runtime can open: a path as it is, small models as bytes, large ones in a temporary folder."""
+    if isinstance(source, str | os.PathLike):
+        yield Path(source)
+    elif isinstance(source, bytes):
+        yield source
+    elif isinstance(source, onnx.ModelProto):
+        yield source.SerializeToString()
+    elif isinstance(source, ir.Model) and tensor_bytes(source) <= LARGEST_PROTOBUF:
+        # dumping swaps external weights for read ones: in a clone, since others may be reading this model
+        model = clone(source) if uses_external_data(source) else source
+        yield dump(model).SerializeToString(deterministic=True)
+    else:
+        with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
+            yield stage(load(source), Path(folder), "model.onnx", external_data=True).model_file
 
 
 def check_target(target: Path) -> None:
@@ -91,7 +116,7 @@ def staging(target: Path) -> Iterator[Path]:
     check_target(target)
     folder: Path | None = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.resolve().parent))
         yield folder
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -100,10 +125,11 @@ def staging(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool | None = None) -> Staged:
-    """Write the model as `folder/name`, ready to be opened there or moved by `commit`."""
-    if external_data is None:
-        external_data = uses_external_data(model) or tensor_bytes(model) > LARGEST_PROTOBUF
+def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool) -> Staged:
+    """Write the model as `folder/name`, ready to be opened there or moved by `commit`.
+
+    Its weights are swapped for references meanwhile: the model must be the caller's own.
+    """
     data_file, offsets = _write_data(model, folder, name) if external_data else (None, {})
 
     def place(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
@@ -136,25 +162,54 @@ def _sources(model: ir.Model) -> frozenset[Path] | None:
 
 
 def commit(staged: Staged, target: Path) -> Path:
-    """Move a staged model into place, data first; then remove data that only the replaced model read."""
-    if target.resolve() in (staged.sources or ()):
+    """Move a staged model into place, data first; then remove the data of the model it replaces."""
+    target = target.resolve()
+    if target in (staged.sources or ()):
         raise ModelError(f"{target}: cannot be written: the model's own external data is in this file")
-    outdated: set[Path] = set()
-    if staged.sources is not None and target.exists():
-        outdated = {file for file in _own_data_files(target) if file.resolve() not in staged.sources}
-    if staged.data_file is not None:
-        os.replace(staged.data_file, target.parent / staged.data_file.name)
-        outdated.discard(target.parent / staged.data_file.name)
-    os.replace(staged.model_file, target)
-    _sync_folder(target.parent)
-    for file in outdated:
-        file.unlink(missing_ok=True)
+    with _locked(target.parent):
+        outdated = _own_data(target) - staged.sources if staged.sources is not None else set()
+        if staged.data_file is not None:
+            place = target.parent / staged.data_file.name
+            os.replace(staged.data_file, place)
+            _sync_folder(target.parent)
+            outdated.discard(place)
+        if target.exists():
+            shutil.copymode(target, staged.model_file)
+        os.replace(staged.model_file, target)
+        _sync_folder(target.parent)
+        for file in outdated:
+            file.unlink(missing_ok=True)
     return target
 
 
-def _own_data_files(target: Path) -> list[Path]:
+def _own_data(target: Path) -> set[Path]:
+    """The external data files of the model at `target` that bear a name which `stage` gives."""
     pattern = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.data")
-    return [file for file in target.parent.iterdir() if pattern.fullmatch(file.name)]
+    if not target.exists() or not any(pattern.fullmatch(file.name) for file in target.parent.iterdir()):
+        return set()
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(target.read_bytes())
+    except DecodeError:  # what is replaced is no model
+        return set()
+    names = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
+    return {target.parent / name for name in names if pattern.fullmatch(name)}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One commit at a time in a folder, where the system has such locks."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_data(model: ir.Model, folder: Path, name: str) -> tuple[Path | None, dict[int, int]]:

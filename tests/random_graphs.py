@@ -74,6 +74,11 @@ class Known:
     def is_int(self) -> bool:
         return self.arrays[0].dtype.kind in "iu"
 
+    @property
+    def filled(self) -> bool:
+        """Whether it has elements in each sample."""
+        return all(array.size for array in self.arrays)
+
     def fixed(self, axis: int) -> bool:
         """Whether an axis has the same size in all samples."""
         return len({array.shape[axis] for array in self.arrays}) == 1
@@ -373,10 +378,11 @@ def _with_axes(
 
 
 def _layer(graph: _Graph) -> None:
-    rng, x = graph.rng, graph.pick(lambda v: v.is_float and v.rank >= 2)
+    # Of no elements, some windows end the runtime's process.
+    rng, x = graph.rng, graph.pick(lambda v: v.is_float and v.rank >= 2 and v.filled)
     if x is None:
         return
-    if x.rank >= 3 and rng.random() < 0.85 and x.fixed(1) and x.shape[1]:
+    if x.rank >= 3 and rng.random() < 0.85 and x.fixed(1):
         _convolution(graph, x)
     elif x.rank == 2 and rng.random() < 0.6 and (x.fixed(0) or x.fixed(1)):
         _gemm(graph, x)
@@ -533,7 +539,7 @@ def _pad(graph: _Graph) -> None:
 
 
 def _pool(graph: _Graph) -> None:
-    rng, x = graph.rng, graph.pick(lambda v: v.is_float and v.rank in (3, 4))
+    rng, x = graph.rng, graph.pick(lambda v: v.is_float and v.rank in (3, 4) and v.filled)
     if x is None:
         return
     spatial = x.rank - 2
@@ -740,7 +746,7 @@ def _binary(graph: _Graph) -> None:
 
 def _reduce(graph: _Graph) -> None:
     # A reduction of nothing keeps its axes in ONNX Runtime, whatever keepdims says.
-    x = graph.pick(lambda v: v.rank > 0 and v.arrays[0].dtype.kind in "fi" and all(a.size for a in v.arrays))
+    x = graph.pick(lambda v: v.rank > 0 and v.arrays[0].dtype.kind in "fi" and v.filled)
     rng = graph.rng
     if x is None:
         return

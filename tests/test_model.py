@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 
 from onnxopt.errors import ModelError
 from onnxopt.graph import tensor_bytes, tensors
-from onnxopt.model import fingerprint, load, materialize, opener
+from onnxopt.model import fingerprint, load, opener
 from onnxopt.protobuf import dump, skeleton
+from onnxopt.storage import materialize
 from onnxopt.structure import find_problem
 from tests.support import assert_equivalent, execute, random_feeds, text_model
 

@@ -13,7 +13,7 @@ from onnxopt.claims import Pass
 from onnxopt.errors import UsageError
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
-from onnxopt.recipe import known_passes, load_recipe, parse_pass, parse_passes, recipes
+from onnxopt.recipe import build_pipeline, known_passes, load_recipe, parse_pass, parse_passes, recipes
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,20 @@ class Sample(Pass):
     deep: bool = False
     scheme: Literal["int8", "int4"] = "int8"
     only: tuple[str, ...] = ()
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Needy(Pass):
+    """A pass with an option that has no default."""
+
+    name = "needy"
+    limit: int
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = {**known_passes(), "sample": Sample}
+    passes = {**known_passes(), "sample": Sample, "needy": Needy}
     monkeypatch.setattr(recipe, "known_passes", lambda: passes)
 
 
@@ -42,6 +51,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample{ratio=0.25}", Sample(ratio=0.25)),
         ("sample{limit=3,deep=true,scheme=int4}", Sample(limit=3, deep=True, scheme="int4")),
         (" sample{ only=a+b , limit=1 } ", Sample(only=("a", "b"), limit=1)),
+        ("sample{most=3}", Sample(most=3)),
+        ("sample{most=none}", Sample()),
     ],
 )
 def test_spelling_and_parsing_are_inverse(text: str, expected: Sample) -> None:
@@ -67,6 +78,7 @@ def test_a_list_of_passes() -> None:
         ("sample{limit}", "sample: expected option=value, found 'limit'"),
         ("eliminate-identity{a=1}", "eliminate-identity: unknown option 'a': it has none"),
         ("sample{", "expected name or name"),
+        ("needy", "needy: .*missing 1 required positional argument: 'limit'"),
         ("", "expected name or name"),
     ],
 )
@@ -87,6 +99,7 @@ def test_recipes_from_toml(tmp_path: Path) -> None:
     [
         ("passes = [", "not TOML"),
         ("passes = 3", "expected a list"),
+        ("passes = []", "expected a list"),
         ('pases = ["sample"]', r"unknown key 'pases' \(did you mean 'passes'\?\)"),
         ('passes = ["nope"]', "unknown pass 'nope'"),
         ('passes = ["sample"]\nrounds = 0', "rounds must be a positive integer"),
@@ -111,3 +124,16 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
     for name, about in recipes().items():
         assert about
         assert load_recipe(name).passes
+
+
+def test_passes_in_place_of_the_recipe_s() -> None:
+    for passes in ("eliminate-identity,sample", ["eliminate-identity", Sample()]):
+        pipeline = build_pipeline("default", passes=passes, skip=["sample"])
+        assert pipeline.passes == (EliminateIdentity(),)
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="it is not UTF-8 text"):
+        load_recipe(path)

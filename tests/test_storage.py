@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,43 @@ def test_killed_at_any_moment_the_old_or_the_new_model_stands(tmp_path: Path) ->
         onnx.checker.check_model(str(target))
         seen.add(float(weight[0]))
     assert seen <= {1.0, 2.0}
+
+
+def test_a_link_is_followed_and_modes_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    real = save(weighted(1.0), tmp_path / "real" / "r.onnx", external_data=True)
+    real.chmod(0o640)
+    link = tmp_path / "link.onnx"
+    link.symlink_to(real)
+    save(weighted(2.0), link, external_data=True)
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    np.testing.assert_array_equal(weight_of(real), np.full(8192, 2.0, np.float32))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.onnx", "real"]
+    assert len(list((tmp_path / "real").iterdir())) == 2
+
+
+def test_data_that_another_model_stands_on_is_not_removed(tmp_path: Path) -> None:
+    path = save(weighted(1.0), tmp_path / "m.onnx", external_data=True)
+    (old,) = tmp_path.glob("m.onnx.*.data")
+    unrelated = tmp_path / f"m.onnx.{'0' * 16}.data"
+    unrelated.write_bytes(b"mine")
+    save(weighted(2.0), path, external_data=True)
+    assert not old.exists()
+    assert unrelated.exists()
+
+
+def test_threads_can_save_one_model_at_once(tmp_path: Path) -> None:
+    model = load(save(weighted(3.0), tmp_path / "source.onnx", external_data=True))
+
+    def write(number: int) -> np.ndarray:
+        path = tmp_path / f"{number % 3}.onnx"
+        save(model, path)
+        return weight_of(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        for weight in pool.map(write, range(24)):
+            np.testing.assert_array_equal(weight, np.full(8192, 3.0, np.float32))
+    tensor = model.graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert Path(tensor.path).name.startswith("source.onnx.")

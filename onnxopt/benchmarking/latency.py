@@ -16,8 +16,9 @@ from onnxopt.benchmarking.statistics import estimate
 from onnxopt.benchmarking.timing import Figures, Timing
 from onnxopt.errors import UsageError
 from onnxopt.graph import tensor_bytes
-from onnxopt.model import ModelLike, load, materialize
+from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import open_session, runtime_version
+from onnxopt.storage import materialize
 
 __all__ = ["bench"]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxopt.graph import graphs, nodes, subgraphs_of
+from onnxopt.graph import graphs, nodes, subgraphs_of, walk
 
 __all__ = [
     "Totals",
@@ -124,12 +124,12 @@ def bytes_by_dtype(model: ir.Model) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def external_bytes(model: ir.Model) -> dict[str, int]:
-    """Bytes of weights by the name of the external file they lie in."""
-    sizes: Counter[str] = Counter()
+def external_bytes(model: ir.Model) -> dict[Path, int]:
+    """Bytes of weights by the external file they lie in."""
+    sizes: Counter[Path] = Counter()
     for _, tensor in weights(model):
         if isinstance(tensor, ir.ExternalTensor):
-            sizes[os.path.basename(tensor.path)] += tensor.nbytes
+            sizes[Path(tensor.path)] += tensor.nbytes
     return dict(sorted(sizes.items()))
 
 
@@ -165,7 +165,7 @@ def unused(model: ir.Model) -> Unused:
     called = {node.op_identifier() for node in live}
     functions = {key: function.graph for key, function in model.functions.items() if key in called}
     bodies = [model.graph, *functions.values()]
-    dead = [node for body in bodies for node in body.all_nodes() if node not in live]
+    dead = [node for body in bodies for node in walk(body) if node not in live]
     stored = [value for graph in graphs(model) for value in graph.initializers.values()]
     domains = {node.domain for node in nodes(model)} | {"", "ai.onnx"}
 

@@ -72,7 +72,7 @@ class Inspection:
         uncounted_ops: ops of other domains whose MACs are not known; they add nothing to `macs`, but for
             calls of the model's own functions that could not be inlined, which add ``?``.
         quantization: ``qdq``, ``qoperator``, ``dynamic``, ``weight-only`` to number of nodes, where present.
-        external_data: file to bytes of the tensors in it.
+        external_data: file (relative to the model's folder if it lies in there) to bytes of the tensors in it.
         overridable_initializers: initializers that are graph inputs too, so that the user may override them.
         shape_inference_failure: why onnx's inliner or shape inference gave up, or None.
     """
@@ -141,7 +141,7 @@ def inspect(source: ModelLike, *, shapes: Mapping[str, Sequence[int]] | None = N
         functions=len(model.functions),
         bytes_by_dtype=bytes_by_dtype(model),
         file_bytes=_file_bytes(source, external),
-        external_data=external,
+        external_data={_beside(file, source): number for file, number in external.items()},
         macs=Amount.total(row.macs for row in rows if not row.scope).value(),
         peak_activation_bytes=0 if peak is None else peak.live_bytes.value(),
         peak_node=None if peak is None else "/".join(filter(None, (peak.scope, peak.name))),
@@ -184,10 +184,15 @@ def _histogram(found: Iterable[ir.Node]) -> dict[str, int]:
     return dict(sorted(Counter(map(op_name, found)).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _file_bytes(source: ModelLike, external: Iterable[str]) -> int | None:
+def _file_bytes(source: ModelLike, external: Iterable[Path]) -> int | None:
     if isinstance(source, bytes):
         return len(source)
     if not isinstance(source, str | os.PathLike):
         return None
-    path = Path(source)
-    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in external)))
+    return sum(file.stat().st_size for file in (Path(source), *external))
+
+
+def _beside(file: Path, source: ModelLike) -> str:
+    """The file's name, seen from the folder of the model where it lies in there."""
+    folder = Path(source).resolve().parent if isinstance(source, str | os.PathLike) else None
+    return str(file.relative_to(folder) if folder and file.is_relative_to(folder) else file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx
@@ -129,10 +129,14 @@ class _Record:
             node = value.producer()
             if node is not None and node.domain in _STANDARD:
                 return None
-        return tuple(
-            None if dim is None or (isinstance(dim, int) and dim < 0) else self._bound.get(dim, dim)
-            for dim in map(_symbol, value.shape.dims)
-        )
+        return tuple(map(self._settled, value.shape.dims))
+
+    def _settled(self, dim: int | ir.SymbolicDim) -> int | str | None:
+        """A symbol becomes its size; a negative size, which some exporters write, is an unknown one."""
+        if isinstance(dim, int):
+            return dim if dim >= 0 else None
+        symbol = _symbol(dim)
+        return symbol if symbol is None else self._bound.get(symbol, symbol)
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def sized(
         graph = ir.from_proto(proto).graph
     opaque = frozenset(key for key in model.functions if key in {n.op_identifier() for n in walk(graph)})
     at = Shapes(_Record(graph, {}).dims if proto else record.dims, record.symbols, opaque=opaque)
-    wanted = [value for node in walk(graph) for value in (needed or _outputs)(node)]
+    wanted = {value for node in walk(graph) for value in (needed or _outputs)(node)}
     if needed and all(map(at.is_static, wanted)):
         return Sized(graph, at, failure)
     try:
@@ -250,11 +254,11 @@ def _outputs(node: ir.Node) -> Iterator[ir.Value]:
     return (value for value in node.outputs if value.name)
 
 
-def _infer(graph: ir.Graph, proto: onnx.ModelProto, at: Shapes, wanted: Sequence[ir.Value]) -> Shapes:
+def _infer(graph: ir.Graph, proto: onnx.ModelProto, at: Shapes, wanted: Collection[ir.Value]) -> Shapes:
     """Infer shapes, and settle shape arithmetic where that leaves any of the wanted values unknown."""
     for _ in range(_ROUNDS):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        at = replace(at, inferred=dict(_read(graph, proto.graph)))
+        at = replace(at, inferred=dict(_read(graph, proto.graph, wanted)))
         if all(map(at.is_known, wanted)):
             return at
         scratch = ir.serde.deserialize_model(proto)
@@ -262,22 +266,24 @@ def _infer(graph: ir.Graph, proto: onnx.ModelProto, at: Shapes, wanted: Sequence
         proto = ir.serde.serialize_model(scratch)
         if not found:
             break
-    return replace(at, inferred=dict(_read(graph, proto.graph)))
+    return replace(at, inferred=dict(_read(graph, proto.graph, wanted)))
 
 
-def _read(graph: ir.Graph, proto: onnx.GraphProto) -> Iterator[tuple[ir.Value, Known]]:
-    """What the inferred graph, which has the same nodes, says of the outputs of each."""
+def _read(
+    graph: ir.Graph, proto: onnx.GraphProto, wanted: Collection[ir.Value]
+) -> Iterator[tuple[ir.Value, Known]]:
+    """What the inferred graph, which has the same nodes, says of the wanted outputs of each."""
     types = {info.name: info.type for info in (*proto.value_info, *proto.output)}
     for node, twin in zip(graph, proto.node, strict=True):
         for value in node.outputs:
-            if value.name and value.name in types:
+            if value in wanted and value.name in types:
                 yield value, _known(types[value.name])
         for attr in twin.attribute:
             if attr.type == onnx.AttributeProto.GRAPH:
-                yield from _read(node.attributes[attr.name].as_graph(), attr.g)
+                yield from _read(node.attributes[attr.name].as_graph(), attr.g, wanted)
             elif attr.type == onnx.AttributeProto.GRAPHS:
                 for body, other in zip(node.attributes[attr.name].as_graphs(), attr.graphs, strict=True):
-                    yield from _read(body, other)
+                    yield from _read(body, other, wanted)
 
 
 def _known(proto: onnx.TypeProto) -> Known:
@@ -311,15 +317,15 @@ def _bindings(graph: ir.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str,
             raise UsageError(f"shapes: input {name!r}: {list(dims)} has a negative size")
         for old, new in zip(declared or (), dims, strict=False):
             symbol = _symbol(old)
-            if isinstance(symbol, str) and bound.setdefault(symbol, new) != new:
+            if symbol is not None and bound.setdefault(symbol, new) != new:
                 raise UsageError(f"shapes: {symbol!r} is {bound[symbol]}, but input {name!r} makes it {new}")
     return bound
 
 
-def _symbol(dim: int | ir.SymbolicDim) -> int | str | None:
-    """A number or the dimension's own name; exporters that know none write nothing, an empty text, or ``?``."""
-    return dim if isinstance(dim, int) else None if dim.value in ("", "?") else dim.value
+def _symbol(dim: int | ir.SymbolicDim) -> str | None:
+    """The dimension's own name; exporters that know none write nothing, an empty text, or ``?``."""
+    return None if isinstance(dim, int) or dim.value in ("", "?") else dim.value
 
 
 def _plain(shape: ir.Shape | None) -> Dims | None:
-    return None if shape is None else tuple(map(_symbol, shape.dims))
+    return None if shape is None else tuple(d if isinstance(d, int) else _symbol(d) for d in shape.dims)

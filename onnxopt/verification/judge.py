@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from onnxopt.verification.distance import Distance
-from onnxopt.verification.verdict import Kind, OutputVerdict, Sight, Status, margin
+from onnxopt.verification.verdict import Kind, OutputVerdict, Sight, SliceVerdict, Status, margin
 
-__all__ = ["conclude", "is_noise", "judge", "notes_on"]
+__all__ = ["Noise", "blindness", "conclude", "is_noise", "judge", "notes_on"]
 
 _ENOUGH = 100.0
 _SLACK = 6.0
 _LEAST_FLOOR = 20.0
 _MOST_MISMATCH = 0.05
+_SLICE_ENOUGH = 60.0
+_SLICE_SLACK = 20.0
+"""The noise of a few numbers is a sample of few: twice as large or a third says little, ten times much."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What rounding makes of one output of the original, on one group of samples.
+
+    `levels`: the runtime's default optimization level against its lowest. `nudges`: inputs moved by a
+    rounding against the inputs as they are.
+    """
+
+    levels: Distance
+    nudges: Distance
 
 
 def is_noise(floor: Distance) -> bool:
-    """Whether the difference between the runtime's levels can be rounding, and so serve as a tolerance.
+    """Whether a difference the original makes of itself can be rounding, and so serve as a tolerance.
 
     Beyond 10 % of the signal, or 5 % of the elements of a type without SQNR, a level of the runtime computes
     something else: that forgives nothing.
@@ -32,7 +50,7 @@ def judge(
     sight: Sight,
     kind: Kind,
     strict: bool,
-    floor: Distance,
+    noise: Noise,
     low: Distance,
     high: Distance | None,
 ) -> OutputVerdict:
@@ -42,15 +60,17 @@ def judge(
     graphs, each in its own way, so that no more than the bound of a reorder can be asked there, and nothing
     where it computes something else than at its lowest level (`is_noise`).
     """
+    floor = noise.levels
     tolerated = floor if is_noise(floor) else Distance()
     bound = min(_ENOUGH, tolerated.sqnr - _SLACK)
     required = math.inf if strict else bound
     judged = kind != "lossy" and sight != "random"
+    slices = _weakest(low, (tolerated, noise.nudges))
     reason = next(iter(low.problems + (high.problems if high else [])), "")
     if judged and not reason:
-        reason = _fault(low, required, Distance() if strict else tolerated)
+        reason = _fault(low, required, Distance() if strict else tolerated) or _slice_fault(name, slices)
     if judged and not reason and high and is_noise(floor):
-        reason = _fault(high, bound, floor)
+        reason = _fault(high, bound, floor) or _slice_fault(name, _weakest(high, (floor, noise.nudges)))
         reason += " at the runtime's default level" if reason else ""
     return OutputVerdict(
         name=name,
@@ -58,6 +78,7 @@ def judge(
         sqnr=low.sqnr,
         floor=floor.sqnr,
         required=required if judged else None,
+        weakest=slices,
         sqnr_default=high.sqnr if high else None,
         max_error=low.max_error,
         cosine=low.cosine,
@@ -80,6 +101,36 @@ def _fault(found: Distance, required: float, floor: Distance) -> str:
     return f"SQNR {found.sqnr:.1f} dB where {needed} is needed"
 
 
+def _weakest(found: Distance, floors: Sequence[Distance]) -> SliceVerdict | None:
+    """The slice nearest to its bound, or furthest beyond it; None where there are no slices."""
+    worst = None
+    for axis, slices in found.slices.items():
+        levels = slices.sqnr
+        bounds = np.full(len(levels), _SLICE_ENOUGH)
+        for floor in floors:
+            own = floor.slices[axis].sqnr[: len(bounds)] if axis in floor.slices else bounds[:0]
+            bounds[: len(own)] = np.minimum(bounds[: len(own)], own - _SLICE_SLACK)
+        index = int(np.argmin(levels - bounds))
+        one = SliceVerdict(slices.name(index), float(levels[index]), float(bounds[index]))
+        if worst is None or one.margin < worst.margin:
+            worst = one
+    return worst
+
+
+def _slice_fault(name: str, found: SliceVerdict | None) -> str:
+    if found is None or found.margin >= 0:
+        return ""
+    return f"SQNR {found.sqnr:.1f} dB where {found.required:.0f} dB is needed, in {name!r}{found.name}"
+
+
+def blindness(sights: Mapping[str, Sight]) -> str:
+    """Why no output shows what the model does; empty where one does."""
+    if any(sight == "compared" for sight in sights.values()):
+        return ""
+    shown = ", ".join(f"{name!r} is {sight}" for name, sight in list(sights.items())[:3])
+    return f"no output shows what the model does on these samples: {shown}"
+
+
 def conclude(kind: Kind, outputs: Sequence[OutputVerdict]) -> tuple[Status, str]:
     """The status of a whole comparison and its reason."""
     failed = [output for output in outputs if not output.ok]
@@ -87,9 +138,9 @@ def conclude(kind: Kind, outputs: Sequence[OutputVerdict]) -> tuple[Status, str]
         first = min(failed, key=margin)
         more = f" (and {len(failed) - 1} more outputs)" if len(failed) > 1 else ""
         return "failed", f"output {first.name!r}: {first.reason}{more}"
-    if all(output.sight != "compared" for output in outputs):
-        shown = ", ".join(f"{output.name!r} is {output.sight}" for output in outputs[:3])
-        return "unproved", f"no output shows what the model does on these samples: {shown}"
+    blind = blindness({output.name: output.sight for output in outputs})
+    if blind:
+        return "unproved", blind
     return ("measured" if kind == "lossy" else "proved"), ""
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from onnx.reference import ReferenceEvaluator
 
 from onnxopt.errors import one_line
-from onnxopt.model import ModelLike, materialize
+from onnxopt.model import ModelLike
 from onnxopt.runtimes import RunError, UnsupportedModelError
+from onnxopt.storage import materialize
 
 __all__ = ["ReferenceSession", "Runner"]
 

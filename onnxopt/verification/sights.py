@@ -20,7 +20,7 @@ class _Sample(Protocol):
     @property
     def lowest(self) -> Mapping[str, Any]: ...
     @property
-    def overridden(self) -> bool: ...
+    def group(self) -> str: ...
 
 
 def look(samples: Sequence[_Sample], contract: Contract, random: Collection[str]) -> dict[str, Sight]:
@@ -29,13 +29,13 @@ def look(samples: Sequence[_Sample], contract: Contract, random: Collection[str]
     An output that no input reaches is constant by design and compared; one that an input reaches and that is
     the same for all samples, or all zero, is called what it is.
     """
-    plain = [sample for sample in samples if not sample.overridden] or list(samples)
-    first = plain[0].feeds
-    differ = any(not distance(first[name], other.feeds.get(name)).equal for other in plain for name in first)
+    usual = [sample for sample in samples if sample.group != "overridden"]
+    first = usual[0].feeds
+    differ = any(not distance(first[name], other.feeds.get(name)).equal for other in usual for name in first)
     sights: dict[str, Sight] = {}
     for port in contract.outputs:
         name = port.name
-        values = [sample.lowest[name] for sample in plain]
+        values = [sample.lowest[name] for sample in usual if name in sample.lowest]
         sights[name] = "random" if name in random else _look(values, name in contract.dependent, differ)
     return sights
 

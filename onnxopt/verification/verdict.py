@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-__all__ = ["Kind", "OutputVerdict", "Sight", "Status", "Verdict", "margin"]
+__all__ = ["Kind", "OutputVerdict", "Sight", "SliceVerdict", "Status", "Verdict", "margin"]
 
 Kind = Literal["exact", "reorder", "lossy"]
 Status = Literal["proved", "measured", "failed", "unproved"]
 Sight = Literal["compared", "constant", "zero", "empty", "not finite", "random"]
+
+
+@dataclass(frozen=True)
+class SliceVerdict:
+    """The slice of an output that is nearest to its bound, in dB; inf is equal, or too little to be judged."""
+
+    name: str
+    """As numpy writes it: ``[..., 5]`` or, along axis 1, ``[:, 5]``."""
+    sqnr: float
+    required: float
+
+    @property
+    def margin(self) -> float:
+        return self.sqnr - self.required
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,8 @@ class OutputVerdict:
     sqnr: float
     floor: float
     required: float | None
+    weakest: SliceVerdict | None
+    """Along the last axis and axis 1, where a slice's error could drown in the whole."""
     sqnr_default: float | None
     max_error: float
     """Largest absolute error, relative to the largest absolute value of the original."""
@@ -42,7 +58,10 @@ class OutputVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe: infinities and NaN are the strings ``"inf"``, ``"-inf"`` and ``"nan"``."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        plain = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        if self.weakest:
+            plain["weakest"] = {key: _plain(value) for key, value in asdict(self.weakest).items()}
+        return plain
 
 
 @dataclass(frozen=True)
