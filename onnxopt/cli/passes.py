@@ -31,8 +31,8 @@ def command(json_file: str | None) -> int:
         about = (one.__doc__ or "").strip().split("\n")[0]
         options: dict[str, Any] = {}
         if dataclasses.is_dataclass(one):
-            fields = dataclasses.fields(one)
-            options = {f.name: "(required)" if f.default is dataclasses.MISSING else f.default for f in fields}
+            options = {field.name: field.default for field in dataclasses.fields(one)}
+        options = {key: "required" if v is dataclasses.MISSING else v for key, v in options.items()}
         listing.append({"name": name, "kind": kind, "about": about, "options": options})
         table.add_row(name, kind, about, ", ".join(f"{key}={value}" for key, value in options.items()))
     shipped = plain_table("recipe", "what it is for")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Self, get_args
+from functools import partial
+from itertools import islice
+from typing import Self, get_args
 
 import numpy as np
 import onnx
@@ -21,34 +23,25 @@ from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import Level, RunError, UnsupportedModelError, open_session, runtime_version
 from onnxopt.verification.contract import Contract
-from onnxopt.verification.distance import Distance, distance
-from onnxopt.verification.judge import conclude, is_noise, judge, notes_on
+from onnxopt.verification.distance import Distance
+from onnxopt.verification.judge import blindness, conclude, judge, notes_on
+from onnxopt.verification.original import Key, Noises, Run, Sample, run_original
+from onnxopt.verification.probes import Feeds, Group, Probe, probes
 from onnxopt.verification.reference import ReferenceSession, Runner
+from onnxopt.verification.remarks import remarks, unseen
 from onnxopt.verification.sights import look
 from onnxopt.verification.verdict import Kind, OutputVerdict, Sight, Status, Verdict, margin
 
 __all__ = ["Baseline", "verify"]
 
 _REFERENCE = "reference"
+_WHERE: Mapping[Group, str] = {
+    "given": "",
+    "overridden": " with initializers overridden",
+    "large": " on large inputs",
+}
 
-Feeds = Mapping[str, Any]
-Outputs = Mapping[str, Any]
-Distances = Mapping[tuple[bool, str], Distance]
-"""By whether initializers were overridden, which is judged apart, and the output's name."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample and what the original makes of it.
-
-    `default` is None where the original does not run at that level; `overridden` says that initializers were
-    replaced, to see whether they still can be.
-    """
-
-    feeds: Feeds
-    lowest: Outputs
-    default: Outputs | None
-    overridden: bool
+_MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -62,43 +55,46 @@ class Baseline:
     engine: str
     runtime: str
     samples: tuple[Sample, ...]
-    floors: Distances
+    noises: Noises
     sights: Mapping[str, Sight]
     notes: tuple[str, ...]
     obstacle: str
 
     @classmethod
     def measure(cls, before: ModelLike, feeds: Iterable[Feeds], *, provider: str = "cpu") -> Self:
-        """Run the original on `feeds`, at the runtime's lowest and default levels.
+        """Run the original on `feeds`, the first 64 of them, at the runtime's lowest and default levels.
 
         Samples on which it fails are left out and named in `notes`. Where ONNX Runtime cannot open it, ONNX's
         reference evaluator runs both sides. Raises ModelError, ProviderError, RuntimeMissingError.
         """
         model = before if isinstance(before, ir.Model) else load(before)
         contract = Contract.of(model)
-        plan = [(feed, False) for feed in feeds]
-        changed = _perturbed(model)
-        if plan and changed:
-            plan.append(({**plan[0][0], **changed}, True))
-        notes: list[str] = []
+        plan, notes = _plan(model, feeds)
         engine, runtime, obstacle = provider, f"{runtime_version()} {provider}", ""
-        samples: list[Sample] = []
-        random: set[str] = set()
+        done = Run()
         try:
-            samples, random = _run_original(before, engine, plan, notes)
+            done = run_original(partial(_open, before, engine), plan, levels=True)
         except UnsupportedModelError as error:
             notes.append(f"{error}; both sides run on ONNX's reference evaluator")
             engine, runtime = _REFERENCE, f"onnx.reference {onnx.__version__}"
             try:
-                samples, random = _run_original(before, engine, plan, notes)
+                done = run_original(partial(_open, before, engine), plan, levels=False)
             except UnsupportedModelError as second:
                 obstacle = f"no runtime opens the original: {error}; {second}"
-        if not samples and not obstacle:
-            obstacle = f"the original ran on no sample: {notes[-1]}" if plan else "there is no sample to run"
-        floors = _floors(samples)
-        sights = look(samples, contract, random) if samples else {}
-        notes += _remarks(samples, contract, floors, sights)
-        return cls(contract, engine, runtime, tuple(samples), floors, sights, tuple(notes), obstacle)
+        notes += done.notes
+        if not any(sample.group == "given" for sample in done.samples):
+            why = f"the original ran on no sample: {notes[-1]}" if plan else "there is no sample to run"
+            return cls(contract, engine, runtime, (), {}, {}, tuple(notes), obstacle or why)
+        sights = look(done.samples, contract, done.random)
+        noises = done.noises
+        notes += remarks(done.samples, contract, noises, sights)
+        notes += unseen(model, done.samples, lambda shown: _open(shown, engine, "none"))
+        return cls(contract, engine, runtime, tuple(done.samples), noises, sights, tuple(notes), "")
+
+    @property
+    def unprovable(self) -> str:
+        """Why nothing can be proved of any rewrite of this original; empty where something can."""
+        return self.obstacle or blindness(self.sights)
 
     def compare(self, after: ModelLike, *, kind: Kind = "reorder", frozen: bool = False) -> Verdict:
         """Hold `after` against the original by the promise of `kind`; the original is not run again.
@@ -128,8 +124,8 @@ class Baseline:
         status, reason = conclude(kind, outputs)
         return self._verdict(status, kind, reason, outputs, samples)
 
-    def _distances(self, after: ModelLike, level: Level, samples: Sequence[Sample]) -> Distances:
-        found: dict[tuple[bool, str], Distance] = defaultdict(Distance)
+    def _distances(self, after: ModelLike, level: Level, samples: Sequence[Sample]) -> Mapping[Key, Distance]:
+        found: dict[Key, Distance] = defaultdict(Distance)
         with contextlib.closing(_open(after, self.engine, level)) as runner:
             for sample in samples:
                 expected = sample.lowest if level == "none" else sample.default
@@ -137,20 +133,24 @@ class Baseline:
                     continue
                 got = runner.run(sample.feeds)
                 for name, value in expected.items():
-                    found[sample.overridden, name].add(value, got[name])
+                    found[sample.group, name].add(value, got[name])
         return dict(found)
 
-    def _judge(self, name: str, kind: Kind, lowest: Distances, default: Distances) -> OutputVerdict:
-        """The worse of the plain samples and those with overridden initializers."""
+    def _judge(
+        self, name: str, kind: Kind, lowest: Mapping[Key, Distance], default: Mapping[Key, Distance]
+    ) -> OutputVerdict:
+        """The worst of the groups of samples; where nothing is judged, the figures of the given ones."""
         strict = kind == "exact" or (kind == "reorder" and self.contract.quantized)
         found = []
-        for key in ((False, name), (True, name)):
+        for group, where in _WHERE.items():
+            key: Key = (group, name)
             if key in lowest:
-                floor, low, high = self.floors[key], lowest[key], default.get(key)
-                verdict = judge(name, self.sights[name], kind, strict, floor, low, high)
-                where = " with initializers overridden" if key[0] and verdict.reason else ""
-                found.append(replace(verdict, reason=verdict.reason + where))
-        return min(found, key=margin)
+                noise = self.noises[key]
+                verdict = judge(name, self.sights[name], kind, strict, noise, lowest[key], default.get(key))
+                reason = verdict.reason + where if verdict.reason else ""
+                found.append(replace(verdict, reason=reason))
+        failed = [verdict for verdict in found if not verdict.ok]
+        return min(failed or (found[:1] if kind == "lossy" else found), key=margin)
 
     def _verdict(
         self,
@@ -165,8 +165,10 @@ class Baseline:
             notes.append(
                 "activations are quantized, and one flipped rounding spreads: bit-equality is required"
             )
-        if any(sample.overridden for sample in samples):
-            notes.append("one sample overrides the initializers that may be overridden")
+        overriding = sum(sample.group == "overridden" for sample in samples)
+        if overriding:
+            count = "one sample overrides" if overriding == 1 else f"{overriding} samples override"
+            notes.append(f"{count} the initializers that may be overridden")
         shapes = {tuple((name, np.shape(value)) for name, value in sorted(s.feeds.items())) for s in samples}
         return Verdict(status, kind, reason, outputs, self.runtime, len(samples), len(shapes), tuple(notes))
 
@@ -209,71 +211,13 @@ def _open(model: ModelLike, engine: str, level: Level) -> Runner:
     return open_session(model, provider=engine, level=level)
 
 
-def _run_original(
-    before: ModelLike, engine: str, plan: Sequence[tuple[Feeds, bool]], notes: list[str]
-) -> tuple[list[Sample], set[str]]:
-    """The samples that the original runs on, and the outputs that differ between two runs of the first."""
-    samples: list[Sample] = []
-    with contextlib.closing(_open(before, engine, "none")) as runner:
-        for index, (feeds, overridden) in enumerate(plan):
-            try:
-                samples.append(Sample(feeds, runner.run(feeds), None, overridden))
-            except RunError as error:
-                notes.append(f"sample {index} is left out, the original fails on it: {error}")
-        again = runner.run(samples[0].feeds) if samples else {}
-    random = {name for name, value in again.items() if not distance(samples[0].lowest[name], value).equal}
-    if engine == _REFERENCE or not samples:
-        return samples, random
-    try:
-        with contextlib.closing(_open(before, engine, "all")) as runner:
-            return [_at_default(sample, runner) for sample in samples], random
-    except (UnsupportedModelError, RunError) as error:
-        notes.append(f"nothing is compared at the runtime's default level, where the original fails: {error}")
-        return samples, random
-
-
-def _at_default(sample: Sample, runner: Runner) -> Sample:
-    """Equal outputs are held once."""
-    default = runner.run(sample.feeds)
-    for name, value in sample.lowest.items():
-        if distance(value, default[name]).equal:
-            default[name] = value
-    return Sample(sample.feeds, sample.lowest, default, sample.overridden)
-
-
-def _floors(samples: Iterable[Sample]) -> Distances:
-    """What the runtime's default level makes of the original, against its lowest."""
-    floors: dict[tuple[bool, str], Distance] = defaultdict(Distance)
-    for sample in samples:
-        for name, value in sample.lowest.items():
-            floors[sample.overridden, name].add(value, (sample.default or sample.lowest)[name])
-    return dict(floors)
-
-
-def _remarks(
-    samples: Sequence[Sample], contract: Contract, floors: Distances, sights: Mapping[str, Sight]
-) -> list[str]:
-    """What a reader of the proof should know about the original."""
-    notes = [f"output {name!r} is {sight}" for name, sight in sights.items() if sight != "compared"]
-    if len(samples) == 1 and contract.inputs:
-        notes.append("one sample only: an output that ignores its inputs goes unseen")
-    for (overridden, name), floor in floors.items():
-        if floor.odd and not overridden:
-            notes.append(f"output {name!r}: NaN or infinity in {floor.odd} elements of the original")
-        if not is_noise(floor) and sights[name] != "random":
-            notes.append(
-                f"output {name!r}: the runtime's default level computes something else than its lowest "
-                f"({floor.mismatch:.0%} of the elements differ), so nothing is compared at the default level"
-            )
-    return notes
-
-
-def _perturbed(model: ir.Model) -> dict[str, np.ndarray]:
-    """Float initializers that may be overridden, each a little off its default."""
-    changed = {}
-    for value in model.graph.inputs:
-        tensor = value.const_value if value.is_initializer() else None
-        if value.name and tensor is not None and tensor.dtype.is_floating_point():
-            array = tensor.numpy()
-            changed[value.name] = (array.astype(np.float64) * 1.01 + 0.01).astype(array.dtype)
-    return changed
+def _plan(model: ir.Model, feeds: Iterable[Feeds]) -> tuple[list[Probe], list[str]]:
+    """The samples to run, and a note where some are left out; a sequence is read no further than needed."""
+    given = list(islice(feeds, _MOST_SAMPLES + 1))
+    notes = []
+    if len(given) > _MOST_SAMPLES:
+        count = f" of {len(feeds)}" if isinstance(feeds, Sized) else ""
+        notes.append(f"the first {_MOST_SAMPLES}{count} samples were used")
+        del given[_MOST_SAMPLES:]
+    plan = [Probe("given", sample, f"sample {index}") for index, sample in enumerate(given)]
+    return plan + (list(probes(model, given[0])) if given else []), notes

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxopt.verification.slices import Slices, axes_of
 
-__all__ = ["Distance", "arrays_of", "distance", "is_float"]
+__all__ = ["Distance", "arrays_of", "distance", "is_finite", "is_float"]
 
 _CHUNK = 1 << 20
 _MOST_CLASSES = 100_000
@@ -27,6 +27,12 @@ def arrays_of(value: Any) -> list[np.ndarray | None]:
     if isinstance(value, list):
         return [part for element in value for part in arrays_of(element)]
     return [None if value is None else np.asarray(value)]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no float of an output is NaN or infinite."""
+    arrays = [array for array in arrays_of(value) if array is not None and is_float(array.dtype)]
+    return all(bool(np.isfinite(array.astype(np.float64)).all()) for array in arrays)
 
 
 def distance(reference: Any, output: Any) -> Distance:
@@ -139,7 +145,9 @@ class Distance:
             self.float_type = True
             left, right = before.reshape(-1), after.reshape(-1)
             for axis in axes_of(before.shape):
-                self.slices.setdefault(axis, Slices(axis, float(ml_dtypes.finfo(before.dtype).smallest_normal)))
+                self.slices.setdefault(
+                    axis, Slices(axis, float(ml_dtypes.finfo(before.dtype).smallest_normal))
+                )
             for start in range(0, before.size, _CHUNK):
                 part = slice(start, start + _CHUNK)
                 self._add_floats(
@@ -147,9 +155,7 @@ class Distance:
                 )
             self._add_rows(before, after)
 
-    def _add_floats(
-        self, before: np.ndarray, after: np.ndarray, shape: tuple[int, ...], start: int
-    ) -> None:
+    def _add_floats(self, before: np.ndarray, after: np.ndarray, shape: tuple[int, ...], start: int) -> None:
         """Take in a part of an array of `shape` that begins at `start` of the flattened array."""
         same = (before == after) | (np.isnan(before) & np.isnan(after))
         finite = np.isfinite(before) & np.isfinite(after)

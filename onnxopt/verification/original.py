@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from onnxopt.runtimes import Level, RunError, UnsupportedModelError
-from onnxopt.verification.distance import Distance, arrays_of, distance, is_float
+from onnxopt.verification.distance import Distance, distance, is_finite
 from onnxopt.verification.judge import Noise
 from onnxopt.verification.probes import Feeds, Group, Probe, nudged
 from onnxopt.verification.reference import Runner
@@ -89,8 +87,8 @@ def _try(probe: Probe, runner: Runner, done: Run) -> None:
         if probe.group != "large":
             done.notes.append(f"{probe.name} is left out, the original fails on it: {error}")
         return
-    if probe.group == "large":
-        lowest = {name: value for name, value in lowest.items() if _is_finite(value)}
+    if probe.group == "large":  # where sums overflow, another order of them may overflow elsewhere
+        lowest = {name: value for name, value in lowest.items() if is_finite(value)}
         if not lowest:
             return
     done.samples.append(Sample(probe.feeds, probe.group, lowest))
@@ -100,12 +98,6 @@ def _try(probe: Probe, runner: Runner, done: Run) -> None:
         moved = lowest  # a rounding that the original does not bear says nothing about its noise
     for name, value in lowest.items():
         done.nudges[probe.group, name].add(value, moved[name])
-
-
-def _is_finite(value: Any) -> bool:
-    """Where a large input overflows on the way, another order of the same sums may overflow elsewhere."""
-    arrays = [array for array in arrays_of(value) if array is not None and is_float(array.dtype)]
-    return all(bool(np.isfinite(array.astype(np.float64)).all()) for array in arrays)
 
 
 def _at_default(sample: Sample, runner: Runner) -> Sample:
