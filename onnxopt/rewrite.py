@@ -238,8 +238,10 @@ def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
         for inner in [inner for body in subgraphs_of(node) for inner in walk(body)]:
             for position in range(len(inner.inputs)):
                 inner.replace_input_with(position, None)
+            if isinstance(inner.graph, ir.Graph):
+                inner.graph.remove(inner)
         node.graph.remove(node, safe=True)
-    return list(above)
+    return [node for node in above if node.graph is not None]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import onnx.parser
+import onnx_ir as ir
 
 from onnxopt.errors import (
     ModelError,
@@ -31,7 +32,8 @@ from onnxopt.errors import (
     did_you_mean,
     one_line,
 )
-from onnxopt.model import ModelLike
+from onnxopt.graph import nodes
+from onnxopt.model import ModelLike, load
 from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
 from onnxopt.storage import materialize
 
@@ -58,6 +60,7 @@ _EP_NAMES = {
 _LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
 # TF32 keeps 10 bits of a float's mantissa: no number measured with it proves anything.
 _EP_DEFAULTS: Mapping[str, Mapping[str, str]] = {"cuda": {"use_tf32": "0"}}
+_SAME_NODE_NAME = "two nodes with same node name"
 _NEEDS = "it needs an NVIDIA GPU, its driver, and the CUDA (and TensorRT) that onnxruntime-gpu is built for"
 _PROBE = '<ir_version: 8, opset_import: ["": 13]> probe (float[4] x) => (float[4] y) { y = Add(x, x) }'
 
@@ -213,12 +216,33 @@ def open_session(
             raw = ort.InferenceSession(opened, options, providers=wanted, enable_fallback=False)
         except Exception as error:  # ONNX Runtime's classes have no common base below Exception
             why = one_line(error)
+            renamed = _with_unique_node_names(load(source)) if _SAME_NODE_NAME in why else None
+            if renamed is not None:
+                return open_session(
+                    renamed,
+                    provider=provider,
+                    level=level,
+                    threads=threads,
+                    session_config=session_config,
+                    provider_options=provider_options,
+                    strict=strict,
+                )
             if provider == "cpu" or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
                 raise UnsupportedModelError(f"{label}: onnxruntime cannot open it: {why}") from error
             raise ProviderError(f"{provider}: {label}: {why}{_why_not(ort, provider)}") from error
         session = Session(raw, provider, label, stack.pop_all())
     _check_assignment(ort, session)
     return session
+
+
+def _with_unique_node_names(model: ir.Model) -> ir.Model | None:
+    """The same with other names, since ONNX Runtime refuses two nodes of one; None where they are unique."""
+    names = [node.name for node in nodes(model) if node.name]
+    if len(names) == len(set(names)):
+        return None
+    for index, node in enumerate(nodes(model)):
+        node.name = f"node_{index}"
+    return model
 
 
 def _session_options(ort: ModuleType, level: Level, threads: int, config: Mapping[str, str]) -> Any:

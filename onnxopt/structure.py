@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, has_reference, nested, nodes, roots, subgraphs_of
+from onnxopt.graph import has_reference, nested, nodes, roots, subgraphs_of
+from onnxopt.inference import infer_outputs
 from onnxopt.protobuf import skeleton
 
 __all__ = ["Signature", "all_problems", "checker_complaint", "find_problem", "signature_of"]
-
-_READABLE = 4096
-"""Bytes of a constant that shape inference is shown: shapes, axes and the like."""
 
 
 @dataclass(frozen=True)
@@ -140,33 +138,14 @@ def _node_problem(node: ir.Node, opsets: Mapping[str, int], ir_version: int) -> 
     if not onnx.defs.has(node.op_type, version, node.domain):
         known = onnx.defs.has(node.op_type, node.domain)
         return f"{node.op_type} is not in opset {version}" if known else None
-    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     if node.op_type == "Constant":
         return None
-    proto = ir.to_proto(node)
     context = onnx.checker.C.CheckerContext()
     context.ir_version = ir_version
     context.opset_imports = dict(opsets)
-    types = {
-        v.name: ir.serde.serialize_value(v).type for v in node.inputs if v is not None and v.type and v.name
-    }
-    data = {
-        v.name: ir.to_proto(tensor)
-        for v in node.inputs
-        if v is not None and (tensor := constant_of(v)) is not None and tensor.nbytes <= _READABLE and v.name
-    }
     try:
-        onnx.checker.check_node(proto, context)
-        if any(v is not None and v.type is None for v in node.inputs):
-            return None
-        inferred = onnx.shape_inference.infer_node_outputs(
-            schema,
-            proto,
-            types,
-            data,
-            opset_imports=[onnx.OperatorSetIdProto(domain=d, version=v) for d, v in opsets.items()],
-            ir_version=ir_version,
-        )
+        onnx.checker.check_node(ir.serde.serialize_node(node), context)
+        inferred = infer_outputs(node, opsets)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return f"node {node.name!r} ({node.op_type}): {' '.join(str(error).split())}"
     for value in node.outputs:

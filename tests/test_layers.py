@@ -18,6 +18,7 @@ ENGINE = {
     "admission",
     "errors",
     "graph",
+    "inference",
     "ledger",
     "model",
     "pipeline",

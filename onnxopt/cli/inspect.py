@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def command(model: Path, shape: tuple[str, ...], top: int, json_file: str | None
         counts = (found.ops.get(name, 0), found.subgraph_ops.get(name, 0), found.function_ops.get(name, 0))
         ops.add_row(name, *(str(count or "") for count in counts))
     out.print(ops)
-    if top and any(cost.macs != 0 for cost in found.costs):
+    if top and any(cost.macs not in (0, "?") for cost in found.costs):
         out.print()
         out.print(_dearest(found, top, plain_table("dearest nodes", "operator", ">MACs", ">output", ">live")))
     write_json({"schema": "onnxopt.inspect/1", **found.to_dict()}, json_file)
@@ -76,8 +77,8 @@ def _facts(found: Inspection, table: Table) -> Table:
         "external data": listing(
             f"{name} {count_bytes(number)}" for name, number in found.external_data.items()
         ),
-        "MACs": str(found.macs) if isinstance(found.macs, str) else amount(found.macs),
-        "activations": f"{count_bytes(found.peak_activation_bytes)} at most, at {found.peak_node}"
+        "MACs": _formula(found.macs),
+        "activations": f"{_formula(found.peak_activation_bytes, 'B')} at most, at {found.peak_node}"
         if found.peak_node
         else "",
         "quantization": counts(found.quantization) or "none",
@@ -101,11 +102,27 @@ def _shape(shape: tuple[int | str | None, ...] | None) -> str:
 
 
 def _dearest(found: Inspection, top: int, table: Table) -> Table:
-    from onnxopt.reporting.tables import amount, count_bytes
-
-    numbers = [cost for cost in found.costs if cost.macs not in (0, "?")]
-    ranked = sorted(numbers, key=lambda cost: -cost.macs if isinstance(cost.macs, int) else 0)
-    for cost in ranked[:top]:
-        row = (amount(cost.macs), count_bytes(cost.output_bytes), count_bytes(cost.live_bytes))
-        table.add_row(Text(cost.name), Text(cost.op), *row)
+    costly = [cost for cost in found.costs if cost.macs not in (0, "?")]
+    for cost in sorted(costly, key=lambda cost: _rank(cost.macs))[:top]:
+        row = (_formula(cost.macs), _formula(cost.output_bytes, "B"), _formula(cost.live_bytes, "B"))
+        table.add_row(Text(cost.name), Text(cost.op), *map(Text, row))
     return table
+
+
+def _rank(macs: int | str) -> tuple[bool, int]:
+    """What is partly unknown last, the others by their size with every symbol at 1, largest first."""
+    if isinstance(macs, int):
+        return False, -macs
+    terms = re.sub(r"\([^()]*\)", "", macs).split(" + ")
+    factors = [re.match(r"\d+", term) for term in terms]
+    return "?" in terms, -sum(int(factor[0]) if factor else 1 for factor in factors)
+
+
+def _formula(value: int | str, unit: str = "") -> str:
+    """A count as `amount` spells it, or a whole formula: ``40.8M*batch``, with its unit at the end."""
+    from onnxopt.reporting.tables import amount
+
+    if isinstance(value, int):
+        return amount(value, unit)
+    text = re.sub(r"\b\d{6,}\b", lambda number: amount(int(number[0])).replace(" ", ""), value)
+    return f"({text}) {unit}" if unit and " + " in text else f"{text} {unit}".rstrip()

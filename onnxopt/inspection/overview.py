@@ -72,7 +72,7 @@ class Inspection:
         uncounted_ops: ops of other domains whose MACs are not known; they add nothing to `macs`, but for
             calls of the model's own functions that could not be inlined, which add ``?``.
         quantization: ``qdq``, ``qoperator``, ``dynamic``, ``weight-only`` to number of nodes, where present.
-        external_data: file (relative to the model's folder if it lies in there) to bytes of the tensors in it.
+        external_data: file, relative to the model's folder if it lies in there, to bytes of its tensors.
         overridable_initializers: initializers that are graph inputs too, so that the user may override them.
         shape_inference_failure: why onnx's inliner or shape inference gave up, or None.
     """

@@ -101,18 +101,17 @@ def product(dims: Iterable[Amount] | None) -> Amount:
 class _Record:
     """What the model says of its shapes, with the given sizes put for symbols.
 
-    Unnamed dimensions of graph inputs are named: ``x[0]``. Where a given shape is another than the declared
-    one, what was recorded for the outputs of standard ops may be stale and is left out.
+    Unnamed dimensions of graph inputs are named: ``x[0]``. With shapes given, what was recorded for the
+    outputs of standard ops may be stale and is left out.
     """
 
     def __init__(self, graph: ir.Graph, shapes: Mapping[str, Sequence[int]]) -> None:
         self._bound = _bindings(graph, shapes)
         self._inputs: dict[ir.Value, Dims] = {}
-        self._is_stale = False
+        self._is_stale = bool(shapes)
         for value in graph.inputs:
             declared = self.dims(value)
             given = shapes.get(value.name or "")
-            self._is_stale |= given is not None and _plain(value.shape) != tuple(given)
             if given is not None:
                 self._inputs[value] = tuple(given)
             elif declared is not None:
@@ -177,11 +176,6 @@ class Shapes:
         words = [word for word in _OPERATORS.split(dim) if word and not word.isdecimal()]
         return Amount.symbol(f"({dim})") if words and self.symbols.issuperset(words) else UNKNOWN
 
-    def is_static(self, value: ir.Value) -> bool:
-        """Whether each dimension is a number."""
-        dims = self._dims(value)
-        return dims is not None and all(isinstance(dim, int) for dim in dims)
-
     def is_known(self, value: ir.Value) -> bool:
         """Whether each dimension is a number or stands in the graph inputs' symbols."""
         dims = self._dims(value)
@@ -225,8 +219,7 @@ def sized(
     Args:
         model: not changed.
         shapes: static shapes for some graph inputs, by name. A symbol they settle is settled everywhere.
-        needed: the values that have to be known of each node, by default all its outputs; nothing is
-            inferred where numbers are on record for all of them.
+        needed: the values whose sizes will be asked for, of each node; by default its outputs.
 
     Raises:
         UsageError: a name that is no graph input, a wrong rank, a negative size, or one symbol with two
@@ -241,8 +234,6 @@ def sized(
     opaque = frozenset(key for key in model.functions if key in {n.op_identifier() for n in walk(graph)})
     at = Shapes(_Record(graph, {}).dims if proto else record.dims, record.symbols, opaque=opaque)
     wanted = {value for node in walk(graph) for value in (needed or _outputs)(node)}
-    if needed and all(map(at.is_static, wanted)):
-        return Sized(graph, at, failure)
     try:
         inferred = _infer(graph, proto or outline(model, record.dims), at, wanted)
     except _REFUSALS as error:

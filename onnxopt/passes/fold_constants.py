@@ -25,8 +25,8 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import has_reference, is_deterministic, static_shape, subgraphs_of
+from onnxopt.inference import refine
 from onnxopt.ledger import Ledger
-from onnxopt.passes._inference import refine
 from onnxopt.rewrite import Declined, Edit, Scope, scopes
 
 __all__ = ["FoldConstants"]

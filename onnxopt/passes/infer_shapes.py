@@ -20,8 +20,8 @@ import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.graph import nodes, tensor_bytes
+from onnxopt.inference import sort_axes
 from onnxopt.ledger import Ledger
-from onnxopt.passes._inference import sort_axes
 from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 
 __all__ = ["InferShapes"]

@@ -6,7 +6,8 @@ After:  z = Clip(x, low, high), with high = min(max(b, c), d) and low = min(max(
 Each op is min(max(x, low), high), so that two of them hold every x between what they make of -inf and of
 +inf. Clip's missing bounds are the largest finite values of the type; Relu, Min and Max have none.
 Declines: a bound that is no constant, no scalar or NaN; a type that is unknown; the value in between is
-    read elsewhere too, unless the first op does it alone.
+    read elsewhere too, unless the first op does it alone; a Clip of another type than float32 before opset
+    12, for which runtimes have none.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ _MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 _WORDS = np.array(["a", "onnx", "hello world", "42", "Zürich"], object)
 _MANY_ELEMENTS = 1 << 22
 _MOST_TURNS = 4
+_SIGNED_SAMPLE = 3
+"""Where integers may be negative, if the model takes that: they might still be lengths or positions."""
 
 
 def synthesize(
@@ -95,11 +97,14 @@ class _Maker:
     def elements(self, sizes: Sizes) -> int:
         return sum(math.prod(item.shape(sizes)) for item in self.inputs)
 
-    def feeds(self, sample: int, turn: int, sizes: Sizes) -> dict[str, np.ndarray]:
-        """`turn` picks what single numbers choose a branch; all else follows `sample`."""
-        return {item.name: self._array(item, sample, turn, sizes) for item in self.inputs}
+    def feeds(self, sample: int, turn: int, sizes: Sizes, *, signed: bool = False) -> dict[str, np.ndarray]:
+        """`turn` picks what single numbers choose a branch; all else follows `sample`.
 
-    def _array(self, item: Input, sample: int, turn: int, sizes: Sizes) -> np.ndarray:
+        `signed` lets integers that nothing limits be negative.
+        """
+        return {item.name: self._array(item, sample, turn, sizes, signed) for item in self.inputs}
+
+    def _array(self, item: Input, sample: int, turn: int, sizes: Sizes, signed: bool) -> np.ndarray:
         digest = hashlib.sha256(f"{self.seed}:{sample}:{item.name}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:16], "little"))
         shape = item.shape(sizes)
@@ -107,7 +112,7 @@ class _Maker:
         if options and len(shape) < 2 and math.prod(shape) == 1:
             values: Any = np.full(shape, options[turn % len(options)])
         else:
-            values = _draw(item, self.clues[item.name], shape, sizes, rng, sample)
+            values = _draw(item, self.clues[item.name], shape, sizes, rng, sample, signed)
         return np.asarray(values).reshape(shape).astype(item.dtype)
 
 
@@ -172,13 +177,15 @@ class _Search:
         smallest = self.maker.elements(self.fixed | {axis.name: min(axis.candidates) for axis in self.axes})
         if self.maker.elements(sizes) > max(_MANY_ELEMENTS, 2 * smallest):
             return None
-        feeds = self.maker.feeds(number, turn, sizes)
-        try:
-            self.session.run(feeds)
-        except RunError as error:
-            self.complaint = str(error)
-            return None
-        return feeds
+        for signed in dict.fromkeys((number == _SIGNED_SAMPLE, False)):
+            feeds = self.maker.feeds(number, turn, sizes, signed=signed)
+            try:
+                self.session.run(feeds)
+            except RunError as error:
+                self.complaint = str(error)
+            else:
+                return feeds
+        return None
 
 
 def _options(item: Input, clues: Clues) -> list[int]:
@@ -194,7 +201,13 @@ def _options(item: Input, clues: Clues) -> list[int]:
 
 
 def _draw(
-    item: Input, clues: Clues, shape: tuple[int, ...], sizes: Sizes, rng: np.random.Generator, sample: int
+    item: Input,
+    clues: Clues,
+    shape: tuple[int, ...],
+    sizes: Sizes,
+    rng: np.random.Generator,
+    sample: int,
+    signed: bool,
 ) -> np.ndarray:
     kind = item.dtype.kind
     if kind == "O":
@@ -213,7 +226,7 @@ def _draw(
         return rng.integers(low, max(low, high), shape, endpoint=True)
     if kind in "iu":
         options = _options(item, clues)
-        low, high = _plain_range(item)
+        low, high = _plain_range(item, signed and not clues.is_positive)
         return rng.choice(options, shape) if options else rng.integers(low, high, shape, endpoint=True)
     if kind == "c":
         return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
@@ -240,10 +253,10 @@ def _index_range(clues: Clues, sizes: Sizes, item: Input) -> tuple[int, int]:
     return min(bottom, top), top
 
 
-def _plain_range(item: Input) -> tuple[int, int]:
-    """For integers nobody looks up: every value of a byte, 0 to 9 of wider ones."""
+def _plain_range(item: Input, signed: bool) -> tuple[int, int]:
+    """For integers nobody looks up: every value of a byte, 0 to 9 of wider ones, or -9 to 9."""
     if item.dtype.itemsize > 1:
-        return 0, 9
+        return (-9 if signed and item.dtype.kind == "i" else 0), 9
     return (0 if item.dtype.kind == "u" else -_largest(item) - 1), _largest(item)
 
 

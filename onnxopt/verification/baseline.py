@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.model import ModelLike, load
+from onnxopt.model import ModelLike, load, reusable
 from onnxopt.runtimes import Level, RunError, UnsupportedModelError, open_session, runtime_version
 from onnxopt.verification.contract import Contract
 from onnxopt.verification.distance import Distance
@@ -146,7 +146,16 @@ class Baseline:
             key: Key = (group, name)
             if key in lowest:
                 noise = self.noises[key]
-                verdict = judge(name, self.sights[name], kind, strict, noise, lowest[key], default.get(key))
+                verdict = judge(
+                    name,
+                    self.sights[name],
+                    kind,
+                    strict,
+                    noise,
+                    lowest[key],
+                    default.get(key),
+                    large=group == "large",
+                )
                 reason = verdict.reason + where if verdict.reason else ""
                 found.append(replace(verdict, reason=reason))
         failed = [verdict for verdict in found if not verdict.ok]
@@ -169,8 +178,9 @@ class Baseline:
         if overriding:
             count = "one sample overrides" if overriding == 1 else f"{overriding} samples override"
             notes.append(f"{count} the initializers that may be overridden")
-        shapes = {tuple((name, np.shape(value)) for name, value in sorted(s.feeds.items())) for s in samples}
-        return Verdict(status, kind, reason, outputs, self.runtime, len(samples), len(shapes), tuple(notes))
+        feeds = [sample.feeds for sample in samples if sample.group != "large"]
+        shapes = {tuple((name, np.shape(value)) for name, value in sorted(feed.items())) for feed in feeds}
+        return Verdict(status, kind, reason, outputs, self.runtime, len(feeds), len(shapes), tuple(notes))
 
 
 def verify(
@@ -190,19 +200,12 @@ def verify(
     graph with `seed` and, for dynamic inputs, `shapes`. Raises UsageError, ModelError, ProviderError,
     RuntimeMissingError; a claim that does not hold is a Verdict, not an error.
     """
-    before, after = _reusable(before), _reusable(after)
+    before, after = reusable(before), reusable(after)
     if feeds is None:
         from onnxopt.data import synthesize
 
         feeds = synthesize(before, seed=seed, shapes=shapes)
     return Baseline.measure(before, feeds, provider=provider).compare(after, kind=kind, frozen=frozen)
-
-
-def _reusable(model: ModelLike) -> ModelLike:
-    """A file object can be read once only: its bytes stand for it."""
-    if isinstance(model, str | bytes | onnx.ModelProto | ir.Model) or not hasattr(model, "read"):
-        return model
-    return bytes(model.read())
 
 
 def _open(model: ModelLike, engine: str, level: Level) -> Runner:

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxopt.verification.slices import Slices, axes_of
 
-__all__ = ["Distance", "arrays_of", "distance", "is_finite", "is_float"]
+__all__ = ["Distance", "arrays_of", "distance", "float_info", "is_finite", "is_float"]
 
 _CHUNK = 1 << 20
 _MOST_CLASSES = 100_000
@@ -20,6 +20,11 @@ _MOST_CLASSES = 100_000
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether a dtype holds real numbers, ml_dtypes' bfloat16 and float8 included."""
     return "float" in dtype.name
+
+
+def float_info(dtype: np.dtype[Any]) -> Any:
+    """`numpy.finfo`, of ml_dtypes' types too."""
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def arrays_of(value: Any) -> list[np.ndarray | None]:
@@ -145,9 +150,7 @@ class Distance:
             self.float_type = True
             left, right = before.reshape(-1), after.reshape(-1)
             for axis in axes_of(before.shape):
-                self.slices.setdefault(
-                    axis, Slices(axis, float(ml_dtypes.finfo(before.dtype).smallest_normal))
-                )
+                self.slices.setdefault(axis, Slices(axis, float(float_info(before.dtype).smallest_normal)))
             for start in range(0, before.size, _CHUNK):
                 part = slice(start, start + _CHUNK)
                 self._add_floats(

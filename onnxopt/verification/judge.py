@@ -53,24 +53,30 @@ def judge(
     noise: Noise,
     low: Distance,
     high: Distance | None,
+    *,
+    large: bool = False,
 ) -> OutputVerdict:
     """Judge one output by its distances at the runtime's lowest and default level (None: not measured).
 
     `strict` demands bit-equality at the lowest level. At the default level the runtime fuses two different
     graphs, each in its own way, so that no more than the bound of a reorder can be asked there, and nothing
-    where it computes something else than at its lowest level (`is_noise`).
+    where it computes something else than at its lowest level (`is_noise`). With `large` inputs a function
+    may be ill-conditioned, a sine of thousands: there the nudges count for the whole as for slices.
     """
     floor = noise.levels
-    tolerated = floor if is_noise(floor) else Distance()
-    bound = min(_ENOUGH, tolerated.sqnr - _SLACK)
+    tolerated = [floor] if is_noise(floor) else []
+    rough = [noise.nudges] if large else []
+    bound = min(_ENOUGH, *(one.sqnr - _SLACK for one in tolerated + rough))
     required = math.inf if strict else bound
-    judged = kind != "lossy" and sight != "random"
-    slices = _weakest(low, (tolerated, noise.nudges))
+    judged = kind != "lossy" and sight != "random" and all(map(is_noise, rough))
+    slices = _weakest(low, [*tolerated, noise.nudges])
     reason = next(iter(low.problems + (high.problems if high else [])), "")
     if judged and not reason:
-        reason = _fault(low, required, Distance() if strict else tolerated) or _slice_fault(name, slices)
+        reason = _fault(low, required, [] if strict else tolerated + rough) or _slice_fault(name, slices)
     if judged and not reason and high and is_noise(floor):
-        reason = _fault(high, bound, floor) or _slice_fault(name, _weakest(high, (floor, noise.nudges)))
+        reason = _fault(high, bound, tolerated + rough) or _slice_fault(
+            name, _weakest(high, [*tolerated, noise.nudges])
+        )
         reason += " at the runtime's default level" if reason else ""
     return OutputVerdict(
         name=name,
@@ -89,12 +95,13 @@ def judge(
     )
 
 
-def _fault(found: Distance, required: float, floor: Distance) -> str:
-    """What is wrong with a distance; types without SQNR may differ as often as the floor does."""
-    if found.strays > floor.strays:
+def _fault(found: Distance, required: float, floors: Sequence[Distance]) -> str:
+    """What is wrong with a distance; types without SQNR may differ as often as the floors do."""
+    if found.strays > max((floor.strays for floor in floors), default=0):
         return f"{found.strays} elements are NaN or infinite where the original's are not, or the reverse"
     if not found.float_type:
-        return f"{found.mismatch:.2%} of the elements differ" if found.mismatch > floor.mismatch else ""
+        tolerated = max((floor.mismatch for floor in floors), default=0.0)
+        return f"{found.mismatch:.2%} of the elements differ" if found.mismatch > tolerated else ""
     if found.sqnr >= required:
         return ""
     needed = "bit-equality" if required == math.inf else f"{required:.0f} dB"
@@ -120,7 +127,7 @@ def _weakest(found: Distance, floors: Sequence[Distance]) -> SliceVerdict | None
 def _slice_fault(name: str, found: SliceVerdict | None) -> str:
     if found is None or found.margin >= 0:
         return ""
-    return f"SQNR {found.sqnr:.1f} dB where {found.required:.0f} dB is needed, in {name!r}{found.name}"
+    return f"SQNR {found.sqnr:.1f} dB in {name!r}{found.name} where {found.required:.0f} dB is needed"
 
 
 def blindness(sights: Mapping[str, Sight]) -> str:

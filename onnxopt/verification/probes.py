@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.synthesis.clues import Clues, clues_of
-from onnxopt.verification.distance import is_float
+from onnxopt.verification.distance import float_info, is_float
 
 __all__ = ["Feeds", "Group", "Probe", "nudged", "probes"]
 
@@ -62,14 +61,14 @@ def nudged(feeds: Feeds, seed: int = 0) -> Feeds:
     moved = dict(feeds)
     for name, array in feeds.items():
         if isinstance(array, np.ndarray) and is_float(array.dtype):
-            step = float(ml_dtypes.finfo(array.dtype).eps)
+            step = float(float_info(array.dtype).eps)
             factor = 1 + step * rng.integers(1, 2, array.shape, endpoint=True)
             moved[name] = (array.astype(np.float64) * factor).astype(array.dtype)
     return moved
 
 
 def _changed(array: np.ndarray) -> np.ndarray:
-    """Floats a little off their default; others reversed, which keeps indices, axes and permutations valid."""
+    """Floats a little off their default; others reversed, so that indices and axes stay valid."""
     if is_float(array.dtype):
         return (array.astype(np.float64) * 1.01 + 0.01).astype(array.dtype)
     return ~array if array.dtype == bool else np.flip(array)

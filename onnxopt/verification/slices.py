@@ -1,4 +1,4 @@
-"""Signal and noise slice by slice: an error in a quiet part of an output drowns in the sums over the whole."""
+"""Signal and noise by slices: an error in a quiet part of an output drowns in the sums over the whole."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Sight = Literal["compared", "constant", "zero", "empty", "not finite", "random"]
 
 @dataclass(frozen=True)
 class SliceVerdict:
-    """The slice of an output that is nearest to its bound, in dB; inf is equal, or too little to be judged."""
+    """The slice of an output that is nearest to its bound, in dB; inf is equal, or too little to judge."""
 
     name: str
     """As numpy writes it: ``[..., 5]`` or, along axis 1, ``[:, 5]``."""
@@ -78,7 +78,7 @@ class Verdict:
     outputs: tuple[OutputVerdict, ...]
     runtime: str
     feeds: int
-    """Samples that ran on both models."""
+    """Samples that ran on both models; the one with large floats does not count."""
     shapes: int
     """Different sets of input shapes among them."""
     notes: tuple[str, ...]

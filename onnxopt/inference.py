@@ -1,4 +1,4 @@
-"""Shape inference of a single node, for passes that have just learned one of its inputs."""
+"""Types and shapes of a single node's outputs, as its operator infers them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,40 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_of, has_reference, subgraphs_of
 
-__all__ = ["refine", "sort_axes"]
+__all__ = ["infer_outputs", "refine", "sort_axes"]
 
 _READABLE = 4096
 """Bytes of a constant that shape inference is shown: shapes, axes and the like."""
+
+
+def infer_outputs(node: ir.Node, opsets: Mapping[str, int]) -> dict[str, onnx.TypeProto]:
+    """Output name -> type, as far as the operator tells; nothing where an input's type is not known.
+
+    Args:
+        node: of an operator that these opsets have.
+        opsets: version by domain.
+
+    Raises:
+        onnx.shape_inference.InferenceError: the inputs do not fit the operator.
+    """
+    known = {v.name: v for v in node.inputs if v is not None and v.type is not None and v.name}
+    missing = any(v is not None and v.name not in known for v in node.inputs)
+    if missing or has_reference(node) or any(True for _ in subgraphs_of(node)):
+        return {}
+    types = {name: ir.serde.serialize_value(value).type for name, value in known.items()}
+    data = {
+        name: ir.serde.serialize_tensor(tensor)
+        for name, value in known.items()
+        if (tensor := constant_of(value)) is not None and tensor.nbytes <= _READABLE
+    }
+    imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
+    schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+    proto = ir.serde.serialize_node(node)
+    sort_axes(proto)
+    inferred: dict[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
+        schema, proto, types, data, opset_imports=imports
+    )
+    return inferred
 
 
 def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
@@ -20,25 +50,10 @@ def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
 
     Graph outputs are left as they are declared. Nothing on record is overwritten.
     """
-    version = opsets.get(node.domain, 0)
-    if not onnx.defs.has(node.op_type, version, node.domain):
+    if not onnx.defs.has(node.op_type, opsets.get(node.domain, 0), node.domain):
         return []
-    known = {v.name: v for v in node.inputs if v is not None and v.type is not None and v.name}
-    missing = any(v is not None and v.name not in known for v in node.inputs)
-    if missing or has_reference(node) or any(True for _ in subgraphs_of(node)):
-        return []
-    types = {name: ir.serde.serialize_value(value).type for name, value in known.items()}
-    data = {
-        name: ir.to_proto(tensor)
-        for name, value in known.items()
-        if (tensor := constant_of(value)) is not None and tensor.nbytes <= _READABLE
-    }
-    imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
-    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-    proto = ir.to_proto(node)
-    sort_axes(proto)
     try:
-        inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
+        inferred = infer_outputs(node, opsets)
     except onnx.shape_inference.InferenceError:
         return []
     return [v for v in node.outputs if v.name in inferred and _complete(v, inferred[v.name])]
