@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from models.bert import bert
 from models.control_flow import control_flow
 from models.llama import llama
 from models.resnet20 import resnet20
-from models.scale import big_model
+from models.scale import big_model, chain, wide
 from onnxopt.errors import UsageError
 from onnxopt.inspection import inspect, macs, totals
 
@@ -378,6 +380,163 @@ def test_external_data_is_measured_not_read(tmp_path: Path) -> None:
     assert report.file_bytes == path.stat().st_size + layers * width * width * 4
     assert report.macs == f"{layers * width * width}*batch"
     assert report.totals.parameters == layers * (width * width + 2 * width)
+
+
+FUNCTIONS = '<ir_version: 8, opset_import: ["" : 17, "f" : 1]>'
+CALL = "agraph (float[2,3] x, float[3,3] w) => (float[2,3] y) { h = f.twice(x, w)  y = Relu(h) }"
+
+
+def twice(opset: int, body: str = "h = MatMul(x, w)  y = MatMul(h, w)") -> str:
+    return f'<opset_import: ["" : {opset}, "f" : 1], domain: "f"> twice (x, w) => (y) {{ {body} }}'
+
+
+@pytest.mark.parametrize(
+    ("opset", "macs", "uncounted"), [(17, 36, {}), (16, 36, {}), (12, "?", {"f.twice": 1})]
+)
+def test_a_function_of_another_opset_counts_where_its_operators_mean_the_same(
+    opset: int, macs: int | str, uncounted: dict[str, int]
+) -> None:
+    report = inspect(parse(CALL + twice(opset), FUNCTIONS))
+    assert report.macs == macs == total(parse(CALL + twice(opset), FUNCTIONS))
+    assert report.uncounted_ops == uncounted
+    assert report.function_ops == {"MatMul": 2}
+    assert report.shape_inference_failure is None
+
+
+@pytest.mark.parametrize(("opset", "macs"), [(16, 36), (12, "?")])
+def test_a_function_that_calls_one_of_another_opset(opset: int, macs: int | str) -> None:
+    outer = '<opset_import: ["" : 17, "f" : 1], domain: "f"> outer (x, w) => (y) { y = f.twice(x, w) }'
+    model = parse(CALL.replace("f.twice", "f.outer") + outer + twice(opset), FUNCTIONS)
+    assert inspect(model).macs == macs
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_functions_with_subgraphs(opset: int) -> None:
+    body = """y = If (c) <then_branch = t () => (o) { o = MatMul(x, w) },
+                        else_branch = e () => (o) { o = Neg(x) }>"""
+    function = f'<opset_import: ["" : {opset}], domain: "f"> choose (x, w, c) => (y) {{ {body} }}'
+    graph = """agraph (float[2,3] x, float[3,3] w, bool c) => (float[2,3] y)
+        { h = f.choose(x, w, c)  y = f.choose(h, w, c) }"""
+    assert total(parse(graph + function, FUNCTIONS)) == (36 if opset == 17 else "?")
+
+
+def test_a_function_that_stays_costs_nothing_where_its_operators_do_not() -> None:
+    report = inspect(parse(CALL + twice(12, "y = Mul(x, x)"), FUNCTIONS))
+    assert report.macs == 0
+    assert report.uncounted_ops == {"f.twice": 1}
+
+
+def test_unused_functions_of_any_domain_and_opset() -> None:
+    idle = '<opset_import: ["" : 9, "q" : 3], domain: "g"> idle (x) => (y) { y = q.Mystery(x) }'
+    model = parse("agraph (float[2,3] x, float[3,4] w) => (float[2,4] y) { y = MatMul(x, w) }" + idle)
+    report = inspect(model)
+    assert report.macs == 24
+    assert report.uncounted_ops == {}
+    assert report.unused.functions == ("g.idle",)
+
+
+def test_a_function_that_hands_its_inputs_through() -> None:
+    through = '<opset_import: ["" : 17], domain: "f"> through (x, w) => (x, w) { z = MatMul(x, w) }'
+    graph = (
+        "agraph (float[N,3] x, float[3,3] w) => (float[N,3] y) { a, b = f.through(x, w)  y = MatMul(a, b) }"
+    )
+    assert total(parse(graph + through, FUNCTIONS), x=[4, 3]) == 2 * 4 * 9
+
+
+def test_a_function_called_for_some_of_its_outputs_with_some_of_its_inputs() -> None:
+    function = """<opset_import: ["" : 17], domain: "f"> twice (x, w, low, high) => (y, z)
+        { z = MatMul(x, w)  c = Clip(z, low, high)  y = MatMul(c, w) }"""
+    assert total(parse(CALL + function, FUNCTIONS)) == 36
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [("y = f.twice(x, w)", "must not be recursive"), ("y = f.once(x, w, w)", "cannot exceed")],
+)
+def test_what_cannot_be_inlined_is_reported(body: str, reason: str) -> None:
+    once = '<opset_import: ["" : 17], domain: "f"> once (x) => (y) { y = Neg(x) }'
+    report = inspect(parse(CALL + twice(17, body) + once, FUNCTIONS))
+    assert report.macs == "?"
+    assert report.uncounted_ops == {"f.twice": 1}
+    assert reason in (report.shape_inference_failure or "")
+
+
+@pytest.mark.parametrize(
+    ("graph", "macs", "peak"),
+    [
+        ("(float[2,3] x) => (float[2,3] x) { }", 0, 0),
+        ("(float[0,3] x, float[3,4] w) => (float[0,4] y) { y = MatMul(x, w) }", 0, 48),
+        (
+            """(float[2,3] x, float[3,3] w, int64 i) => (float[2,3] y)
+            { s = SequenceConstruct(x, x)  a = SequenceAt(s, i)  y = MatMul(a, w) }""",
+            18,
+            36 + 24 + 24,
+        ),
+        (
+            """(optional(float[2,3]) o, float[3,3] w) => (float[2,3] y)
+            { a = OptionalGetElement(o)  y = MatMul(a, w) }""",
+            18,
+            36 + 24 + 24,
+        ),
+        ("(optional(seq(float[2,3])) o) => (bool y) { y = OptionalHasElement(o) }", 0, "1 + ?"),
+        ("(string[2] x) => (string[2] y) { y = Identity(x) }", 0, "?"),
+        ("(float[2,3] x, float[4,3] w) => (float[2,5] y) { h = MatMul(x, w)  y = Relu(h) }", "?", "72 + ?"),
+    ],
+)
+def test_odd_graphs(graph: str, macs: int | str, peak: int | str) -> None:
+    report = inspect(parse(f"agraph {graph}"))
+    assert report.macs == macs == total(parse(f"agraph {graph}"))
+    assert report.peak_activation_bytes == peak
+
+
+def test_values_without_types_and_outputs_without_names() -> None:
+    nodes = [helper.make_node("Dropout", ["x"], ["d", ""]), helper.make_node("MatMul", ["d", "w"], ["y"])]
+    weight = helper.make_tensor_value_info("w", TensorProto.FLOAT, [3, 4])
+    known = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])
+    unknown = onnx.ValueInfoProto(name="x")
+    for port, expected in ((known, "12*n"), (unknown, "?")):
+        graph = helper.make_graph(nodes, "g", [port, weight], [onnx.ValueInfoProto(name="y")])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        assert inspect(model).macs == expected == total(model)
+
+
+def test_failed_inference_is_reported() -> None:
+    report = inspect(parse("agraph (float[2,3] x) => (float[2,3] y) { y = Reshape(x) }"))
+    assert "Input 1 is out of bounds" in (report.shape_inference_failure or "")
+
+
+def test_stale_records_are_inferred_anew_for_given_shapes() -> None:
+    graph = "(float[2,3] x, float[3,3] w) => (float[2,3] y) <float[7,3] h> { h = MatMul(x, w) y = Relu(h) }"
+    assert total(parse(f"agraph {graph}"), x=[2, 3]) == 18
+
+
+def test_external_data_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    model = parse("agraph (float[n,64] x) => (float[n,64] y) { y = MatMul(x, w) }")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((64, 64), np.float32), "w"))
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights/w.bin", size_threshold=0)
+    report = inspect(path)
+    assert report.external_data == {str(Path("weights", "w.bin")): 64 * 64 * 4}
+    assert report.file_bytes == path.stat().st_size + 64 * 64 * 4
+    assert report.macs == "4096*n"
+
+
+@pytest.mark.parametrize("build", [chain, wide])
+@pytest.mark.parametrize("measure", [macs, inspect])
+def test_costs_take_time_linear_in_the_nodes(
+    build: Callable[[int], onnx.ModelProto], measure: Callable[[ir.Model], object]
+) -> None:
+    def seconds(nodes: int) -> float:
+        model = ir.from_proto(build(nodes))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            measure(model)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(4000) < 8 * seconds(1000)
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def test_the_node_is_held_against_its_opset_and_type_on_record() -> None:
 
 def test_below_ir_version_4_initializers_are_graph_inputs() -> None:
     head = '<ir_version: 3, opset_import: ["" : 9]>'
-    model = load(text_model(head + "agraph (float[2] x, float[2] w = {1, 2}) => (float[2] y) { y = Add(x, w) }"))
+    text = "agraph (float[2] x, float[2] w = {1, 2}) => (float[2] y) { y = Add(x, w) }"
+    model = load(text_model(head + text))
     assert find_problem(model) is None
     model.graph.inputs.pop()
     problem = find_problem(model)

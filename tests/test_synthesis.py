@@ -276,6 +276,19 @@ def test_what_goes_into_a_root_or_a_logarithm_is_positive() -> None:
     assert all(np.isfinite(out["y"]).all() for out in runs(model, feeds))
 
 
+def test_integers_that_nothing_limits_are_negative_once_where_the_model_takes_that() -> None:
+    free = graph(
+        "g (int64[n, 8] x, uint32[n] u) => (int64[n, 8] y, uint32[n] v) { y = Abs(x) v = Identity(u) }"
+    )
+    lowest = [feed["x"].min() < 0 for feed in synthesize(free)]
+    assert lowest == [False, False, False, True]
+    sizes = graph("g (int64[2] x) => (float[a, b] y) { n = Neg(x) s = Neg(n) y = ConstantOfShape(s) }")
+    assert len(runs(sizes, synthesize(sizes))) == 4
+    root = graph("g (int64[8] x) => (float[8] y) { f = Cast<to = 1>(x) y = Sqrt(f) }")
+    for model in (sizes, root):
+        assert all((feed["x"] >= 0).all() for feed in synthesize(model))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "double", "uint8", "int8", "string", "bool"])
 def test_each_dtype_is_kept(dtype: str) -> None:
     model = graph(f"g ({dtype}[n, 5] x) => ({dtype}[n, 5] y) {{ y = Identity(x) }}")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, int_attr, subgraphs_of
+from onnxopt.graph import constant_array, int_attr, subgraphs_of, walk
+from onnxopt.inspection.amounts import UNKNOWN, ZERO, Amount, product
 from onnxopt.inspection.contents import op_name
-from onnxopt.inspection.sizes import UNKNOWN, ZERO, Amount, Shapes, product
+from onnxopt.inspection.sizes import Shapes
 
 __all__ = ["NodeCost", "costs", "has_cost", "macs_of", "sizes_read"]
 
@@ -203,8 +204,9 @@ def _node_macs(node: ir.Node, at: Shapes, bodies: Sequence[Amount], inside: str)
     cost = _COSTS.get(op_name(node))
     if cost is not None:
         return cost(node, at)
-    if node.op_identifier() in at.opaque:
-        return UNKNOWN
+    function = at.functions.get(node.op_identifier())
+    if function is not None:
+        return UNKNOWN if any(map(_may_cost, walk(function.graph))) else ZERO
     if not any(body.terms for body in bodies):
         return ZERO
     if node.op_type == "Loop":
@@ -214,6 +216,10 @@ def _node_macs(node: ir.Node, at: Shapes, bodies: Sequence[Amount], inside: str)
         first = len(node.inputs) - node.attributes["num_scan_inputs"].as_int()
         return bodies[0] * at.dim(_input(node, first), axes.as_ints()[0] if axes else 0)
     return max(bodies, key=_weight) * (UNKNOWN if node.op_type == "SequenceMap" else Amount.of(1))
+
+
+def _may_cost(node: ir.Node) -> bool:
+    return op_name(node) in _COSTS or not has_cost(node)
 
 
 def _trips(node: ir.Node, name: str) -> Amount:

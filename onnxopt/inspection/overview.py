@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxopt.graph import nodes, subgraphs_of, walk
+from onnxopt.inspection.amounts import Amount
 from onnxopt.inspection.contents import (
     Totals,
     Unused,
@@ -24,7 +25,7 @@ from onnxopt.inspection.contents import (
     unused,
 )
 from onnxopt.inspection.costs import NodeCost, costs, has_cost, macs_of, sizes_read
-from onnxopt.inspection.sizes import Amount, sized
+from onnxopt.inspection.sizes import sized
 from onnxopt.model import ModelLike, load
 
 __all__ = ["Cost", "Inspection", "Port", "inspect", "macs"]
@@ -70,7 +71,7 @@ class Inspection:
         peak_node: where the peak is, with its scope.
         costs: node by node, functions inlined.
         uncounted_ops: ops of other domains whose MACs are not known; they add nothing to `macs`, but for
-            calls of the model's own functions that could not be inlined, which add ``?``.
+            calls of the model's own functions that could not be inlined, which add ``?`` if they may cost.
         quantization: ``qdq``, ``qoperator``, ``dynamic``, ``weight-only`` to number of nodes, where present.
         external_data: file, relative to the model's folder if it lies in there, to bytes of its tensors.
         overridable_initializers: initializers that are graph inputs too, so that the user may override them.

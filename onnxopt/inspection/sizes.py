@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import walk
+from onnxopt.inspection.amounts import UNKNOWN, Amount, product
 from onnxopt.inspection.outline import Dims, inline, outline
 from onnxopt.inspection.values import settle_values
 
-__all__ = ["UNKNOWN", "ZERO", "Amount", "Shapes", "Sized", "product", "sized"]
+__all__ = ["Shapes", "Sized", "sized"]
 
 _ROUNDS = 4
 """Of inference and shape arithmetic in turns; each reaches through another level of symbolic shapes."""
@@ -22,80 +23,6 @@ _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _NO_NUMBERS = frozenset({ir.DataType.UNDEFINED.value, ir.DataType.STRING.value})
 _REFUSALS = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError)
 _OPERATORS = re.compile(r"[-+*/()\s]+")
-
-
-@dataclass(frozen=True)
-class Amount:
-    """A polynomial in dimension symbols: ``{("batch",): 9, (): 2}`` is ``9*batch + 2``.
-
-    The symbol ``?`` stands for a size that no shape gives; all terms that hold it print as one ``?``.
-    """
-
-    terms: Mapping[tuple[str, ...], int]
-
-    @classmethod
-    def of(cls, number: int) -> Amount:
-        return cls({(): number} if number else {})
-
-    @classmethod
-    def symbol(cls, name: str) -> Amount:
-        return cls({(name,): 1})
-
-    @classmethod
-    def total(cls, amounts: Iterable[Amount]) -> Amount:
-        """The sum, in time linear in the number of terms."""
-        terms: dict[tuple[str, ...], int] = {}
-        for amount in amounts:
-            for symbols, factor in amount.terms.items():
-                terms[symbols] = terms.get(symbols, 0) + factor
-        return cls({symbols: factor for symbols, factor in terms.items() if factor})
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount.total((self, other))
-
-    def __sub__(self, other: Amount) -> Amount:
-        return self + Amount({symbols: -factor for symbols, factor in other.terms.items()})
-
-    def __mul__(self, other: Amount) -> Amount:
-        return Amount.total(
-            Amount({tuple(sorted(left + right)): factor * f})
-            for left, factor in self.terms.items()
-            for right, f in other.terms.items()
-        )
-
-    @property
-    def weight(self) -> int:
-        """The value with every symbol at 1, to compare amounts that share no symbol."""
-        return sum(self.terms.values())
-
-    def value(self) -> int | str:
-        """An int where every size is known, else readable text such as ``'9*batch + 2 + ?'``."""
-        if not any(self.terms):
-            return self.terms.get((), 0)
-        known = {symbols: factor for symbols, factor in self.terms.items() if "?" not in symbols}
-        ordered = sorted(known.items(), key=lambda term: (-len(term[0]), term[0]))
-        parts = [_monomial(symbols, factor) for symbols, factor in ordered]
-        return " + ".join(parts + ["?"] * (len(known) < len(self.terms)))
-
-
-ZERO = Amount({})
-UNKNOWN = Amount.symbol("?")
-
-
-def _monomial(symbols: tuple[str, ...], factor: int) -> str:
-    powers = {symbol: symbols.count(symbol) for symbol in symbols}
-    names = [symbol if power == 1 else f"{symbol}**{power}" for symbol, power in powers.items()]
-    return "*".join(names if factor == 1 and names else [str(factor), *names])
-
-
-def product(dims: Iterable[Amount] | None) -> Amount:
-    """The product of the dimensions; unknown where the rank is."""
-    if dims is None:
-        return UNKNOWN
-    result = Amount.of(1)
-    for dim in dims:
-        result *= dim
-    return result
 
 
 class _Record:
@@ -139,7 +66,7 @@ class _Record:
 
 
 @dataclass(frozen=True)
-class Known:
+class _Known:
     """What is known of a value: its dimensions, and its element type where it is a tensor of numbers."""
 
     dims: Dims | None
@@ -150,13 +77,13 @@ class Known:
 class Shapes:
     """Reads sizes of the values of a graph, in the symbols of its graph inputs.
 
-    ``opaque`` are the functions whose calls stayed: what they cost is not known.
+    ``functions`` are those whose calls stayed: no sizes are known inside of them.
     """
 
     record: Callable[[ir.Value], Dims | None]
     symbols: frozenset[str]
-    inferred: Mapping[ir.Value, Known] = field(default_factory=dict)
-    opaque: frozenset[tuple[str, str, str]] = frozenset()
+    inferred: Mapping[ir.Value, _Known] = field(default_factory=dict)
+    functions: Mapping[tuple[str, str, str], ir.Function] = field(default_factory=dict)
 
     def _dims(self, value: ir.Value) -> Dims | None:
         known = self.inferred.get(value)
@@ -231,8 +158,9 @@ def sized(
         proto = outline(model, record.dims)
         failure = inline(proto)
         graph = ir.from_proto(proto).graph
-    opaque = frozenset(key for key in model.functions if key in {n.op_identifier() for n in walk(graph)})
-    at = Shapes(_Record(graph, {}).dims if proto else record.dims, record.symbols, opaque=opaque)
+    called = {node.op_identifier() for node in walk(graph)} if model.functions else set()
+    stayed = {key: function for key, function in model.functions.items() if key in called}
+    at = Shapes(_Record(graph, {}).dims if proto else record.dims, record.symbols, functions=stayed)
     wanted = {value for node in walk(graph) for value in (needed or _outputs)(node)}
     try:
         inferred = _infer(graph, proto or outline(model, record.dims), at, wanted)
@@ -262,7 +190,7 @@ def _infer(graph: ir.Graph, proto: onnx.ModelProto, at: Shapes, wanted: Collecti
 
 def _read(
     graph: ir.Graph, proto: onnx.GraphProto, wanted: Collection[ir.Value]
-) -> Iterator[tuple[ir.Value, Known]]:
+) -> Iterator[tuple[ir.Value, _Known]]:
     """What the inferred graph, which has the same nodes, says of the wanted outputs of each."""
     types = {info.name: info.type for info in (*proto.value_info, *proto.output)}
     for node, twin in zip(graph, proto.node, strict=True):
@@ -277,17 +205,17 @@ def _read(
                     yield from _read(body, other, wanted)
 
 
-def _known(proto: onnx.TypeProto) -> Known:
+def _known(proto: onnx.TypeProto) -> _Known:
     if not proto.HasField("tensor_type"):
         shape = ir.serde.deserialize_type_proto_for_shape(proto)
-        return Known(_plain(shape), None)
+        return _Known(_plain(shape), None)
     tensor = proto.tensor_type
     dims = None
     if tensor.HasField("shape"):
         dims = tuple(
             dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
         )
-    return Known(dims, None if tensor.elem_type in _NO_NUMBERS else ir.DataType(tensor.elem_type))
+    return _Known(dims, None if tensor.elem_type in _NO_NUMBERS else ir.DataType(tensor.elem_type))
 
 
 def _number_type(kind: ir.TypeProtocol | None) -> ir.DataType | None:

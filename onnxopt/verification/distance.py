@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxopt.verification.slices import Slices, axes_of
 
-__all__ = ["Distance", "arrays_of", "distance", "float_info", "is_finite", "is_float"]
+__all__ = ["Distance", "any_signal", "arrays_of", "distance", "float_info", "is_finite", "is_float"]
 
 _CHUNK = 1 << 20
 _MOST_CLASSES = 100_000
@@ -38,6 +38,11 @@ def is_finite(value: Any) -> bool:
     """Whether no float of an output is NaN or infinite."""
     arrays = [array for array in arrays_of(value) if array is not None and is_float(array.dtype)]
     return all(bool(np.isfinite(array.astype(np.float64)).all()) for array in arrays)
+
+
+def any_signal(value: Any) -> bool:
+    """Whether an output holds anything but zeros."""
+    return any(array is not None and bool(np.any(array)) for array in arrays_of(value))
 
 
 def distance(reference: Any, output: Any) -> Distance:

@@ -66,7 +66,7 @@ def judge(
     floor = noise.levels
     tolerated = [floor] if is_noise(floor) else []
     rough = [noise.nudges] if large else []
-    bound = min(_ENOUGH, *(one.sqnr - _SLACK for one in tolerated + rough))
+    bound = min([_ENOUGH, *(one.sqnr - _SLACK for one in tolerated + rough)])
     required = math.inf if strict else bound
     judged = kind != "lossy" and sight != "random" and all(map(is_noise, rough))
     slices = _weakest(low, [*tolerated, noise.nudges])

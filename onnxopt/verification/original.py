@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onnxopt.runtimes import Level, RunError, UnsupportedModelError
-from onnxopt.verification.distance import Distance, distance, is_finite
+from onnxopt.verification.distance import Distance, any_signal, distance, is_finite
 from onnxopt.verification.judge import Noise
 from onnxopt.verification.probes import Feeds, Group, Probe, nudged
 from onnxopt.verification.reference import Runner
@@ -87,8 +87,9 @@ def _try(probe: Probe, runner: Runner, done: Run) -> None:
         if probe.group != "large":
             done.notes.append(f"{probe.name} is left out, the original fails on it: {error}")
         return
-    if probe.group == "large":  # where sums overflow, another order of them may overflow elsewhere
-        lowest = {name: value for name, value in lowest.items() if is_finite(value)}
+    if probe.group == "large":
+        # Where sums overflow, another order of them may overflow elsewhere; zeros may be what underflowed.
+        lowest = {n: value for n, value in lowest.items() if is_finite(value) and any_signal(value)}
         if not lowest:
             return
     done.samples.append(Sample(probe.feeds, probe.group, lowest))

@@ -39,7 +39,7 @@ def probes(model: ir.Model, feeds: Feeds) -> Iterator[Probe]:
         tensor = value.const_value if value.is_initializer() else None
         if value.name and tensor is not None and tensor.dtype != ir.DataType.STRING:
             array = tensor.numpy()
-            changed = _changed(array)
+            changed = np.asarray(_changed(array))
             if not np.array_equal(changed, array):
                 (floats if is_float(array.dtype) else others)[value.name] = changed
     if floats:
@@ -63,26 +63,35 @@ def nudged(feeds: Feeds, seed: int = 0) -> Feeds:
         if isinstance(array, np.ndarray) and is_float(array.dtype):
             step = float(float_info(array.dtype).eps)
             factor = 1 + step * rng.integers(1, 2, array.shape, endpoint=True)
-            moved[name] = (array.astype(np.float64) * factor).astype(array.dtype)
+            moved[name] = np.asarray(array.astype(np.float64) * factor).astype(array.dtype)
     return moved
 
 
 def _changed(array: np.ndarray) -> np.ndarray:
     """Floats a little off their default; others reversed, so that indices and axes stay valid."""
     if is_float(array.dtype):
-        return (array.astype(np.float64) * 1.01 + 0.01).astype(array.dtype)
-    return ~array if array.dtype == bool else np.flip(array)
+        return np.asarray(array.astype(np.float64) * 1.01 + 0.01).astype(array.dtype)
+    return np.logical_not(array) if array.dtype == bool else np.flip(array)
 
 
 def _stretched(array: Any, clues: Clues | None) -> Any:
-    """Floats with their peak at 1000; the same object where it is no float, or steers an operator."""
+    """Floats with their peak at 1000, and half of them negative unless a root or a logarithm reads them.
+
+    The same object where it is no float, or steers an operator.
+    """
     if not isinstance(array, np.ndarray) or not is_float(array.dtype):
         return array
     if clues is None or clues.limits or clues.spans or clues.is_mask:
         return array
     wide = array.astype(np.float64)
     peak = float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0))
-    return (wide * (_LARGE / peak)).astype(array.dtype) if peak else array
+    if not peak:
+        return array
+    wide *= _LARGE / peak
+    if not clues.is_positive and array.size > 1:
+        negative = np.random.default_rng(0).permutation(array.size) % 2 == 1
+        wide = np.where(negative.reshape(array.shape), -np.abs(wide), np.abs(wide))
+    return wide.astype(array.dtype)
 
 
 def _shown(names: Mapping[str, Any]) -> str:

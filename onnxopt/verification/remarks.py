@@ -46,7 +46,8 @@ def unseen(
     """On the graph: what it does only for inputs that no sample holds."""
     asked = sorted({node.op_type for node in nodes(model) if node.op_type in ("IsNaN", "IsInf")})
     if asked and all(map(is_finite, (array for sample in samples for array in sample.feeds.values()))):
-        yield f"no sample holds NaN or infinity, which {' and '.join(asked)} ask for"
+        verb = "asks" if len(asked) == 1 else "ask"
+        yield f"no sample holds NaN or infinity, which {' and '.join(asked)} {verb} for"
     yield from _idle_branches(model, samples, open_model)
 
 
