@@ -50,6 +50,8 @@ def _opset_complaints(proto: onnx.ModelProto) -> Iterator[str]:
         )
     versions = [entry.version for entry in proto.opset_import if entry.domain in _DEFAULT]
     newest = onnx.defs.onnx_opset_version()
+    if len(set(versions)) > 1:
+        yield f"opset {versions[0]} and opset {versions[1]} are both imported: one of them is meant"
     for version in versions:
         if version > newest:
             yield f"opset {version} is newer than onnx {onnx.__version__} knows ({newest}); upgrade onnx"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ import onnxopt
 from models.bert import bert
 from models.digits_cnn import PATH, digits
 from models.resnet20 import resnet20
-from onnxopt import api
+from onnxopt import Edit, Pass, Rule, Scope, api
 from onnxopt.errors import NoSamplesError, UsageError
 from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, execute, sqnr, text_model
@@ -129,12 +131,13 @@ def test_a_trained_model_keeps_its_accuracy_to_the_last_digit() -> None:
 
 
 def test_calls_are_silent_and_re_entrant(capfd: pytest.CaptureFixture[str]) -> None:
-    proto = text_model(TEXT)
+    small = text_model(TEXT)
     shared = ir.from_proto(resnet20())
 
     def once(_: int) -> bytes:
-        onnxopt.optimize(proto, bench=False)
-        return dump(onnxopt.optimize(shared, bench=False).graph).SerializeToString(deterministic=True)
+        onnxopt.optimize(small, bench=False)
+        proto = dump(onnxopt.optimize(shared, bench=False).graph)
+        return bytes(proto.SerializeToString(deterministic=True))
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -205,3 +208,28 @@ def test_passes_given_as_objects() -> None:
     result = onnxopt.optimize(text_model(TEXT), passes=[EliminateIdentity()], bench=False)
     assert result.report.passes == ("eliminate-identity",)
     assert len(result.graph.graph) == 6
+
+
+@dataclass(frozen=True)
+class UseQuickGelu(Pass):
+    """Writes Relu as a contrib operator that comes near it."""
+
+    name = "use-quick-gelu"
+
+    def rules(self) -> Sequence[Rule]:
+        def apply(node: ir.Node, scope: Scope) -> Edit | None:
+            edit = Edit(node, scope)
+            y = edit.op("QuickGelu", node.inputs, {"alpha": 1e6}, domain="com.microsoft")
+            return edit.replace(node.outputs[0], y)
+
+        return (Rule("Relu", ("Relu",), apply),)
+
+
+@pytest.mark.parametrize(("target", "kept"), [("cpu", True), ("generic", False), ("tensorrt", False)])
+def test_targets_without_contrib_operators_get_none(target: str, kept: bool) -> None:
+    one = UseQuickGelu()
+    result = onnxopt.optimize(text_model(TEXT), passes=[one], target=target, bench=False, verify=False)
+    assert ("com.microsoft" in result.graph.opset_imports) == kept
+    assert ({node.domain for node in result.graph.graph} == {"", "com.microsoft"}) == kept
+    assert all("takes no operators of com.microsoft" in left.reason for left in result.report.left_out)
+    assert bool(result.report.left_out) != kept
