@@ -127,7 +127,11 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
 
 
 def test_passes_in_place_of_the_recipe_s() -> None:
-    for passes in ("eliminate-identity,sample", ["eliminate-identity", Sample()]):
+    either: tuple[str | list[str | Pass], ...] = (
+        "eliminate-identity,sample",
+        ["eliminate-identity", Sample()],
+    )
+    for passes in either:
         pipeline = build_pipeline("default", passes=passes, skip=["sample"])
         assert pipeline.passes == (EliminateIdentity(),)
 

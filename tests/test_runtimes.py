@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-import onnxopt.model
+import onnxopt.storage
 from onnxopt import runtimes
 from onnxopt.errors import ModelError, ProviderError, RuntimeMissingError, UsageError
 from onnxopt.runtimes import RunError, UnsupportedModelError, open_session, providers, runtime_version
@@ -212,7 +212,7 @@ def test_temporary_files_go_with_the_session(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(onnxopt.model, "LARGEST_PROTOBUF", 0)
+    monkeypatch.setattr(onnxopt.storage, "LARGEST_PROTOBUF", 0)
     session = open_session(ir.from_proto(parse(AFFINE)))
     assert list(tmp_path.iterdir())
     assert session.run({"x": np.zeros((1, 3), np.float32)})["y"].tolist() == [[1, 2, 3]]

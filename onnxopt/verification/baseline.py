@@ -144,7 +144,8 @@ class Baseline:
         self, name: str, kind: Kind, lowest: Mapping[Key, Distance], default: Mapping[Key, Distance]
     ) -> OutputVerdict:
         """The worst of the groups of samples; where nothing is judged, the figures of the given ones."""
-        strict = kind == "exact" or (kind == "reorder" and self.contract.quantized)
+        exact = kind == "exact" and not self.contract.half
+        strict = exact or (kind != "lossy" and self.contract.quantized)
         found = []
         for group, where in _WHERE.items():
             key: Key = (group, name)
@@ -158,7 +159,7 @@ class Baseline:
                     noise,
                     lowest[key],
                     default.get(key),
-                    large=group == "large",
+                    rough=group == "large" or self.contract.half,
                 )
                 reason = verdict.reason + where if verdict.reason else ""
                 found.append(replace(verdict, reason=reason))
@@ -178,6 +179,8 @@ class Baseline:
             notes.append(
                 "activations are quantized, and one flipped rounding spreads: bit-equality is required"
             )
+        if self.contract.half and kind == "exact":
+            notes.append("16-bit floats: the runtime's own Casts round them, so bit-equality is not required")
         overriding = sum(sample.group == "overridden" for sample in samples)
         if overriding:
             count = "one sample overrides" if overriding == 1 else f"{overriding} samples override"

@@ -11,6 +11,7 @@ from onnxopt.graph import constant_of, nodes, subgraphs_of
 
 __all__ = ["Contract", "Port"]
 
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _QUANTIZERS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"})
 
 
@@ -28,7 +29,8 @@ class Contract:
     """Names, types and declared shapes; `overridable` are initializers that are also graph inputs.
 
     `dependent` are the outputs that some graph input reaches (through its shape only counts where that shape
-    is dynamic); `quantized` says that activations are rounded to integers on the way.
+    is dynamic); `quantized` says that activations are rounded to integers on the way, `half` that some are of
+    16 bits, around which ONNX Runtime's CPU provider puts Casts as it sees fit.
     """
 
     inputs: tuple[Port, ...]
@@ -36,6 +38,7 @@ class Contract:
     outputs: tuple[Port, ...]
     dependent: frozenset[str]
     quantized: bool
+    half: bool
 
     @classmethod
     def of(cls, model: ir.Model) -> Self:
@@ -48,6 +51,12 @@ class Contract:
             tuple(map(_port, graph.outputs)),
             _dependent(graph, inputs),
             any(map(_rounds_activations, nodes(model))),
+            any(
+                value.dtype in _HALF
+                for node in nodes(model)
+                for value in (*node.inputs, *node.outputs)
+                if value
+            ),
         )
 
     def broken_by(self, after: Contract, *, frozen: bool) -> list[str]:

@@ -54,27 +54,28 @@ def judge(
     low: Distance,
     high: Distance | None,
     *,
-    large: bool = False,
+    rough: bool = False,
 ) -> OutputVerdict:
     """Judge one output by its distances at the runtime's lowest and default level (None: not measured).
 
     `strict` demands bit-equality at the lowest level. At the default level the runtime fuses two different
     graphs, each in its own way, so that no more than the bound of a reorder can be asked there, and nothing
-    where it computes something else than at its lowest level (`is_noise`). With `large` inputs a function
-    may be ill-conditioned, a sine of thousands: there the nudges count for the whole as for slices.
+    where it computes something else than at its lowest level (`is_noise`). On `rough` ground the nudges count
+    for the whole as they do for slices: with large inputs a function may be ill-conditioned, a sine of
+    thousands, and 16-bit floats are rounded where the runtime puts its Casts.
     """
     floor = noise.levels
     tolerated = [floor] if is_noise(floor) else []
-    rough = [noise.nudges] if large else []
-    bound = min([_ENOUGH, *(one.sqnr - _SLACK for one in tolerated + rough)])
+    nudges = [noise.nudges] if rough else []
+    bound = min([_ENOUGH, *(one.sqnr - _SLACK for one in tolerated + nudges)])
     required = math.inf if strict else bound
-    judged = kind != "lossy" and sight != "random" and all(map(is_noise, rough))
+    judged = kind != "lossy" and sight != "random" and all(map(is_noise, nudges))
     slices = _weakest(low, [*tolerated, noise.nudges])
     reason = next(iter(low.problems + (high.problems if high else [])), "")
     if judged and not reason:
-        reason = _fault(low, required, [] if strict else tolerated + rough) or _slice_fault(name, slices)
+        reason = _fault(low, required, [] if strict else tolerated + nudges) or _slice_fault(name, slices)
     if judged and not reason and high and is_noise(floor):
-        reason = _fault(high, bound, tolerated + rough) or _slice_fault(
+        reason = _fault(high, bound, tolerated + nudges) or _slice_fault(
             name, _weakest(high, [*tolerated, noise.nudges])
         )
         reason += " at the runtime's default level" if reason else ""

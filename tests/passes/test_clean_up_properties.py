@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxopt.claims import Pass
 from onnxopt.model import opener
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -16,7 +17,6 @@ from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
-from onnxopt.claims import Pass
 from onnxopt.pipeline import Pipeline
 from onnxopt.structure import signature_of
 from tests.support import assert_equivalent, run_pass, text_model

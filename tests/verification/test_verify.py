@@ -428,3 +428,22 @@ def test_samples_are_made_where_none_are_given() -> None:
     verdict = verify(cnn(), cnn(), seed=3)
     assert verdict.ok
     assert verdict.feeds >= 2
+
+
+def test_16_bit_floats_are_not_asked_to_be_bit_equal() -> None:
+    text = """agraph (float16[64,64] x) => (float16[64,64] y) <float16[64,64] w> {
+        a = MatMul(x, w)
+        b = Transpose(a)
+        c = Transpose(b)
+        y = Softmax(c)
+    }"""
+    before = parse(text)
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
+    before.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    after = onnx.ModelProto()
+    after.CopyFrom(before)
+    del after.graph.node[1:3]
+    after.graph.node[1].input[0] = "a"
+    verdict = verify(before, after, kind="exact")
+    assert verdict.status == "proved"
+    assert any("16-bit floats" in note for note in verdict.notes)
