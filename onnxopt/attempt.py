@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxopt.claims import KINDS, Kind, Pass, kind_of, pass_name
-from onnxopt.graph import nodes, tensor_bytes
+from onnxopt.graph import nodes, tensor_bytes, tensors
 from onnxopt.ledger import Ledger, Rewrite
+from onnxopt.protobuf import skeleton
 from onnxopt.structure import Signature, find_problem, signature_of
 
 __all__ = ["WHOLE", "Attempt", "Tally", "attempt"]
@@ -61,6 +63,7 @@ def attempt(
     *,
     tolerated: Callable[[], Container[str]],
     on_pass: Callable[[str], None] | None = None,
+    watch: bool = False,
 ) -> Attempt:
     """Run the passes in order, again and again until a whole turn changes nothing, or `rounds` times.
 
@@ -70,6 +73,7 @@ def attempt(
         ledger: grants rewrites.
         tolerated: gives problems of the input, which no pass is blamed for.
         on_pass: called with the name of each pass before it runs.
+        watch: look at the whole graph around each pass, and stop where one changed it without leave.
     """
     done = Attempt(passes, model, ledger, [Tally() for _ in passes])
     signature, size, quiet = signature_of(model), _size(model), 0
@@ -80,6 +84,7 @@ def attempt(
         if on_pass:
             on_pass(ledger.pass_name)
         started = time.perf_counter()
+        before = _Look.at(done.model) if watch else None
         try:
             done.model = _apply(one, done.model, ledger)
             ledger.visiting = None
@@ -89,11 +94,14 @@ def attempt(
         if done.problem is not None:
             return done
         changes = len(ledger.granted) - done.first
+        if before is not None and not changes and before.differs(done.model):
+            done.problem = "it changed the graph without the ledger's leave"
+            return done
         if changes:
-            signature, before, size = signature_of(done.model), size, _size(done.model)
+            signature, old, size = signature_of(done.model), size, _size(done.model)
             tally.changes += changes
-            tally.nodes += size[0] - before[0]
-            tally.bytes += size[1] - before[1]
+            tally.nodes += size[0] - old[0]
+            tally.bytes += size[1] - old[1]
         tally.seconds += time.perf_counter() - started
         quiet = 0 if changes else quiet + 1
         if ledger.exhausted or quiet == len(passes):
@@ -135,9 +143,28 @@ def _apply(one: ir.passes.PassBase, model: ir.Model, ledger: Ledger) -> ir.Model
         return model
     if not ledger.claim(WHOLE, ""):
         return model
+    before = _Look.at(model)
     result = one(model)
-    if result.modified:
+    if result.modified or before.differs(result.model):  # some do not say what they changed
         ledger.touch(nodes(result.model))
     else:
         ledger.granted.pop()
     return result.model
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a graph is at a moment: its protobuf without weights, and the tensors that are its weights."""
+
+    proto: bytes
+    weights: tuple[ir.TensorProtocol, ...]
+
+    @classmethod
+    def at(cls, model: ir.Model) -> _Look:
+        return cls(skeleton(model).SerializeToString(deterministic=True), tuple(tensors(model)))
+
+    def differs(self, model: ir.Model) -> bool:
+        """Whether the model is another one now."""
+        now = _Look.at(model)
+        same = len(now.weights) == len(self.weights) and all(map(operator.is_, now.weights, self.weights))
+        return not same or now.proto != self.proto

@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from onnxopt.attempt import WHOLE, Attempt, attempt
 from onnxopt.claims import Kind, kind_of, pass_name
-from onnxopt.errors import OnnxoptError
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.structure import all_problems, checker_complaint
 
@@ -102,10 +101,12 @@ class Pipeline:
         def tolerated() -> frozenset[str]:
             return all_problems(open_model())
 
-        def run(limit: int | None) -> Attempt:
+        def run(limit: int | None, *, watch: bool = False) -> Attempt:
             model = ready.pop() if ready else open_model()
             ledger = Ledger(limit, frozenset(left_out))
-            return attempt(self.passes, self.rounds, model, ledger, tolerated=tolerated, on_pass=on_pass)
+            return attempt(
+                self.passes, self.rounds, model, ledger, tolerated=tolerated, on_pass=on_pass, watch=watch
+            )
 
         def judge(done: Attempt) -> str | None:
             if done.problem is None and done.ledger.granted:
@@ -114,7 +115,8 @@ class Pipeline:
             return done.problem
 
         while judge(done := run(stop_after)) is not None:
-            culprit, problem = _culprit(done, run, judge)
+            watched = run(stop_after, watch=True) if done.blamed is None and not left_out else done
+            culprit, problem = _culprit(watched if watched.blamed else done, run, judge)
             left_out[_widen(culprit, left_out)] = problem
         model = done.model if done.ledger.granted else open_model()
         undone = tuple(LeftOut(rewrite, reason) for rewrite, reason in left_out.items())
@@ -150,10 +152,8 @@ def _culprit(
 def _widen(culprit: Rewrite, left_out: Mapping[Rewrite, str]) -> Rewrite:
     """The whole pass, once too many of its rewrites are left out or leaving one out did not help."""
     already = sum(other.pass_name == culprit.pass_name for other in left_out)
-    whole = Rewrite(culprit.pass_name, WHOLE, "")
-    if whole in left_out:
-        raise OnnxoptError(f"{culprit.pass_name}: breaks the model even with all its rewrites left out")
-    return whole if already >= _PATIENCE or culprit in left_out else culprit
+    out_of_patience = already >= _PATIENCE or culprit in left_out
+    return Rewrite(culprit.pass_name, WHOLE, "") if out_of_patience else culprit
 
 
 def _steps(done: Attempt) -> tuple[Step, ...]:

@@ -335,10 +335,33 @@ class Liar(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, False)
 
 
-def test_a_change_that_nobody_asked_leave_for_does_not_get_through() -> None:
-    outcome = Pipeline((Liar(),)).run(opener(text_model(CHAIN)))
-    assert outcome.changes == 0
+def test_a_pass_that_hides_its_change_is_blamed_for_it(proof: Callable[[ir.Model, Kind], str | None]) -> None:
+    outcome = Pipeline((AtSites(), Liar(), EliminateIdentity())).run(opener(text_model(CHAIN)), prove=proof)
+    assert outcome.left_out == ()
+    outcome = Pipeline((Liar(), EliminateIdentity())).run(opener(text_model(CHAIN)), prove=proof)
+    assert [str(left.rewrite) for left in outcome.left_out] == ["Liar: the whole pass"]
+    assert outcome.changes == 1
     assert_equivalent(text_model(CHAIN), outcome.model)
+
+
+def test_a_change_without_leave_is_blamed_on_its_pass(proof: Callable[[ir.Model, Kind], str | None]) -> None:
+    class Sneaks(Pass):
+        name = "sneaks"
+
+        def apply(self, model: ir.Model, ledger: Ledger) -> None:
+            for node in model.graph:
+                if node.op_type == "Neg":
+                    node.op_type = "Abs"
+
+    outcome = Pipeline((EliminateIdentity(), Sneaks())).run(opener(text_model(CHAIN)), prove=proof)
+    (left,) = outcome.left_out
+    assert str(left.rewrite) == "sneaks: the whole pass"
+    assert left.reason == "it changed the graph without the ledger's leave"
+    assert outcome.changes == 1
+    assert_equivalent(text_model(CHAIN), outcome.model)
+    alone = Pipeline((Sneaks(),)).run(opener(text_model(CHAIN)), prove=proof)
+    assert alone.changes == 0
+    assert_equivalent(text_model(CHAIN), alone.model)
 
 
 def test_a_renamed_output_is_seen_without_a_claim() -> None:

@@ -160,6 +160,7 @@ class Baseline:
                     lowest[key],
                     default.get(key),
                     rough=group == "large" or self.contract.half,
+                    stretched=group == "large",
                 )
                 reason = verdict.reason + where if verdict.reason else ""
                 found.append(replace(verdict, reason=reason))

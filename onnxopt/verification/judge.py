@@ -55,6 +55,7 @@ def judge(
     high: Distance | None,
     *,
     rough: bool = False,
+    stretched: bool = False,
 ) -> OutputVerdict:
     """Judge one output by its distances at the runtime's lowest and default level (None: not measured).
 
@@ -66,10 +67,10 @@ def judge(
     """
     floor = noise.levels
     tolerated = [floor] if is_noise(floor) else []
-    nudges = [noise.nudges] if rough else []
+    nudges = [noise.nudges] if rough and is_noise(noise.nudges) else []
     bound = min([_ENOUGH, *(one.sqnr - _SLACK for one in tolerated + nudges)])
     required = math.inf if strict else bound
-    judged = kind != "lossy" and sight != "random" and all(map(is_noise, nudges))
+    judged = kind != "lossy" and sight != "random" and (not stretched or is_noise(noise.nudges))
     slices = _weakest(low, [*tolerated, noise.nudges])
     reason = next(iter(low.problems + (high.problems if high else [])), "")
     if judged and not reason:
@@ -114,6 +115,8 @@ def _weakest(found: Distance, floors: Sequence[Distance]) -> SliceVerdict | None
     worst = None
     for axis, slices in found.slices.items():
         levels = slices.sqnr
+        if not len(levels):  # nothing finite, or nothing at all
+            continue
         bounds = np.full(len(levels), _SLICE_ENOUGH)
         for floor in floors:
             own = floor.slices[axis].sqnr[: len(bounds)] if axis in floor.slices else bounds[:0]

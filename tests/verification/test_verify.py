@@ -447,3 +447,32 @@ def test_16_bit_floats_are_not_asked_to_be_bit_equal() -> None:
     verdict = verify(before, after, kind="exact")
     assert verdict.status == "proved"
     assert any("16-bit floats" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["z = Neg(x)\n w = Abs(z)\n v = Neg(w)\n n = Sub(v, one)\n y = Log(n)", "y = Slice(x, zero, zero)"],
+)
+def test_outputs_without_a_finite_number_do_not_stop_the_others(body: str) -> None:
+    text = f"""agraph (float[2,4] x) => (float y, float[2,4] e)
+        <float[1] one = {{1}}, int64[1] zero = {{0}}> {{ {body}\n e = Exp(x) }}"""
+    model = parse(text)
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    assert verify(model, model).status == "proved"
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("s = Mul(x, k)\n y = Sin(s)", "s = Mul(x, k)\n y = Cos(s)"),
+        ("s = Mul(x, k)\n r = Round(s)\n y = Sub(r, k)", "s = Mul(x, k)\n r = Abs(s)\n y = Sub(r, k)"),
+    ],
+)
+def test_rough_16_bit_functions_are_still_judged(body: str, wrong: str) -> None:
+    def model(inner: str) -> onnx.ModelProto:
+        head = "agraph (float16[8,8] x) => (float16[8,8] y) <float[1] kf = {2000}>"
+        return parse(f"{head} {{ k = Cast<to = 10>(kf)\n {inner} }}")
+
+    assert verify(model(body), model(body)).status == "proved"
+    assert verify(model(body), model(wrong)).status == "failed"
