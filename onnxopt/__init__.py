@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
     from onnxopt.errors import (
-        ClaimError,
         ModelError,
         OnnxoptError,
         ProviderError,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ClaimError": "errors",
     "Declined": "rewrite",
     "Edit": "rewrite",
     "Inspection": "inspection",
@@ -65,7 +63,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "ClaimError",
     "Declined",
     "Edit",
     "Inspection",

@@ -4,7 +4,6 @@
     ├── UsageError               2  an option, pass, recipe or data source that cannot be used
     │   └── NoSamplesError       2  no valid input for a model could be made up
     ├── ModelError               2  a file that is no usable ONNX model, or a place it cannot be written to
-    ├── ClaimError               1  a claim failed: equivalence, accuracy, budget
     ├── ProviderError            3  an execution provider that was asked for cannot run here
     └── RuntimeMissingError      2  onnxruntime is not installed
 
@@ -18,7 +17,6 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 __all__ = [
-    "ClaimError",
     "ModelError",
     "NoSamplesError",
     "OnnxoptError",
@@ -50,12 +48,6 @@ class ModelError(OnnxoptError, ValueError):
     """A file that is no usable ONNX model, or a place it cannot be written to."""
 
     exit_code = 2
-
-
-class ClaimError(OnnxoptError):
-    """A claim failed: the numbers do not hold, or a budget is not kept."""
-
-    exit_code = 1
 
 
 class ProviderError(OnnxoptError):

@@ -99,7 +99,13 @@ def clone(model: ir.Model) -> ir.Model:
 def _own(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """A tensor of the same data; a name given to it stays its own."""
     if isinstance(tensor, ir.serde.TensorProtoTensor):
-        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+        return ir.Tensor(
+            tensor.numpy(),
+            dtype=tensor.dtype,
+            name=tensor.name,
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+        )
     return copy.copy(tensor)
 
 

@@ -154,6 +154,8 @@ def parse_pass(text: str) -> ir.passes.PassBase:
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{name}: expected option=value, found {part!r}")
+        if key.strip() in given:
+            raise UsageError(f"{name}: option {key.strip()!r} is given twice")
         given[key.strip()] = value.strip()
     typed = _typed(name, known[name], given)
     try:

@@ -91,9 +91,11 @@ def check_target(target: Path) -> None:
         ModelError: it is a folder, a device or write-protected, or its folder is missing or closed to us.
     """
     try:
-        complaint = _complaint(target)
+        complaint = _complaint(target.resolve())
     except OSError as error:
         complaint = error.strerror
+    except RuntimeError:
+        complaint = "it is a link to itself"
     if complaint:
         raise ModelError(f"{target}: cannot be written: {complaint}")
 
@@ -192,8 +194,17 @@ def _own_data(target: Path) -> set[Path]:
         proto.ParseFromString(target.read_bytes())
     except DecodeError:  # what is replaced is no model
         return set()
-    names = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
+    weights = (tensor for graph in _graphs_of(proto.graph) for tensor in graph.initializer)
+    names = {entry.value for t in weights for entry in t.external_data if entry.key == "location"}
     return {target.parent / name for name in names if pattern.fullmatch(name)}
+
+
+def _graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attr in node.attribute:
+            if attr.HasField("g"):
+                yield from _graphs_of(attr.g)
 
 
 @contextmanager

@@ -75,6 +75,7 @@ def test_a_list_of_passes() -> None:
         ("sample{limit=three}", "sample: limit: expected int, found 'three'"),
         ("sample{deep=yes}", "sample: deep: expected bool, found 'yes'"),
         ("sample{scheme=int5}", r"sample: scheme: unknown value 'int5' \(did you mean 'int8'\?\)"),
+        ("sample{limit=1,limit=2}", "sample: option 'limit' is given twice"),
         ("sample{limit}", "sample: expected option=value, found 'limit'"),
         ("eliminate-identity{a=1}", "eliminate-identity: unknown option 'a': it has none"),
         ("sample{", "expected name or name"),

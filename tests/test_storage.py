@@ -19,7 +19,7 @@ import pytest
 from onnxopt import storage
 from onnxopt.errors import ModelError
 from onnxopt.model import load
-from onnxopt.storage import save
+from onnxopt.storage import check_target, save
 from tests.support import text_model
 
 TEXT = "agraph (float[2,3] x) => (float[2,3] y) { a = Relu(x)\n y = Neg(a) }"
@@ -193,3 +193,31 @@ def test_threads_can_save_one_model_at_once(tmp_path: Path) -> None:
     tensor = model.graph.initializers["w"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     assert Path(tensor.path).name.startswith("source.onnx.")
+
+
+def test_links_to_nowhere_are_refused_before_the_work(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.onnx"
+    loop.symlink_to(loop)
+    with pytest.raises(ModelError, match="cannot be written"):
+        check_target(loop)
+    far = tmp_path / "far.onnx"
+    far.symlink_to(tmp_path / "missing" / "m.onnx")
+    with pytest.raises(ModelError, match="there is no folder"):
+        check_target(far)
+
+
+def test_data_of_branches_is_replaced_too(tmp_path: Path) -> None:
+    text = """agraph (bool c, float[4096] x) => (float[4096] y) {
+        y = If(c) <then_branch = t () => (float[4096] p) { p = Neg(x) },
+                   else_branch = e () => (float[4096] q) { q = Abs(x) }>
+    }"""
+    for value in (1.0, 2.0):
+        model = load(text_model(text))
+        body = next(iter(model.graph[0].attributes.values())).as_graph()
+        weight = ir.Value(name="w", const_value=ir.tensor(np.full(4096, value, np.float32), name="w"))
+        body.register_initializer(weight)
+        body[0].op_type = "Add"
+        body[0].resize_inputs(2)
+        body[0].replace_input_with(1, weight)
+        save(model, tmp_path / "m.onnx", external_data=True)
+    assert len(list(tmp_path.glob("*.data"))) == 1

@@ -42,7 +42,9 @@ __all__ = ["command"]
 @click.option("--no-metadata", is_flag=True, help="Record nothing in the model's metadata.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option(
-    "--strict", is_flag=True, help="Exit 1 where a rewrite was left out or nothing could be gained."
+    "--strict",
+    is_flag=True,
+    help="Exit 1 and write nothing where a rewrite was left out or nothing was gained.",
 )
 @click.option("--list-declined", is_flag=True, help="Name each place where a pass declined.")
 @json_option

@@ -69,7 +69,7 @@ def command(
         feeds=None if data is None else read_feeds(data, before),
         seed=seed,
         shapes=shapes_of(shape),
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]  # click has checked the choice
         provider=provider,
         frozen=frozen,
     )

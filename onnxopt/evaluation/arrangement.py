@@ -160,7 +160,7 @@ def _pad(call: Call) -> np.ndarray:
         raise CannotEvaluateError("Pad takes elements away in a way that runtimes differ on")
     grow = [(max(before, 0), max(after, 0)) for before, after in amounts]
     if mode != "constant":
-        return np.asarray(np.pad(x, grow, mode))  # type: ignore[call-overload]
+        return np.asarray(np.pad(x, grow, mode))  # type: ignore[call-overload]  # the mode is one of _PAD_MODES
     fill = call.optional(2) if call.opset >= 11 else np.asarray(float_attr(call.node, "value", 0.0), x.dtype)
     result = np.full([s + b + a for s, (b, a) in zip(x.shape, grow, strict=True)], 0, x.dtype)
     if fill is not None:

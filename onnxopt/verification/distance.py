@@ -24,7 +24,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 def float_info(dtype: np.dtype[Any]) -> Any:
     """`numpy.finfo`, of ml_dtypes' types too."""
-    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]  # ml_dtypes has no types
 
 
 def arrays_of(value: Any) -> list[np.ndarray | None]:

@@ -6,9 +6,10 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from onnxopt.claims import Kind
+
 __all__ = ["Kind", "OutputVerdict", "Sight", "SliceVerdict", "Status", "Verdict", "margin"]
 
-Kind = Literal["exact", "reorder", "lossy"]
 Status = Literal["proved", "measured", "failed", "unproved"]
 Sight = Literal["compared", "constant", "zero", "empty", "not finite", "random"]
 
