@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ agraph (float[2,3] x) => (float[2,3] y) {
 """
 
 PLUGIN = """
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from dataclasses import dataclass
     from onnxopt import Edit, Pass, Rule
 
@@ -109,8 +109,8 @@ def test_the_kind_that_was_given_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [resnet20, bert])
-def test_models_as_exporters_write_them_keep_their_numbers(make: object) -> None:
-    proto = make()  # type: ignore[operator]
+def test_models_as_exporters_write_them_keep_their_numbers(make: Callable[[], onnx.ModelProto]) -> None:
+    proto = make()
     result = onnxopt.optimize(proto, bench=False)
     verdict = result.report.verdict
     assert verdict is not None
