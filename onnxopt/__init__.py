@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from onnxopt.pipeline import Pipeline
     from onnxopt.recipe import load_recipe, parse_pass
     from onnxopt.reporting import Report
-    from onnxopt.rewrite import Declined, Edit, Rule, Scope
+    from onnxopt.rewrite import Declined, Edit, Rule
+    from onnxopt.scope import Scope
     from onnxopt.storage import save
     from onnxopt.verification import Verdict, verify
 
@@ -47,7 +48,7 @@ _HOMES = {
     "Result": "api",
     "Rule": "rewrite",
     "RuntimeMissingError": "errors",
-    "Scope": "rewrite",
+    "Scope": "scope",
     "Timing": "benchmarking",
     "UsageError": "errors",
     "Verdict": "verification",

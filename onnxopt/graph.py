@@ -23,6 +23,7 @@ __all__ = [
     "nested",
     "nodes",
     "pieces",
+    "rename_nodes_apart",
     "roots",
     "sole_user",
     "static_shape",
@@ -148,6 +149,16 @@ def value_names(model: ir.Model) -> set[str]:
         for node in graph:
             names.update(v.name for v in node.outputs if v.name)
     return names
+
+
+def rename_nodes_apart(model: ir.Model) -> bool:
+    """Give each node a name of its own, where two share one; False where none do."""
+    names = [node.name for node in nodes(model) if node.name]
+    if len(names) == len(set(names)):
+        return False
+    for index, node in enumerate(nodes(model)):
+        node.name = f"node_{index}"
+    return True
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:

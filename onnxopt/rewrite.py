@@ -8,19 +8,19 @@ what the change touched.
 
 from __future__ import annotations
 
-import functools
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
-from onnxopt.graph import roots, subgraphs_of, value_names, walk
+from onnxopt.graph import subgraphs_of, walk
 from onnxopt.ledger import Ledger, Rewrite
+from onnxopt.scope import Scope, scopes
 
-__all__ = ["Declined", "Edit", "Rule", "Scope", "drive", "scopes"]
+__all__ = ["Declined", "Edit", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -33,51 +33,6 @@ class Declined(Exception):  # noqa: N818 - a decision, not an error
 
 class UnendingError(OnnxoptError):
     """A pass goes on rewriting what it has rewritten."""
-
-
-class Names:
-    """The value names of a model, collected when the first new one is asked for."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
-        self._numbers: Counter[str] = Counter()
-
-    @functools.cached_property
-    def _taken(self) -> set[str]:
-        return value_names(self._model)
-
-    def fresh(self, like: str) -> str:
-        """A name that no value has; it starts with `like`."""
-        name = like
-        while name in self._taken:
-            self._numbers[like] += 1
-            name = f"{like}_{self._numbers[like]}"
-        self._taken.add(name)
-        return name
-
-
-@dataclass
-class Scope:
-    """A graph that stands for itself (the main graph or a function's body) with all that is nested in it."""
-
-    graph: ir.Graph
-    opset: int
-    """Version of the default operator set."""
-    holds_initializers: bool
-    """False in functions, and below IR version 4, where each initializer would have to be a graph input."""
-    names: Names
-
-    def fresh(self, like: str) -> str:
-        """A name that no value has; it starts with `like`."""
-        return self.names.fresh(like)
-
-
-def scopes(model: ir.Model) -> Iterator[Scope]:
-    """The scopes of a model: the main graph, then each function."""
-    names = Names(model)
-    for root in roots(model):
-        opset = root.opset_imports.get("", 1)
-        yield Scope(root, opset, root is model.graph and model.ir_version >= 4, names)
 
 
 @dataclass(frozen=True)

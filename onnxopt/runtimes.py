@@ -21,7 +21,6 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import onnx.parser
-import onnx_ir as ir
 
 from onnxopt.errors import (
     ModelError,
@@ -32,7 +31,7 @@ from onnxopt.errors import (
     did_you_mean,
     one_line,
 )
-from onnxopt.graph import nodes
+from onnxopt.graph import rename_nodes_apart
 from onnxopt.model import ModelLike, load
 from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
 from onnxopt.storage import materialize
@@ -216,8 +215,8 @@ def open_session(
             raw = ort.InferenceSession(opened, options, providers=wanted, enable_fallback=False)
         except Exception as error:  # ONNX Runtime's classes have no common base below Exception
             why = one_line(error)
-            renamed = _with_unique_node_names(load(source)) if _SAME_NODE_NAME in why else None
-            if renamed is not None:
+            renamed = load(source) if _SAME_NODE_NAME in why else None
+            if renamed is not None and rename_nodes_apart(renamed):
                 return open_session(
                     renamed,
                     provider=provider,
@@ -233,16 +232,6 @@ def open_session(
         session = Session(raw, provider, label, stack.pop_all())
     _check_assignment(ort, session)
     return session
-
-
-def _with_unique_node_names(model: ir.Model) -> ir.Model | None:
-    """The same with other names, since ONNX Runtime refuses two nodes of one; None where they are unique."""
-    names = [node.name for node in nodes(model) if node.name]
-    if len(names) == len(set(names)):
-        return None
-    for index, node in enumerate(nodes(model)):
-        node.name = f"node_{index}"
-    return model
 
 
 def _session_options(ort: ModuleType, level: Level, threads: int, config: Mapping[str, str]) -> Any:

@@ -25,6 +25,7 @@ ENGINE = {
     "protobuf",
     "recipe",
     "rewrite",
+    "scope",
     "storage",
     "structure",
     "targets",

@@ -15,7 +15,8 @@ from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.model import opener
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 from tests.support import assert_equivalent, execute, random_feeds, text_model
 
 CHAIN = """

@@ -11,7 +11,8 @@ import pytest
 from onnxopt.graph import nodes
 from onnxopt.ledger import Ledger
 from onnxopt.model import load
-from onnxopt.rewrite import Declined, Edit, Rule, Scope, drive, scopes
+from onnxopt.rewrite import Declined, Edit, Rule, drive
+from onnxopt.scope import Scope, scopes
 from onnxopt.structure import find_problem
 from tests.support import assert_equivalent, text_model
 

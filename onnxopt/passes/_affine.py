@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from onnxopt.graph import float_attr, ints_attr, str_attr
 from onnxopt.passes._layer import Layer, require_sole_reader
-from onnxopt.rewrite import Declined, Edit, Scope
+from onnxopt.rewrite import Declined, Edit
+from onnxopt.scope import Scope
 
 __all__ = ["scale_inputs", "scale_outputs"]
 

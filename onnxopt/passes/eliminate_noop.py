@@ -20,7 +20,8 @@ import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["EliminateNoop"]
 

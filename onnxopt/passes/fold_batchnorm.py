@@ -25,7 +25,8 @@ from onnxopt.claims import Kind, Pass
 from onnxopt.graph import float_attr, has_reference, int_attr, sole_user
 from onnxopt.passes._affine import scale_inputs, scale_outputs
 from onnxopt.passes._layer import LAYERS, Layer, constant, layer_of, require_sole_reader
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["FoldBatchnorm"]
 

@@ -27,7 +27,8 @@ from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import has_reference, is_deterministic, static_shape, subgraphs_of
 from onnxopt.inference import refine
 from onnxopt.ledger import Ledger
-from onnxopt.rewrite import Declined, Edit, Scope, scopes
+from onnxopt.rewrite import Declined, Edit
+from onnxopt.scope import Scope, scopes
 
 __all__ = ["FoldConstants"]
 

@@ -20,7 +20,8 @@ from onnx_ir.passes.common import InlinePass
 from onnxopt.claims import Pass
 from onnxopt.graph import nodes, subgraphs_of
 from onnxopt.ledger import Ledger
-from onnxopt.rewrite import Declined, Scope, scopes
+from onnxopt.rewrite import Declined
+from onnxopt.scope import Scope, scopes
 
 __all__ = ["InlineFunctions"]
 

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import constant_of
 from onnxopt.ledger import Ledger
-from onnxopt.rewrite import Declined, Scope, scopes
+from onnxopt.rewrite import Declined
+from onnxopt.scope import Scope, scopes
 
 __all__ = ["LiftConstants"]
 

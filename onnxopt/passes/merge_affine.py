@@ -25,7 +25,8 @@ import onnx_ir as ir
 from onnxopt.claims import Kind, Pass
 from onnxopt.passes._affine import scale_inputs, scale_outputs
 from onnxopt.passes._layer import LAYERS, along, constant, is_stored, layer_of, require_sole_reader
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["MergeAffine"]
 

@@ -22,7 +22,8 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import constant_of, float_attr
 from onnxopt.passes._chain import before, rank_of, require_alone
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["MergeClip"]
 

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import int_attr
 from onnxopt.passes._chain import before, normalised, rank_of, require_alone
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["MergeConcat"]
 

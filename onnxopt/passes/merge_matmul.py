@@ -23,8 +23,10 @@ import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.graph import float_attr
-from onnxopt.passes._layer import LARGE, Layer, layer_of, require_sole_reader, rounded
-from onnxopt.rewrite import Declined, Edit, Rule, Scope
+from onnxopt.passes._layer import Layer, layer_of, require_sole_reader
+from onnxopt.passes._weight import LARGE, rounded
+from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["MergeMatmul"]
 

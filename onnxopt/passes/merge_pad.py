@@ -22,7 +22,8 @@ from onnxopt.claims import Kind, Pass
 from onnxopt.graph import int_attr, ints_attr, str_attr
 from onnxopt.passes._chain import before, normalised, rank_of, require_alone
 from onnxopt.passes._padding import ZERO, Pads, fill_array, fill_of, pads_of, require_constant_mode
-from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule, Scope
+from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule
+from onnxopt.scope import Scope
 
 __all__ = ["MergePad"]
 
