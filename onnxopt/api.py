@@ -120,9 +120,10 @@ def optimize(
         skip=skip,
         freeze_initializers=freeze_initializers,
     )
-    job = _Job(model, opener(model), pipeline, where, shapes, seed, progress or _silent)
-    job.progress("reading the model", None)
-    original = job.open_model()
+    say = progress or _silent
+    say("reading the model", None)
+    open_model = opener(model)
+    job = _Job(model, open_model(), open_model, pipeline, where, shapes, seed, say)
     samples = _samples(job, data) if verify or bench else []
     if verify:
         outcome, verdict = _rewrite_and_prove(job, samples, stop_after, freeze_initializers)
@@ -137,7 +138,7 @@ def optimize(
         job.notes.append("left as it was: the rewritten model is measurably slower")
     rewritten = job.open_model() if slower else outcome.model
     if metadata and outcome.changes and not slower:
-        _record(rewritten, model, outcome)
+        _record(rewritten, outcome, fingerprint(model, job.original))
     sizes = {**(shapes or {}), **_sizes_of(samples)}
     report = Report(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
@@ -146,7 +147,7 @@ def optimize(
         seed=seed,
         versions=_versions(),
         shapes=sizes,
-        before=measure_size(original, sizes),
+        before=measure_size(job.original, sizes),
         after=measure_size(rewritten, sizes),
         steps=outcome.steps,
         left_out=outcome.left_out,
@@ -186,6 +187,7 @@ class _Job:
     """What the steps of one call of `optimize` share."""
 
     model: ModelLike
+    original: ir.Model
     open_model: Callable[[], ir.Model]
     pipeline: Pipeline
     target: Target
@@ -196,7 +198,7 @@ class _Job:
 
     def run(self, *, prove: Proof | None = None, stop_after: int | None = None) -> Outcome:
         """Run the pipeline, and tell of each pass."""
-        known = domains(self.open_model()) | STANDARD
+        known = domains(self.original) | STANDARD
 
         def judge(candidate: ir.Model, kind: Kind) -> str | None:
             strange = set() if self.target.contrib else domains(candidate) - known
@@ -257,13 +259,13 @@ def _measure(job: _Job, outcome: Outcome, provider: str, samples: Sequence[Feeds
         return None
 
 
-def _record(model: ir.Model, source: ModelLike, outcome: Outcome) -> None:
+def _record(model: ir.Model, outcome: Outcome, input_sha256: str) -> None:
     """Write into the model's metadata what was done to it, by which versions, and to which input."""
     applied = [step.name for step in outcome.steps if step.changes]
     versions = " ".join(f"{name}={version}" for name, version in _versions().items())
     model.metadata_props["onnxopt.passes"] = ",".join(applied)
     model.metadata_props["onnxopt.versions"] = versions
-    model.metadata_props["onnxopt.input_sha256"] = fingerprint(source)
+    model.metadata_props["onnxopt.input_sha256"] = input_sha256
 
 
 def _versions() -> dict[str, str]:

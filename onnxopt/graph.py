@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,7 @@ __all__ = [
     "constant_of",
     "domains",
     "float_attr",
+    "function_name",
     "graphs",
     "has_reference",
     "int_attr",
@@ -81,6 +82,11 @@ def walk(graph: ir.Graph) -> Iterator[ir.Node]:
 def domains(model: ir.Model) -> set[str]:
     """The domains of all operators; that of ONNX's own is empty."""
     return {node.domain for node in nodes(model)}
+
+
+def function_name(key: tuple[str, str, str]) -> str:
+    """A function's domain, name and overload as one text: `my.ops::Twist`."""
+    return "::".join(filter(None, key))
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
@@ -240,17 +246,15 @@ def ints_attr(node: ir.Node, name: str) -> tuple[int, ...] | None:
     return None if attr is None else tuple(attr.as_ints())
 
 
-def is_deterministic(node: ir.Node, known_domains: Mapping[str, int] | None = None) -> bool:
-    """Whether the node gives the same outputs for the same inputs, each time it runs.
+def is_deterministic(node: ir.Node) -> bool:
+    """Whether the node surely gives the same outputs for the same inputs, each time it runs.
 
-    Ops of domains other than ONNX's own are trusted only where `known_domains` names them.
+    Of ops of domains other than ONNX's own nothing is known.
     """
-    if node.domain not in ("", "ai.onnx.ml") and node.domain not in (known_domains or {}):
-        return False
-    if node.op_type in NONDETERMINISTIC:
+    if node.domain not in ("", "ai.onnx.ml") or node.op_type in NONDETERMINISTIC:
         return False
     if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
         training = constant_array(node.inputs[2])
         if training is None or bool(training.any()):
             return False
-    return all(is_deterministic(inner, known_domains) for graph in subgraphs_of(node) for inner in graph)
+    return all(is_deterministic(inner) for graph in subgraphs_of(node) for inner in graph)

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-__all__ = ["Ledger", "Rewrite"]
+__all__ = ["Ledger", "Rewrite", "site_of"]
+
+
+def site_of(node: ir.Node) -> str:
+    """How the place of a rewrite at this node is called: by its first output, where that has a name."""
+    return node.outputs[0].name or node.name or node.op_type
 
 
 @dataclass(frozen=True, order=True)

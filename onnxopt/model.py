@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from onnxopt.admission import admit
 from onnxopt.errors import ModelError, one_line
-from onnxopt.graph import graphs, pieces, roots, subgraphs_of, tensors
+from onnxopt.graph import graphs, pieces, roots, subgraphs_of, tensors, walk
 from onnxopt.protobuf import in_memory, skeleton
 
 __all__ = [
@@ -85,15 +85,27 @@ def reusable(source: ModelLike) -> ModelLike:
 def clone(model: ir.Model) -> ir.Model:
     """A clone whose tensors are its own, as far as names and mapped files go; their data is shared."""
     own = model.clone()
-    for graph in graphs(own):
+    _replace_tensors(own, _own, _own)
+    return own
+
+
+def _replace_tensors(
+    model: ir.Model,
+    initializer: Callable[[ir.TensorProtocol], ir.TensorProtocol],
+    attribute: Callable[[ir.TensorProtocol], ir.TensorProtocol],
+) -> None:
+    """Put in place of each initializer's and each tensor attribute's tensor the one that is given for it."""
+    for graph in graphs(model):
         for value in graph.initializers.values():
             if value.const_value is not None:
-                value.const_value = _own(value.const_value)
+                value.const_value = initializer(value.const_value)
         for node in graph:
             for name, attr in node.attributes.items():
-                if not attr.is_ref() and attr.type == ir.AttributeType.TENSOR:
-                    node.attributes[name] = ir.AttrTensor(name, _own(attr.as_tensor()), attr.doc_string)
-    return own
+                if attr.is_ref() or attr.type != ir.AttributeType.TENSOR:
+                    continue
+                new = attribute(attr.as_tensor())
+                if new is not attr.as_tensor():
+                    node.attributes[name] = ir.AttrTensor(name, new, attr.doc_string)
 
 
 def _own(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -176,16 +188,15 @@ def _bind_tensors(model: ir.Model, who: str, path: Path | None) -> None:
 
     External tensors in attributes are read: in what is saved, only initializers are external.
     """
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value = _bound(value.const_value, who, path)
-        for node in graph:
-            for name, attr in node.attributes.items():
-                if not attr.is_ref() and attr.type == ir.AttributeType.TENSOR:
-                    bound = _bound(attr.as_tensor(), who, path)
-                    if read := in_memory(bound):
-                        node.attributes[name] = ir.AttrTensor(name, read, attr.doc_string)
+
+    def bound(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        return _bound(tensor, who, path)
+
+    def read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        checked = bound(tensor)
+        return in_memory(checked) or checked
+
+    _replace_tensors(model, bound, read)
 
 
 def _bound(tensor: ir.TensorProtocol, who: str, path: Path | None) -> ir.TensorProtocol:
@@ -237,9 +248,7 @@ def _is_sorted(graph: ir.Graph) -> bool:
     """Whether each node stands after those it reads from; bodies count as part of their node."""
     seen: set[ir.Node] = set()
     for node in graph:
-        within = (
-            value for body in subgraphs_of(node) for inner in body.all_nodes() for value in inner.inputs
-        )
+        within = (value for body in subgraphs_of(node) for inner in walk(body) for value in inner.inputs)
         for value in itertools.chain(node.inputs, within):
             producer = value.producer() if value is not None else None
             if producer is not None and producer.graph is graph and producer not in seen:
@@ -256,12 +265,14 @@ def _sort(model: ir.Model, who: str) -> None:
         raise ModelError(f"{who}: the graph has a cycle") from None
 
 
-def fingerprint(source: ModelLike) -> str:
-    """SHA-256 of the model: of the file's bytes, followed by those of its external data files."""
+def fingerprint(source: ModelLike, loaded: ir.Model | None = None) -> str:
+    """SHA-256 of the model: of the file's bytes, followed by those of its external data files.
+
+    `loaded` is the source as the caller has loaded it, so that it need not be again.
+    """
     digest = hashlib.sha256()
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        model = load(path)
+        path, model = Path(source), loaded or load(source)
         files = [path, *sorted({Path(t.path) for t in tensors(model) if isinstance(t, ir.ExternalTensor)})]
         for file in files:
             with file.open("rb") as stream:
@@ -271,7 +282,7 @@ def fingerprint(source: ModelLike) -> str:
     elif isinstance(source, onnx.ModelProto):
         digest.update(source.SerializeToString(deterministic=True))
     else:
-        model = load(source)
+        model = loaded or load(source)
         digest.update(skeleton(model, keep=0).SerializeToString(deterministic=True))
         for tensor in tensors(model):
             for piece in pieces(tensor):

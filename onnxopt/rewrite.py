@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import subgraphs_of, walk
-from onnxopt.ledger import Ledger, Rewrite
+from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
 __all__ = ["Declined", "Edit", "Rule", "drive"]
@@ -249,7 +249,7 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
     for rule in rules:
         if node.graph is None:
             break
-        site = node.outputs[0].name or node.name or node.op_type
+        site = site_of(node)
         ledger.visiting = Rewrite(ledger.pass_name, rule.name, site)
         if ledger.leaves_out(ledger.visiting):
             continue

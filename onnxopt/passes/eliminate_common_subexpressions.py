@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.graph import is_deterministic, roots, subgraphs_of
-from onnxopt.ledger import Ledger
+from onnxopt.ledger import Ledger, site_of
 from onnxopt.rewrite import substitute
 
 __all__ = ["EliminateCommonSubexpressions"]
@@ -74,7 +74,7 @@ class _Sweep:
             del first[key]
 
     def merge(self, node: ir.Node, kept: ir.Node) -> None:
-        site = node.outputs[0].name or node.name or node.op_type
+        site = site_of(node)
         pairs = list(zip(node.outputs, kept.outputs, strict=True))
         if kept.graph is not node.graph and any(old.is_graph_output() for old in node.outputs):
             self.ledger.decline(_RULE, site, "is a graph output whose value comes from outside the graph")

@@ -16,8 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import graphs, has_reference, int_attr, nodes, roots, subgraphs_of
-from onnxopt.ledger import Ledger
+from onnxopt.graph import function_name, graphs, has_reference, int_attr, nodes, roots, subgraphs_of, walk
+from onnxopt.ledger import Ledger, site_of
 
 __all__ = ["EliminateDead"]
 
@@ -49,7 +49,7 @@ def _sweep(graph: ir.Graph, opsets: dict[str, int], present: set[ir.Node], ledge
     """Remove unread nodes from the last to the first, so that one sweep takes whole chains."""
     for node in reversed(graph):
         unread = node.outputs and not any(_is_read(value, present) for value in node.outputs)
-        if unread and ledger.claim("unused node", node.outputs[0].name or node.name or node.op_type):
+        if unread and ledger.claim("unused node", site_of(node)):
             _remove(node, graph, present)
             continue
         for body in subgraphs_of(node):
@@ -60,7 +60,7 @@ def _sweep(graph: ir.Graph, opsets: dict[str, int], present: set[ir.Node], ledge
 
 def _remove(node: ir.Node, graph: ir.Graph, present: set[ir.Node]) -> None:
     """Remove a node, and what the graphs inside it read from around it."""
-    inside = [inner for body in subgraphs_of(node) for inner in body.all_nodes()]
+    inside = [inner for body in subgraphs_of(node) for inner in walk(body)]
     for gone in (node, *inside):
         present.discard(gone)
         for index in range(len(gone.inputs)):
@@ -119,9 +119,9 @@ def _remove_functions(model: ir.Model, ledger: Ledger) -> None:
     work = deque(key for key in model.functions if not calls[key])
     while work:
         key = work.popleft()
-        if not ledger.claim("unused function", _spell(key)):
+        if not ledger.claim("unused function", function_name(key)):
             continue
-        for node in model.functions.pop(key).all_nodes():
+        for node in walk(model.functions.pop(key).graph):
             called = node.op_identifier()
             calls[called] -= 1
             if called in model.functions and not calls[called]:
@@ -133,7 +133,12 @@ def _remove_imports(model: ir.Model, ledger: Ledger) -> None:
     needed = {node.domain for node in nodes(model)} | {key[0] for key in model.functions}
     _narrow(model.graph, needed, "", ledger)
     for key, function in model.functions.items():
-        _narrow(function.graph, {node.domain for node in function.all_nodes()}, f" in {_spell(key)}", ledger)
+        _narrow(
+            function.graph,
+            {node.domain for node in walk(function.graph)},
+            f" in {function_name(key)}",
+            ledger,
+        )
 
 
 def _narrow(graph: ir.Graph, needed: set[str], where: str, ledger: Ledger) -> None:
@@ -141,7 +146,3 @@ def _narrow(graph: ir.Graph, needed: set[str], where: str, ledger: Ledger) -> No
         unused = domain not in needed and domain not in _KEPT_DOMAINS
         if unused and ledger.claim("unused opset import", domain + where):
             del graph.opset_imports[domain]
-
-
-def _spell(function: tuple[str, str, str]) -> str:
-    return "::".join(filter(None, function))

@@ -26,7 +26,7 @@ from onnxopt.claims import Pass
 from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import has_reference, is_deterministic, static_shape, subgraphs_of
 from onnxopt.inference import refine
-from onnxopt.ledger import Ledger
+from onnxopt.ledger import Ledger, site_of
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
 
@@ -168,7 +168,7 @@ class _Folder:
         except Declined as reason:
             self.decline(node, str(reason))
             return False
-        if not self.ledger.claim(node.op_type, _site(node)):
+        if not self.ledger.claim(node.op_type, site_of(node)):
             return False
         for value in used:
             tensor = ir.tensor(_owned(self.facts.read(value)))
@@ -183,16 +183,12 @@ class _Folder:
         return True
 
     def decline(self, node: ir.Node, reason: str) -> None:
-        self.ledger.decline(node.op_type, _site(node), reason)
+        self.ledger.decline(node.op_type, site_of(node), reason)
 
 
 _OVERRIDABLE = (
     "an input is an initializer that is also a graph input (overridable; --freeze-initializers folds it)"
 )
-
-
-def _site(node: ir.Node) -> str:
-    return node.outputs[0].name or node.name or node.op_type
 
 
 def _used(node: ir.Node) -> list[ir.Value]:

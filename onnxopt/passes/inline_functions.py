@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnxopt.claims import Pass
-from onnxopt.graph import nodes, subgraphs_of
+from onnxopt.graph import function_name, nodes, subgraphs_of, walk
 from onnxopt.ledger import Ledger
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope, scopes
@@ -62,7 +62,7 @@ def _choose(model: ir.Model, ledger: Ledger) -> set[Key]:
     try:
         order = [key for key in sorter.static_order() if calls.get(key)]
     except graphlib.CycleError as error:
-        ledger.decline(_RULE, _spell(error.args[1][0]), "calls itself")
+        ledger.decline(_RULE, function_name(error.args[1][0]), "calls itself")
         return set()
     chosen, imports = {_MAIN}, dict(model.opset_imports)
     for key in order:
@@ -70,18 +70,18 @@ def _choose(model: ir.Model, ledger: Ledger) -> set[Key]:
         try:
             _check(function, calls[key], chosen, imports)
         except Declined as reason:
-            ledger.decline(_RULE, _spell(key), str(reason))
+            ledger.decline(_RULE, function_name(key), str(reason))
             continue
-        if ledger.claim(_RULE, _spell(key)):
+        if ledger.claim(_RULE, function_name(key)):
             chosen.add(key)
             imports.update(function.opset_imports)
     return chosen - {_MAIN}
 
 
 def _nodes_by_owner(model: ir.Model) -> Iterator[tuple[Key, ir.Node]]:
-    yield from ((_MAIN, node) for node in model.graph.all_nodes())
+    yield from ((_MAIN, node) for node in walk(model.graph))
     for key, function in model.functions.items():
-        yield from ((key, node) for node in function.all_nodes())
+        yield from ((key, node) for node in walk(function.graph))
 
 
 def _check(
@@ -135,7 +135,3 @@ def _make_unique(graph: ir.Graph, names: set[str], scope: Scope) -> None:
         for body in subgraphs_of(node):
             _make_unique(body, names, scope)
     names.difference_update(added)
-
-
-def _spell(key: Key) -> str:
-    return "::".join(filter(None, key))

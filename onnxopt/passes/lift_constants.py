@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import constant_of
-from onnxopt.ledger import Ledger
+from onnxopt.graph import constant_of, walk
+from onnxopt.ledger import Ledger, site_of
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope, scopes
 
@@ -34,10 +34,10 @@ class LiftConstants(Pass):
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for scope in scopes(model):
-            for node in tuple(scope.graph.all_nodes()):
+            for node in tuple(walk(scope.graph)):
                 if node.op_type != "Constant" or node.domain:
                     continue
-                site = node.outputs[0].name or node.name or _RULE
+                site = site_of(node)
                 try:
                     tensor = _tensor(node, scope, model)
                 except Declined as reason:

@@ -7,7 +7,7 @@ from typing import Self
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, nodes, subgraphs_of
+from onnxopt.graph import constant_of, nodes, subgraphs_of, walk
 
 __all__ = ["Contract", "Port"]
 
@@ -126,7 +126,7 @@ def _read(node: ir.Node) -> set[ir.Value | None]:
     """What a node reads, its subgraphs included: values of outer graphs are the same objects there."""
     found = set(node.inputs)
     for graph in subgraphs_of(node):
-        for inner in graph.all_nodes():
+        for inner in walk(graph):
             found.update(inner.inputs)
         found.update(graph.outputs)
     return found
