@@ -21,6 +21,7 @@ ENGINE = {
     "inference",
     "ledger",
     "model",
+    "pattern",
     "pipeline",
     "protobuf",
     "recipe",
@@ -28,6 +29,7 @@ ENGINE = {
     "scope",
     "storage",
     "structure",
+    "subpattern",
     "targets",
 }
 FORBIDDEN_IN_PASSES = {
