@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.rewrite import Declined
+from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope
 from onnxopt.subpattern import Any, Either, Found, Key, Missing, Named, Number, Op, Piece
 
@@ -66,6 +66,25 @@ class Match:
         if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
             raise Declined(f"{name} is no constant number")
         return float(tensor.numpy().reshape(-1)[0])
+
+    def build(self, edit: Edit, text: str) -> ir.Value:
+        """Nodes in `edit` of the named values, as `Gelu(x, approximate="tanh")` says; its value.
+
+        Raises:
+            ValueError: the text is no such expression.
+        """
+        return self._built(edit, ast.parse(text, mode="eval").body)
+
+    def _built(self, edit: Edit, tree: ast.expr) -> ir.Value:
+        match tree:
+            case ast.Name(id=name):
+                return self.values[name]
+            case ast.Call(func=func, args=args, keywords=keywords):
+                domain, op_type = _operator(func)
+                attributes = {str(one.arg): ast.literal_eval(one.value) for one in keywords}
+                inputs = [self._built(edit, one) for one in args]
+                return edit.op(op_type, inputs, attributes, domain=domain)
+        raise ValueError(f"nothing to build: {ast.unparse(tree)}")
 
     def require_inner(self) -> None:
         """Raise `Declined` where a value inside the match is read outside it, or is a graph output."""
@@ -161,9 +180,16 @@ def _call(tree: ast.Call, output: int) -> Op:
     inputs = list(tree.args)
     is_open = bool(inputs) and isinstance(inputs[-1], ast.Constant) and inputs[-1].value is ...
     parts = tuple(_read(one) for one in (inputs[:-1] if is_open else inputs))
-    match tree.func:
-        case ast.Name(id=op_type) if not tree.keywords:
-            return Op("", op_type, parts, is_open, output)
-        case ast.Attribute(value=ast.Name(id=domain), attr=op_type) if not tree.keywords:
-            return Op(domain.replace("_", "."), op_type, parts, is_open, output)
-    raise ValueError(f"no pattern: {ast.unparse(tree)}")
+    if tree.keywords:
+        raise ValueError(f"a pattern has no attributes: {ast.unparse(tree)}")
+    return Op(*_operator(tree.func), parts, is_open, output)
+
+
+def _operator(tree: ast.expr) -> tuple[str, str]:
+    """Domain and operator of `Op` or `com_microsoft.Op`."""
+    match tree:
+        case ast.Name(id=op_type):
+            return "", op_type
+        case ast.Attribute(value=ast.Name(id=domain), attr=op_type):
+            return domain.replace("_", "."), op_type
+    raise ValueError(f"no operator in a pattern: {ast.unparse(tree)}")
