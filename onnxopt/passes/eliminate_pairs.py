@@ -67,7 +67,7 @@ class EliminatePairs(Pass):
     def rules(self) -> Sequence[Rule]:
         return (
             Rule("done before", tuple(_REPEATS), _repeats),
-            Rule("two equal operands", (*_SAME_TWICE, "Where"), _same_twice),
+            Rule("two equal operands", _SAME_TWICE, _same_twice),
             Rule("a pair", _PATTERNS.op_types, _replace),
         )
 
@@ -81,19 +81,10 @@ def _repeats(node: ir.Node, scope: Scope) -> Edit | None:
 
 
 def _same_twice(node: ir.Node, scope: Scope) -> Edit | None:
-    """The condition of a Where must not make the result larger than its operands."""
-    operands = node.inputs[1:] if node.op_type == "Where" else node.inputs
-    if scope.opset < 7 or len(operands) != 2 or operands[0] is None or operands[0] is not operands[1]:
+    if scope.opset < 7 or len(node.inputs) != 2 or node.inputs[0] is not node.inputs[1]:
         return None
-    if node.op_type == "Where":
-        condition, shape = node.inputs[0], operands[0].shape
-        sizes = condition.shape.dims if condition is not None and condition.shape is not None else None
-        if sizes is None or shape is None or len(sizes) > len(shape):
-            return None
-        own = shape.dims[len(shape) - len(sizes) :]
-        if any(not isinstance(size, int) or size not in (1, n) for size, n in zip(sizes, own, strict=True)):
-            return None
-    return Edit(node, scope).replace(node.outputs[0], operands[0])
+    assert node.inputs[0] is not None
+    return Edit(node, scope).replace(node.outputs[0], node.inputs[0])
 
 
 def _replace(node: ir.Node, scope: Scope) -> Edit | None:
