@@ -134,9 +134,9 @@ def _rounded(array: np.ndarray, dtype: ir.DataType, given: Sequence[np.ndarray])
     """The merged constant in its type; a number that is lost in it would be lost for good."""
     kind = dtype.numpy()
     if dtype in _INTEGERS:
-        return array.astype(kind)
+        return np.asarray(array, kind)
     with np.errstate(all="ignore"):
-        result: np.ndarray = array.astype(kind)
+        result = np.asarray(array, kind)
     back = result.astype(np.float64)
     if not all(np.isfinite(one).all() for one in (back, *given)):
         raise Declined("the merged constant is not finite")

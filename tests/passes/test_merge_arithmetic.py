@@ -33,7 +33,7 @@ def test_sums_and_differences_become_one(first: str, second: str, dtype: str) ->
 
 
 @pytest.mark.parametrize("first", ["Mul(x, a)", "Mul(a, x)", "Div(x, a)", "Div(x, s)"])
-@pytest.mark.parametrize("second", ["Mul(v, b)", "Mul(b, v)", "Div(v, b)"])
+@pytest.mark.parametrize("second", ["Mul(v, b)", "Mul(b, v)", "Div(v, b)", "Mul(v, s)"])
 def test_products_and_quotients_become_one(first: str, second: str) -> None:
     before = text_model(chain(first, second))
     done = run_pass(before, MergeArithmetic())
