@@ -33,7 +33,8 @@ for name in (
 ):
     model = getattr(common, name + "Pass")()(model).model
 weights = (value.const_value for value in model.graph.initializers.values())
-ir.save(model, target, external_data="data" if any(isinstance(w, ir.ExternalTensor) for w in weights) else None)
+stored = any(isinstance(weight, ir.ExternalTensor) for weight in weights)
+ir.save(model, target, external_data="data" if stored else None)
 """
 _ORT_SAVE = """
 options = ort.SessionOptions()
