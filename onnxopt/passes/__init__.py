@@ -30,6 +30,7 @@ from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.reorder_nodes import ReorderNodes
 
 __all__ = ["BUILTIN"]
 
@@ -58,5 +59,6 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
+    ReorderNodes,
 )
 """In the order in which they run best."""

@@ -123,10 +123,8 @@ def test_a_weight_is_turned_before_it_is_dequantized(axis: int, perm: str) -> No
     "body",
     [
         "b = Relu(x) q = QuantizeLinear(b, s, z) o = Neg(b)",
-        (
-            "p = QuantizeLinear(x, s, z) d = DequantizeLinear(p, s, z) v = Flatten(d) q = QuantizeLinear(v, s, z)"
-            "o = Neg(v)"
-        ),
+        """p = QuantizeLinear(x, s, z) d = DequantizeLinear(p, s, z) v = Flatten(d) o = Neg(v)
+        q = QuantizeLinear(v, s, z)""",
     ],
 )
 def test_a_value_that_others_read_stays(body: str) -> None:
