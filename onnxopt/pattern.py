@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.rewrite import Declined
+from onnxopt.rewrite import AttributeValue, Declined, Edit
 from onnxopt.scope import Scope
 from onnxopt.subpattern import Any, Either, Found, Key, Missing, Named, Number, Op, Piece, combined
 
@@ -70,6 +70,34 @@ class Match:
         if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
             raise Declined(f"{name} is no constant number")
         return float(tensor.numpy().reshape(-1)[0])
+
+    def build(self, edit: Edit, text: str) -> ir.Value:
+        """Nodes in `edit` of the named values, as `Gelu(x, approximate="tanh")` says; its value.
+
+        An attribute given by a name is the number of that name.
+
+        Raises:
+            Declined: that is no constant number.
+            ValueError: the text is no such expression.
+        """
+        return self._built(edit, ast.parse(text, mode="eval").body)
+
+    def _built(self, edit: Edit, tree: ast.expr) -> ir.Value:
+        match tree:
+            case ast.Name(id=name):
+                return self.values[name]
+            case ast.Call(func=func, args=args, keywords=keywords):
+                domain, op_type = _operator(func)
+                attributes = {str(one.arg): self._attribute(one.value) for one in keywords}
+                inputs = [self._built(edit, one) for one in args]
+                return edit.op(op_type, inputs, attributes, domain=domain)
+        raise ValueError(f"nothing to build: {ast.unparse(tree)}")
+
+    def _attribute(self, tree: ast.expr) -> AttributeValue:
+        if isinstance(tree, ast.Name):
+            return self.number(tree.id)
+        value: AttributeValue = ast.literal_eval(tree)
+        return value
 
     def require_inner(self) -> None:
         """Raise `Declined` where a value inside the match is read outside it, or is a graph output."""
@@ -175,13 +203,21 @@ def _call(tree: ast.Call, output: int) -> Piece:
     inputs = list(tree.args)
     is_open = bool(inputs) and isinstance(inputs[-1], ast.Constant) and inputs[-1].value is ...
     parts = tuple(_read(one) for one in (inputs[:-1] if is_open else inputs))
-    attributes = {word.arg: _number(word.value) for word in tree.keywords}
-    numbers = {name: number for name, number in attributes.items() if name and number is not None}
-    match tree.func:
-        case ast.Name(id="Add" | "Mul" as op_type) if len(parts) > 1 and not attributes:
-            return combined(op_type, parts)
-        case ast.Name(id=op_type) if numbers == attributes:
-            return Op("", op_type, parts, is_open, output, numbers)
-        case ast.Attribute(value=ast.Name(id=domain), attr=op_type) if numbers == attributes:
-            return Op(domain.replace("_", "."), op_type, parts, is_open, output, numbers)
-    raise ValueError(f"no pattern: {ast.unparse(tree)}")
+    attributes = {str(word.arg): _number(word.value) for word in tree.keywords}
+    numbers = {name: number for name, number in attributes.items() if number is not None}
+    if numbers != attributes:
+        raise ValueError(f"an attribute in a pattern is no number: {ast.unparse(tree)}")
+    domain, op_type = _operator(tree.func)
+    if op_type in ("Add", "Mul") and not domain and len(parts) > 1:
+        return combined(op_type, parts)
+    return Op(domain, op_type, parts, is_open, output, numbers)
+
+
+def _operator(tree: ast.expr) -> tuple[str, str]:
+    """Domain and operator of `Op` or `com_microsoft.Op`."""
+    match tree:
+        case ast.Name(id=op_type):
+            return "", op_type
+        case ast.Attribute(value=ast.Name(id=domain), attr=op_type):
+            return domain.replace("_", "."), op_type
+    raise ValueError(f"no operator in a pattern: {ast.unparse(tree)}")

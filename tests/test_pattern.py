@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import Declined
+from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import scopes
 from tests.support import text_model
 
@@ -175,3 +175,19 @@ def test_the_first_pattern_in_order_wins_and_op_types_serve_a_rule() -> None:
     found = patterns.find(model.graph[1], next(scopes(model)))
     assert found is not None
     assert found.name == "a"
+
+
+def test_an_attribute_is_built_from_a_number_that_was_found() -> None:
+    model = ir.from_proto(
+        text_model("""agraph (float[2] x) => (float[2] y) {
+            a = Constant<value_float=0.25>() m = Mul(a, x) y = Max(x, m)
+        }""")
+    )
+    scope, node = next(scopes(model)), model.graph[2]
+    found = Patterns({"LeakyRelu(x, alpha=alpha)": "Max(x, Mul(x, 'alpha'))"}).find(node, scope)
+    assert found is not None
+    edit = Edit(node, scope)
+    edit.replace(node.outputs[0], found.build(edit, found.name)).check()
+    edit.commit()
+    made = model.graph[1]
+    assert (made.op_type, made.attributes["alpha"].as_float()) == ("LeakyRelu", 0.25)

@@ -11,6 +11,7 @@ from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexp
 from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.eliminate_pairs import EliminatePairs
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
@@ -18,6 +19,7 @@ from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
 from onnxopt.passes.merge_affine import MergeAffine
+from onnxopt.passes.merge_arithmetic import MergeArithmetic
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
@@ -38,6 +40,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     InferShapes,
     FoldConstants,
     EliminateNoop,
+    EliminatePairs,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
@@ -49,6 +52,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
+    MergeArithmetic,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
