@@ -189,5 +189,5 @@ def test_an_attribute_is_built_from_a_number_that_was_found() -> None:
     edit = Edit(node, scope)
     edit.replace(node.outputs[0], found.build(edit, found.name)).check()
     edit.commit()
-    made = model.graph[1]
+    made = model.graph[0]
     assert (made.op_type, made.attributes["alpha"].as_float()) == ("LeakyRelu", 0.25)
