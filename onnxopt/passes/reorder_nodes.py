@@ -4,8 +4,8 @@ Before: a = Large(x); b = Large(x); p = Small(a); q = Small(b)
 After:  a = Large(x); p = Small(a); b = Large(x); q = Small(b)
 
 Of the nodes whose inputs are there, the one comes first that adds least: its outputs, less the inputs that
-nobody reads any more (list scheduling, as compilers order instructions under register pressure). Each body of control flow is ordered alone.
-ONNX Runtime chooses an order of its own; this is for what runs a file from top to bottom.
+nobody reads any more (list scheduling, as compilers order instructions under register pressure). Each body
+of control flow is ordered alone. ONNX Runtime chooses an order of its own; this is for what runs a file from top to bottom.
 Declines: nothing; the order is kept where the peak, as `onnxopt inspect` counts it, is no lower.
 Option `symbol`: the number that an unknown size counts as.
 """
@@ -34,10 +34,10 @@ class ReorderNodes(Pass):
     symbol: int = 64
 
     name: ClassVar[str] = "reorder-nodes"
-    example: ClassVar[str] = """agraph (float[8,64] x, float[64,512] w) => (float[8] p, float[8] q)
-    <float[8,512] a, float[8,512] b> {
-        a = MatMul(x, w)
-        b = MatMul(x, w)
+    example: ClassVar[str] = """agraph (float[8,64] x) => (float[64] p, float[64] q)
+    <int64[2] many = {8, 8}, float[64,512] a, float[64,512] b> {
+        a = Tile(x, many)
+        b = Tile(x, many)
         p = ReduceMax<axes = [1], keepdims = 0>(a)
         q = ReduceMin<axes = [1], keepdims = 0>(b)
     }"""
