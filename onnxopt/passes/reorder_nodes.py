@@ -5,7 +5,8 @@ After:  a = Large(x); p = Small(a); b = Large(x); q = Small(b)
 
 Of the nodes whose inputs are there, the one comes first that adds least: its outputs, less the inputs that
 nobody reads any more (list scheduling, as compilers order instructions under register pressure). Each body
-of control flow is ordered alone. ONNX Runtime chooses an order of its own; this is for what runs a file from top to bottom.
+of control flow is ordered alone. ONNX Runtime chooses an order of its own; this is for what runs a file from
+top to bottom.
 Declines: nothing; the order is kept where the peak, as `onnxopt inspect` counts it, is no lower.
 Option `symbol`: the number that an unknown size counts as.
 """
