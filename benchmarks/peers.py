@@ -69,11 +69,12 @@ class Ran:
 
 
 _ORT = ("onnxruntime==1.31.1", "onnx==1.23.2")
+_IMPORT = "import onnxopt, onnxopt.api, onnxopt.passes"
 _OURS = "onnxopt.optimize(source, target={target!r}, verify=False, bench=False).save(target)"
 
 PEERS = {
-    "onnxopt": Peer((), "import onnxopt, onnxopt.api, onnxopt.passes", _OURS.format(target="generic")),
-    "onnxopt-cpu": Peer((), "import onnxopt, onnxopt.api, onnxopt.passes", _OURS.format(target="cpu"), contrib=True),
+    "onnxopt": Peer((), _IMPORT, _OURS.format(target="generic")),
+    "onnxopt-cpu": Peer((), _IMPORT, _OURS.format(target="cpu"), contrib=True),
     "onnxsim": Peer(
         ("onnxsim==0.8.1", *_ORT),
         "import onnx, onnxsim",
