@@ -20,7 +20,7 @@ from onnxopt.graph import subgraphs_of, walk
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["Declined", "Edit", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr

@@ -11,6 +11,7 @@ from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexp
 from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.eliminate_pairs import EliminatePairs
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
@@ -18,15 +19,18 @@ from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
 from onnxopt.passes.merge_affine import MergeAffine
+from onnxopt.passes.merge_arithmetic import MergeArithmetic
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge_qdq import MergeQdq
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.reorder_nodes import ReorderNodes
 
 __all__ = ["BUILTIN"]
 
@@ -38,6 +42,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     InferShapes,
     FoldConstants,
     EliminateNoop,
+    EliminatePairs,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
@@ -46,11 +51,14 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeConcat,
     MergeClip,
     MergePad,
+    MergeQdq,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
+    MergeArithmetic,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
+    ReorderNodes,
 )
 """In the order in which they run best."""

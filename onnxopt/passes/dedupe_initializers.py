@@ -37,6 +37,12 @@ class DedupeInitializers(Pass):
     """Let the readers of an initializer read an equal one, in the same graph or around it."""
 
     name = "dedupe-initializers"
+    example = """
+agraph (float[2] x) => (float[2] y) <float[2] v = {1, 2}, float[2] w = {1, 2}> {
+    a = Mul(x, v)
+    y = Add(a, w)
+}
+    """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         alike: dict[Hashable, list[ir.Value]] = {}

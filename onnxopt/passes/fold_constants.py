@@ -51,6 +51,12 @@ class FoldConstants(Pass):
 
     name = "fold-constants"
     kind = "reorder"
+    example = """
+agraph (float[N, 3] x) => (float[N, 2] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}> {
+    t = Transpose(w)
+    y = MatMul(x, t)
+}
+    """
 
     max_growth: int = 1 << 12
 

@@ -42,6 +42,12 @@ class InferShapes(Pass):
     """Add to the types and shapes on record what onnx's shape inference finds."""
 
     name = "infer-shapes"
+    example = """
+agraph (float[N, 2] x) => (float[N, 1] y) <float[2, 1] w = {1, 2}> {
+    a = Relu(x)
+    y = MatMul(a, w)
+}
+    """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         if all(_is_complete(value) for node in nodes(model) for value in node.outputs):

@@ -38,6 +38,17 @@ class InlineFunctions(Pass):
     """Replace the calls of each function by its body, and remove the function."""
 
     name = "inline-functions"
+    example = """
+<ir_version: 10, opset_import: ["" : 17, "my" : 1]>
+agraph (float[2] x) => (float[2] y) {
+    y = my.Shift<by = 2.0>(x)
+}
+<domain: "my", opset_import: ["" : 17]>
+Shift<by>(a) => (b) {
+    c = Constant<value_float: float = @by>()
+    b = Add(a, c)
+}
+    """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         chosen = _choose(model, ledger)
