@@ -100,7 +100,7 @@ class Report:
                 }
                 for step in self.steps
             ],
-            "left_out": [{**asdict(left.rewrite), "reason": left.reason} for left in self.left_out],
+            "left_out": [{**left.rewrite._asdict(), "reason": left.reason} for left in self.left_out],
             "rounds": self.rounds,
             "left_as_it_was": self.left_as_it_was,
             "verdict": self.verdict.to_dict() if self.verdict else None,
