@@ -23,6 +23,7 @@ from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge_parallel import MergeParallel
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
@@ -49,6 +50,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
+    MergeParallel,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
