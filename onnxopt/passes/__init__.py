@@ -21,6 +21,7 @@ from onnxopt.passes.merge_affine import MergeAffine
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_gemm import MergeGemm
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
 from onnxopt.passes.merge_parallel import MergeParallel
@@ -28,6 +29,7 @@ from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.retarget_gemm import RetargetGemm
 
 __all__ = ["BUILTIN"]
 
@@ -51,6 +53,8 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeAffine,
     MergeMatmul,
     MergeParallel,
+    MergeGemm,
+    RetargetGemm,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
