@@ -11,6 +11,7 @@ from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexp
 from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
@@ -55,6 +56,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeParallel,
     MergeGemm,
     RetargetGemm,
+    EliminateZeroBias,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
