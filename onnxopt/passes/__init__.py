@@ -12,6 +12,7 @@ from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.eliminate_pairs import EliminatePairs
+from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
@@ -23,14 +24,17 @@ from onnxopt.passes.merge_arithmetic import MergeArithmetic
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_gemm import MergeGemm
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge_parallel import MergeParallel
 from onnxopt.passes.merge_qdq import MergeQdq
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
+from onnxopt.passes.retarget_gemm import RetargetGemm
 
 __all__ = ["BUILTIN"]
 
@@ -56,6 +60,10 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeAffine,
     MergeMatmul,
     MergeArithmetic,
+    MergeParallel,
+    MergeGemm,
+    RetargetGemm,
+    EliminateZeroBias,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
