@@ -15,6 +15,7 @@ from onnxopt.passes.eliminate_pairs import EliminatePairs
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
+from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
@@ -49,6 +50,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeConcat,
     MergeClip,
     MergePad,
+    FuseActivation,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
