@@ -16,6 +16,7 @@ from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
+from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
@@ -56,6 +57,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeClip,
     MergePad,
     MergeQdq,
+    FuseActivation,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
