@@ -16,6 +16,7 @@ from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
+from onnxopt.passes.inline_if import InlineIf
 from onnxopt.passes.lift_constants import LiftConstants
 from onnxopt.passes.merge_affine import MergeAffine
 from onnxopt.passes.merge_cast import MergeCast
@@ -27,6 +28,7 @@ from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
 
@@ -37,6 +39,8 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateIdentity,
     InferShapes,
     FoldConstants,
+    InlineIf,
+    UnrollLoop,
     EliminateNoop,
     MergeCast,
     MergeReshape,
