@@ -19,6 +19,7 @@ from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
+from onnxopt.passes.inline_if import InlineIf
 from onnxopt.passes.lift_constants import LiftConstants
 from onnxopt.passes.merge_affine import MergeAffine
 from onnxopt.passes.merge_arithmetic import MergeArithmetic
@@ -36,6 +37,7 @@ from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
 
@@ -46,6 +48,8 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateIdentity,
     InferShapes,
     FoldConstants,
+    InlineIf,
+    UnrollLoop,
     EliminateNoop,
     EliminatePairs,
     MergeCast,
