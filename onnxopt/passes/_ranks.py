@@ -87,7 +87,7 @@ class _Supposition:
             condition = node.inputs[0]
             if condition is None or not self.facts.has(condition):
                 return False
-            taken = branches[0] if self.facts.read(condition).all() else branches[1]
+            taken = branches[0] if self.facts.tensor(condition).numpy().all() else branches[1]
             if any(map(self.fails_at, taken)):
                 return True
             self.take(node, taken)
