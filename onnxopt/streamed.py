@@ -55,7 +55,11 @@ class Streamed(ir.LazyTensor):
     """
 
     def __init__(
-        self, dtype: ir.DataType, shape: Sequence[int], box: Callable[[Box], np.ndarray], sources: frozenset[Path]
+        self,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        box: Callable[[Box], np.ndarray],
+        sources: frozenset[Path],
     ) -> None:
         super().__init__(lambda: ir.Tensor(_whole(self), dtype=dtype), dtype, ir.Shape(shape))
         self.box = box

@@ -19,6 +19,7 @@ class Target:
     provider: the execution provider that measures it. contrib: whether passes may add operators of
     domains outside the ONNX standard. recipe: the pipeline that prepares a model for it. opset: the
     version of the standard operators that a pass may raise a model to; None: the model's own stays.
+    sessions: whether it runs in sessions of ONNX Runtime, for which settings may be proposed.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Target:
     recipe: str
     opset: int | None
     about: str
+    sessions: bool = True
 
 
 TARGETS = {
@@ -39,7 +41,9 @@ TARGETS = {
         Target(
             "tensorrt", "tensorrt", False, "tensorrt", 20, "TensorRT 10 and later; standard operators only"
         ),
-        Target("generic", "cpu", False, "default", None, "any consumer; standard operators only"),
+        Target(
+            "generic", "cpu", False, "default", None, "any consumer; standard operators only", sessions=False
+        ),
     )
 }
 

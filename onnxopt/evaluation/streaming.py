@@ -22,7 +22,9 @@ __all__ = ["stream"]
 Tensors = Sequence[ir.TensorProtocol]
 
 
-def stream(node: ir.Node, inputs: Sequence[np.ndarray | ir.TensorProtocol | None], opset: int) -> Tensors | None:
+def stream(
+    node: ir.Node, inputs: Sequence[np.ndarray | ir.TensorProtocol | None], opset: int
+) -> Tensors | None:
     """The outputs of a node of the default domain; None where they have to be worked out in memory.
 
     Args:
@@ -36,7 +38,9 @@ def stream(node: ir.Node, inputs: Sequence[np.ndarray | ir.TensorProtocol | None
     streamer = _STREAMERS.get(node.op_type)
     if streamer is None or not any(map(_stays, inputs)) or any(item is None for item in inputs):
         return None
-    tensors = [ir.Tensor(item) if isinstance(item, np.ndarray) else item for item in inputs if item is not None]
+    tensors = [
+        ir.Tensor(item) if isinstance(item, np.ndarray) else item for item in inputs if item is not None
+    ]
     call = Call(node, [_shown(tensor) for tensor in tensors], opset, limit=0)
     try:
         outputs = streamer(call, tensors)
