@@ -39,6 +39,17 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.key}={self.value}"
 
+    @property
+    def summary(self) -> str:
+        """What to set, what for, and how it is known, in one line."""
+        if self.purpose == "correctness":
+            known = "against wrong results"
+        elif self.ratio is None:
+            known = "known for this version of the runtime, not measured here"
+        else:
+            known = f"{self.ratio:.3f}x the time of the result without it"
+        return f"{self} ({known}): {self.why}"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
         return asdict(self)
