@@ -17,7 +17,7 @@ import pytest
 
 import onnxopt
 from onnxopt.benchmarking import profits
-from onnxopt.benchmarking.profits import Guard, Profit, find_profit, pattern_of, shipped_profits
+from onnxopt.benchmarking.profits import Guard, Profit, find_profit, pattern_of, shipped_profits, sizes_of
 from onnxopt.errors import ProviderError, RuntimeMissingError
 from onnxopt.examples import rewritten
 from onnxopt.job import Job
@@ -166,12 +166,12 @@ def test_decisions_in_words(ratio: float | None, interval: tuple[float, float] |
     assert profit.to_dict()["kept"] == profit.pays == summary.startswith("p kept")
 
 
-def test_a_pattern_has_weights_and_keeps_its_dynamic_sizes() -> None:
+def test_a_pattern_has_weights_and_keeps_its_dynamicsizes_of() -> None:
     proto = pattern_of(Guarded())
     shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     assert shapes == {"b": (1,), "v": (256, 256), "w": (256, 256)}
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "rows_64"
-    assert profits._sizes(proto) == {"x": [64, 256]}
+    assert sizes_of(proto) == {"x": [64, 256]}
     assert pattern_of(Guarded()).SerializeToString() == proto.SerializeToString()
 
 

@@ -226,6 +226,13 @@ def test_settings_against_wrong_results_are_proposed_proved_and_written(tmp_path
     assert len(held["why"]) == 1
 
 
+def test_nothing_is_written_where_the_settings_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "out.session.json").mkdir()
+    with pytest.raises(onnxopt.ModelError, match=r"out.session.json: cannot be written: it is a folder"):
+        onnxopt.optimize(pooled("Pad(a, p)"), bench=False).save(tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_a_consumer_that_is_no_runtime_of_ours_gets_no_settings() -> None:
     assert not onnxopt.optimize(pooled("Pad(a, p)"), target="generic", bench=False).report.settings
 
