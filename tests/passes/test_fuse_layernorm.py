@@ -217,13 +217,15 @@ def test_rms_leaves_a_layer_normalization_alone() -> None:
 @pytest.mark.parametrize("one", [FuseLayernorm(), FuseRmsnorm()])
 def test_subgraphs_and_functions(place: str, one: Pass) -> None:
     parts = """two = Constant<value_float=2.0>() e = Constant<value_float=0.01>()
-        a = Constant<value_ints=[-1]>() m = ReduceMean(x, a) d = Sub(x, m) s = Pow(d, two) v = ReduceMean(s, a) t = Add(v, e) r = Sqrt(t)
+        a = Constant<value_ints=[-1]>() m = ReduceMean(x, a) d = Sub(x, m) s = Pow(d, two)
+        v = ReduceMean(s, a) t = Add(v, e) r = Sqrt(t)
         p = Div(d, r)"""
     if isinstance(one, FuseRmsnorm):
         parts = parts.replace("m = ReduceMean(x, a) d = Sub(x, m) ", "").replace("(d,", "(x,")
     if place == "branch":
         text = f"""<ir_version: 11, opset_import: ["" : 23]>
-            agraph (float[2,4] x, bool c) => (float[2,4] y) {{ y = If (c) < then_branch = a () => (float[2,4] p) {{ {parts} }},
+            agraph (float[2,4] x, bool c) => (float[2,4] y) {{
+            y = If (c) < then_branch = a () => (float[2,4] p) {{ {parts} }},
                          else_branch = b () => (float[2,4] q) {{ q = Neg(x) }} > }}"""
     else:
         text = f"""<ir_version: 11, opset_import: ["" : 23, "local" : 1]>
