@@ -16,13 +16,14 @@ ENVIRONMENTS = Path.home() / ".cache" / "onnxopt" / "peers"
 """Where the tools are installed, unless told otherwise."""
 
 _FRAME = """
-import json, resource, sys, time
+import json, sys, time
 source, target = sys.argv[1:]
 {imports}
 started, wall = time.process_time(), time.perf_counter()
 {body}
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([time.process_time() - started, time.perf_counter() - wall, usage.ru_maxrss / 1024]))
+spent = [time.process_time() - started, time.perf_counter() - wall]
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([*spent, int(peak) / 1024]))
 """
 _IR_PASSES = """
 model = ir.load(source)
@@ -68,11 +69,12 @@ class Ran:
 
 
 _ORT = ("onnxruntime==1.31.1", "onnx==1.23.2")
+_IMPORT = "import onnxopt, onnxopt.api, onnxopt.passes"
 _OURS = "onnxopt.optimize(source, target={target!r}, verify=False, bench=False).save(target)"
 
 PEERS = {
-    "onnxopt": Peer((), "import onnxopt", _OURS.format(target="generic")),
-    "onnxopt-cpu": Peer((), "import onnxopt", _OURS.format(target="cpu"), contrib=True),
+    "onnxopt": Peer((), _IMPORT, _OURS.format(target="generic")),
+    "onnxopt-cpu": Peer((), _IMPORT, _OURS.format(target="cpu"), contrib=True),
     "onnxsim": Peer(
         ("onnxsim==0.8.1", *_ORT),
         "import onnx, onnxsim",
@@ -97,7 +99,7 @@ PEERS = {
     "ort-basic": Peer(_ORT, "import onnxruntime as ort", _ORT_SAVE.format(level="BASIC")),
     "ort-extended": Peer(_ORT, "import onnxruntime as ort", _ORT_SAVE.format(level="EXTENDED"), contrib=True),
     "ort-transformers": Peer(
-        (*_ORT, "sympy", "coloredlogs", "psutil"),
+        (*_ORT, "sympy", "coloredlogs", "psutil", "torch==2.13.0"),
         "from onnxruntime.transformers.optimizer import optimize_model",
         "optimize_model(source, model_type='bert').save_model_to_file(target)",
         contrib=True,
