@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import constant_of, has_reference, ints_attr, is_deterministic
-from onnxopt.inference import infer_outputs
+from onnxopt.inference import Type, form_of, infer_outputs
 from onnxopt.scope import Scope
 
 __all__ = ["branches_of", "cannot_end", "ranks_differ"]
@@ -96,14 +96,15 @@ class _Supposition:
 
     def learn(self, node: ir.Node) -> None:
         """What is on record for the outputs is not relied on: it may hold for the other branch only."""
-        inferred: dict[str, onnx.TypeProto] = {}
-        if onnx.defs.has(node.op_type, self.scope.opset) and not node.domain:
+        inferred: dict[ir.Value, Type] = {}
+        form = form_of(node, self.scope.graph.opset_imports)
+        if form is not None and onnx.defs.has(node.op_type, self.scope.opset) and not node.domain:
             with contextlib.suppress(onnx.shape_inference.InferenceError):
-                inferred = infer_outputs(node, self.scope.graph.opset_imports)
+                inferred = infer_outputs(node, form)
         for value in node.outputs:
             self.save(value)
-            found = inferred.get(value.name or "")
-            value.shape = None if found is None else ir.serde.deserialize_type_proto_for_shape(found)
+            found = inferred.get(value)
+            value.shape = ir.Shape(found[1]) if isinstance(found, tuple) and found[1] is not None else None
             self.spread(value)
         if node.op_type in ("Shape", "Size") and not node.domain:
             self.facts.learn_shape(node)
