@@ -13,6 +13,7 @@ from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
@@ -21,6 +22,7 @@ from onnxopt.passes.merge_affine import MergeAffine
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
 from onnxopt.passes.merge_reshape import MergeReshape
@@ -37,11 +39,13 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateIdentity,
     InferShapes,
     FoldConstants,
+    FoldShapes,
     EliminateNoop,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
+    MergeLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,
