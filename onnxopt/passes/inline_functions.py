@@ -40,7 +40,7 @@ class InlineFunctions(Pass):
     name = "inline-functions"
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        chosen = _choose(model, ledger)
+        chosen = _choose(model, ledger) if model.functions else None
         if not chosen:
             return
         before = set(nodes(model))
