@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.errors import ModelError
-
 __all__ = [
     "NONDETERMINISTIC",
     "constant_array",
@@ -27,7 +25,6 @@ __all__ = [
     "nbytes",
     "nested",
     "nodes",
-    "pieces",
     "rename_nodes_apart",
     "roots",
     "sole_user",
@@ -145,26 +142,6 @@ def tensor_bytes(model: ir.Model) -> int:
 def uses_external_data(model: ir.Model) -> bool:
     """Whether any tensor lies in a file of its own, or is computed from one when it is read."""
     return any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors(model))
-
-
-def pieces(tensor: ir.TensorProtocol, size: int = 1 << 24) -> Iterator[bytes | memoryview]:
-    """The tensor's bytes in pieces of `size`; external data is read, not mapped, so that memory stays flat.
-
-    Raises:
-        ModelError: the external file ends too soon.
-    """
-    if not isinstance(tensor, ir.ExternalTensor):
-        data = memoryview(tensor.tobytes())
-        yield from (data[start : start + size] for start in range(0, len(data), size))
-        return
-    left = tensor.nbytes
-    with open(tensor.path, "rb") as source:
-        source.seek(tensor.offset or 0)
-        while left and (piece := source.read(min(left, size))):
-            left -= len(piece)
-            yield piece
-    if left:
-        raise ModelError(f"{tensor.path}: cut off while tensor {tensor.name!r} was read")
 
 
 def value_names(model: ir.Model) -> set[str]:

@@ -21,7 +21,7 @@ from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["Declined", "Edit", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr

@@ -22,6 +22,7 @@ ENGINE = {
     "inference",
     "ledger",
     "model",
+    "pattern",
     "pipeline",
     "protobuf",
     "recipe",
@@ -29,6 +30,7 @@ ENGINE = {
     "scope",
     "storage",
     "structure",
+    "subpattern",
     "targets",
 }
 FORBIDDEN_IN_PASSES = {

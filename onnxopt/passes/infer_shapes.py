@@ -46,6 +46,12 @@ class InferShapes(Pass):
     """Add to the types and shapes on record what onnx's shape inference finds."""
 
     name = "infer-shapes"
+    example = """
+agraph (float[N, 2] x) => (float[N, 1] y) <float[2, 1] w = {1, 2}> {
+    a = Relu(x)
+    y = MatMul(a, w)
+}
+    """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         shapes = [value.shape for value in model.graph.inputs if value.shape is not None]
