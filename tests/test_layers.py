@@ -18,6 +18,7 @@ ENGINE = {
     "admission",
     "errors",
     "graph",
+    "index",
     "inference",
     "ledger",
     "model",
