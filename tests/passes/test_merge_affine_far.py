@@ -215,7 +215,7 @@ def test_a_table(op: str, axis: int) -> None:
         f"""agraph (int64[2] i) => (float[A,B,C] y)
         <float[3,4,3] table = {{{", ".join(map(str, range(36)))}}}, float[3] k = {{1, 2, 3}},
          float[4,1] h = {{1, 2, 3, 4}}, float s = {{2}}>
-        {{ g = Gather<axis={axis}>(table, i) a = {op}(g, s) b = {op}(a, {"h" if axis == -1 else "k"}) 
+        {{ g = Gather<axis={axis}>(table, i) a = {op}(g, s) b = {op}(a, {"h" if axis == -1 else "k"})
            c = Neg(b) y = Relu(c) }}"""
     )
     after = run_pass(onnx.shape_inference.infer_shapes(model), MergeAffine())
