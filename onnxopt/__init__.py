@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api import Result, optimize
+    from onnxopt.api import optimize
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onnxopt.pipeline import Pipeline
     from onnxopt.recipe import load_recipe, parse_pass
     from onnxopt.reporting import Report
+    from onnxopt.result import Result
     from onnxopt.rewrite import Declined, Edit, Rule
     from onnxopt.scope import Scope
     from onnxopt.storage import save
@@ -45,7 +46,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "ProviderError": "errors",
     "Report": "reporting",
-    "Result": "api",
+    "Result": "result",
     "Rule": "rewrite",
     "RuntimeMissingError": "errors",
     "Scope": "scope",

@@ -6,67 +6,27 @@ import contextlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 import onnxopt
 from onnxopt.benchmarking import Timing
-from onnxopt.benchmarking import bench as measure
-from onnxopt.claims import Kind, spelling
+from onnxopt.benchmarking.profits import Guard
+from onnxopt.benchmarking.settings import Setting, session_config
+from onnxopt.claims import spelling
 from onnxopt.data import Feeds, read_feeds, synthesize
-from onnxopt.errors import NoSamplesError, ProviderError
-from onnxopt.graph import domains
+from onnxopt.errors import NoSamplesError
+from onnxopt.job import Job, Progress
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Outcome, Pipeline, Proof
-from onnxopt.protobuf import dump
+from onnxopt.pipeline import Outcome, Pipeline
 from onnxopt.recipe import build_pipeline
 from onnxopt.reporting import Report, measure_size
-from onnxopt.runtimes import UnsupportedModelError
-from onnxopt.storage import save
-from onnxopt.targets import STANDARD, Target, find_target
-from onnxopt.verification import Baseline, Verdict
+from onnxopt.result import Result
+from onnxopt.targets import find_target
 
 __all__ = ["Result", "optimize"]
-
-_TIMED = 4
-"""Samples that latency is measured on, at most."""
-
-Progress = Callable[[str, float | None], None]
-"""Called with what is being done, and how much of it is done (0 to 1) where that is known."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """An optimized model and the report on it."""
-
-    graph: ir.Model
-    report: Report
-    _source: ModelLike
-
-    @property
-    def model(self) -> bytes | onnx.ModelProto | ir.Model:
-        """The model as the kind that was given: bytes for bytes or a file, an `ir.Model` for a path.
-
-        Raises:
-            ModelError: bytes or a `ModelProto` were given and would now exceed 2 GB.
-        """
-        if isinstance(self._source, str | os.PathLike | ir.Model):
-            return self.graph
-        proto = dump(self.graph)
-        return (
-            proto
-            if isinstance(self._source, onnx.ModelProto)
-            else proto.SerializeToString(deterministic=True)
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model atomically, see `onnxopt.save`."""
-        return save(self.graph, path)
 
 
 def optimize(
@@ -123,19 +83,29 @@ def optimize(
     say = progress or _silent
     say("reading the model", None)
     open_model = opener(model)
-    job = _Job(model, open_model(), open_model, pipeline, where, shapes, seed, say)
+    guard = Guard(
+        () if passes else pipeline.passes,
+        where.provider,
+        measure=bench,
+        on_measure=lambda name: say(f"measuring whether {name} pays", None),
+    )
+    job = Job(
+        model, open_model(), open_model, pipeline, where, guard, shapes, seed, say, frozen=freeze_initializers
+    )
     samples = _samples(job, data) if verify or bench else []
     if verify:
-        outcome, verdict = _rewrite_and_prove(job, samples, stop_after, freeze_initializers)
+        outcome = job.run_under_proof(samples, stop_after)
     else:
-        outcome, verdict = job.run(stop_after=stop_after), None
+        outcome = job.run(stop_after=stop_after)
         job.notes.append("the numbers were not verified: only structure was checked")
     if not outcome.settled:
         job.notes.append(f"the passes still changed the graph after {outcome.rounds} rounds")
-    timing = _measure(job, outcome, where.provider, samples) if bench else None
+    settings = job.settle(outcome.model, outcome.kind, samples, measure=bench and bool(samples))
+    timing = _measure(job, outcome, settings, samples) if bench else None
     slower = timing is not None and timing.verdict == "slower"
     if slower:
         job.notes.append("left as it was: the rewritten model is measurably slower")
+        settings = tuple(one for one in job.settings_for(job.original) if one.purpose == "correctness")
     rewritten = job.open_model() if slower else outcome.model
     if metadata and outcome.changes and not slower:
         _record(rewritten, outcome, fingerprint(model, job.original))
@@ -153,7 +123,9 @@ def optimize(
         left_out=outcome.left_out,
         rounds=outcome.rounds,
         left_as_it_was=slower or not outcome.changes,
-        verdict=verdict,
+        profits=tuple(guard.profits.values()),
+        settings=settings,
+        verdict=job.verdict,
         timing=timing,
         notes=tuple(job.notes),
         seconds=time.perf_counter() - started,
@@ -161,7 +133,7 @@ def optimize(
     return Result(rewritten, report, model)
 
 
-def _samples(job: _Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -> Sequence[Feeds]:
+def _samples(job: Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -> Sequence[Feeds]:
     """The user's samples, or synthetic ones; none, with a note, where none could be made up."""
     if data is not None:
         return read_feeds(data, job.model)
@@ -182,81 +154,15 @@ def _silent(_what: str, _share: float | None) -> None:
     """The progress of a caller who asked for none."""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the steps of one call of `optimize` share."""
-
-    model: ModelLike
-    original: ir.Model
-    open_model: Callable[[], ir.Model]
-    pipeline: Pipeline
-    target: Target
-    shapes: Mapping[str, Sequence[int]] | None
-    seed: int
-    progress: Progress
-    notes: list[str] = field(default_factory=list)
-
-    def run(self, *, prove: Proof | None = None, stop_after: int | None = None) -> Outcome:
-        """Run the pipeline, and tell of each pass."""
-        known = domains(self.original) | STANDARD
-
-        def judge(candidate: ir.Model, kind: Kind) -> str | None:
-            strange = set() if self.target.contrib else domains(candidate) - known
-            if strange:
-                return f"target {self.target.name} takes no operators of {', '.join(sorted(strange))}"
-            return prove(candidate, kind) if prove else None
-
-        return self.pipeline.run(
-            self.open_model,
-            prove=judge,
-            stop_after=stop_after,
-            on_pass=lambda name: self.progress(f"rewriting: {name}", None),
-        )
-
-
-def _rewrite_and_prove(
-    job: _Job, samples: Sequence[Feeds], stop_after: int | None, frozen: bool
-) -> tuple[Outcome, Verdict]:
-    """Run the pipeline under proof; where nothing can be shown of the original, make no rewrite."""
-    job.progress("running the original", None)
-    baseline = Baseline.measure(job.model, samples)
-    verdict: Verdict | None = None
-
-    def prove(candidate: ir.Model, kind: Kind) -> str | None:
-        nonlocal verdict
-        job.progress("proving the numbers", None)
-        verdict = baseline.compare(candidate, kind=kind, frozen=frozen)
-        return None if verdict.ok else verdict.reason
-
-    if baseline.unprovable:
-        job.notes.append(
-            "left as it was: nothing can be proved of this model; --no-verify rewrites it unproved"
-        )
-        stop_after = 0
-    outcome = job.run(prove=prove, stop_after=stop_after)
-    if verdict is None or not outcome.changes:
-        verdict = baseline.compare(job.model)
-    return outcome, verdict
-
-
-def _measure(job: _Job, outcome: Outcome, provider: str, samples: Sequence[Feeds]) -> Timing | None:
-    """Time the original and the result on the target's provider; None, with a note, where that cannot be."""
-    if not outcome.changes or not samples:
+def _measure(
+    job: Job, outcome: Outcome, settings: Sequence[Setting], samples: Sequence[Feeds]
+) -> Timing | None:
+    """Time the original against the result, with its settings; None, with a note, where that cannot be."""
+    if not samples or not (outcome.changes or settings):
         why = "nothing was changed" if samples else "there is no sample to run"
         job.notes.append(f"speed not measured: {why}")
         return None
-    try:
-        return measure(
-            job.model,
-            outcome.model,
-            provider=provider,
-            feeds=samples[:_TIMED],
-            seed=job.seed,
-            progress=lambda share: job.progress("measuring the speed", share),
-        )
-    except (ProviderError, UnsupportedModelError) as error:
-        job.notes.append(f"speed not measured: {error}")
-        return None
+    return job.time(job.model, outcome.model, samples, session_config(settings))
 
 
 def _record(model: ir.Model, outcome: Outcome, input_sha256: str) -> None:

@@ -6,8 +6,9 @@ same run up to there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -19,8 +20,7 @@ def site_of(node: ir.Node) -> str:
     return node.outputs[0].name or node.name or node.op_type
 
 
-@dataclass(frozen=True, order=True)
-class Rewrite:
+class Rewrite(NamedTuple):
     """One change to the graph: which pass and rule made it, and where."""
 
     pass_name: str
@@ -37,10 +37,12 @@ class Ledger:
 
     limit: grant this many rewrites in all, then no more; None for no limit.
     left_out: rewrites that are never granted.
+    veto: asked with the name of a pass that is about to rewrite; why it may not, or None.
     """
 
     limit: int | None = None
     left_out: frozenset[Rewrite] = frozenset()
+    veto: Callable[[str], str | None] | None = None
     pass_name: str = ""
     granted: list[Rewrite] = field(default_factory=list)
     declined: dict[Rewrite, str] = field(default_factory=dict)
@@ -61,6 +63,10 @@ class Ledger:
         """Ask for leave before a change; False: leave the graph as it is there."""
         rewrite = Rewrite(self.pass_name, rule, site)
         if self.exhausted or self.leaves_out(rewrite):
+            return False
+        vetoed = self.veto(self.pass_name) if self.veto else None
+        if vetoed is not None:
+            self.declined[rewrite] = vetoed
             return False
         self.granted.append(rewrite)
         self.declined.pop(rewrite, None)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxopt.attempt import WHOLE, Attempt, attempt
 from onnxopt.claims import Kind, kind_of, pass_name
+from onnxopt.graph import function_name, value_names
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.structure import all_problems, checker_complaint
 
@@ -82,6 +83,7 @@ class Pipeline:
         open_model: Callable[[], ir.Model],
         *,
         prove: Proof | None = None,
+        veto: Callable[[str], str | None] | None = None,
         stop_after: int | None = None,
         on_pass: Callable[[str], None] | None = None,
     ) -> Outcome:
@@ -90,28 +92,32 @@ class Pipeline:
         Args:
             open_model: gives a fresh copy of the input at each call.
             prove: judges the numbers of the result; None to check structure only.
+            veto: asked with the name of a pass that is about to rewrite; why it may not, or None.
             stop_after: make this many rewrites, then stop.
             on_pass: called with the name of each pass before it runs.
         """
-        ready = [open_model()]
-        sound = checker_complaint(ready[0]) is None
         left_out: dict[Rewrite, str] = {}
 
         @functools.cache
         def tolerated() -> frozenset[str]:
             return all_problems(open_model())
 
+        @functools.cache
+        def sound() -> bool:
+            return checker_complaint(open_model()) is None
+
         def run(limit: int | None, *, watch: bool = False) -> Attempt:
-            model = ready.pop() if ready else open_model()
-            ledger = Ledger(limit, frozenset(left_out))
+            model, ledger = open_model(), Ledger(limit, frozenset(left_out), veto)
             return attempt(
                 self.passes, self.rounds, model, ledger, tolerated=tolerated, on_pass=on_pass, watch=watch
             )
 
         def judge(done: Attempt) -> str | None:
             if done.problem is None and done.ledger.granted:
-                complaint = checker_complaint(done.model) if sound else None
-                done.problem = complaint or (prove(done.model, done.kind) if prove else None)
+                complaint = checker_complaint(done.model)
+                done.problem = complaint if complaint and sound() else None
+                if done.problem is None and prove:
+                    done.problem = prove(done.model, done.kind)
             return done.problem
 
         while judge(done := run(stop_after)) is not None:
@@ -157,11 +163,14 @@ def _widen(culprit: Rewrite, left_out: Mapping[Rewrite, str]) -> Rewrite:
 
 
 def _steps(done: Attempt) -> tuple[Step, ...]:
-    steps = []
+    """What each pass did; a place that later rewrites took away is no near miss."""
+    steps, places = [], {""}
+    if done.ledger.declined:
+        places |= value_names(done.model) | set(map(function_name, done.model.functions))
     for one, tally in zip(done.passes, done.tallies, strict=True):
         name, reasons = pass_name(one), dict[str, list[str]]()
         for rewrite, reason in done.ledger.declined.items():
-            if rewrite.pass_name == name:
+            if rewrite.pass_name == name and rewrite.site in places:
                 reasons.setdefault(reason, []).append(rewrite.site)
         declined = {reason: tuple(sites) for reason, sites in reasons.items()}
         steps.append(

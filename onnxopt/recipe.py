@@ -1,7 +1,14 @@
-"""Pipelines as text: `fold-constants{max_bytes=65536},fold-batchnorm`, or the same list in a TOML file.
+"""Pipelines as text: `fold-constants{max_growth=65536},fold-batchnorm`, or the same list in a TOML file.
 
     description = "what it is for"
-    passes = ["fold-constants{max_bytes=65536}", "fold-batchnorm"]
+    passes = ["fold-constants{max_growth=65536}", "fold-batchnorm"]
+
+A recipe may build on another one: `base` names it, `skip` leaves passes of it out, `after` puts passes
+behind one of them, and `passes` come at the end.
+
+    base = "default"
+    skip = ["merge-matmul"]
+    after.fold-constants = ["merge-cast"]
 
 Options have one spelling, that of the dataclass field, in Python, here and on the command line.
 """
@@ -17,6 +24,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -36,6 +44,8 @@ __all__ = [
 
 ENTRY_POINTS = "onnxopt.passes"
 """The entry-point group in which other packages offer passes."""
+
+_KEYS = ("description", "base", "skip", "after", "passes", "rounds")
 
 PassFactory = Callable[..., ir.passes.PassBase]
 
@@ -68,37 +78,79 @@ def load_recipe(name: str | os.PathLike[str]) -> Pipeline:
     """A pipeline from a TOML file, or from a recipe that ships with onnxopt, by its name.
 
     Raises:
-        UsageError: no such recipe, not TOML, or it names an unknown pass or option.
+        UsageError: no such recipe, not TOML, it names an unknown pass or option, or builds on itself.
     """
-    path = Path(name)
-    if path.suffix == ".toml":
+    return _built(str(name), ())
+
+
+def _built(name: str, above: tuple[str, ...]) -> Pipeline:
+    """The pipeline of a recipe; `above` are the recipes that build on it."""
+    who, table = f"recipe {name}", _table(name)
+    for word in sorted(set(table) - set(_KEYS)):
+        raise UsageError(f"{who}: unknown key {word!r}{did_you_mean(word, _KEYS)}")
+    base, after, below = table.get("base"), table.get("after", {}), Pipeline(())
+    if base is None and not {"skip", "after"}.isdisjoint(table):
+        raise UsageError(f"{who}: 'skip' and 'after' change another recipe: name it, base = \"default\"")
+    if not isinstance(base, str | None) or not isinstance(after, dict):
+        raise UsageError(f'{who}: expected base = "default" and after.fold-constants = ["merge-cast", ...]')
+    if base is not None:
+        place = str((Path(name).parent / base).resolve()) if base.endswith(".toml") else base
+        if place in (name, *above):
+            raise UsageError(f"{who}: builds on itself")
+        below = _built(place, (name, *above))
+    passes = _without(below.passes, _strings(who, "skip", table.get("skip", [])), f"{who}: cannot skip")
+    for anchor, added in after.items():
+        names = [pass_name(one) for one in passes]
+        if anchor not in names:
+            raise UsageError(f"{who}: after {anchor!r}: there is no such pass{did_you_mean(anchor, names)}")
+        place_after = names.index(anchor) + 1
+        passes[place_after:place_after] = map(parse_pass, _strings(who, f"after.{anchor}", added))
+    passes += map(parse_pass, _strings(who, "passes", table.get("passes", [])))
+    rounds = table.get("rounds", below.rounds)
+    if not passes:
+        raise UsageError(f'{who}: expected a list: passes = ["fold-constants", ...]')
+    if not isinstance(rounds, int) or rounds < 1:
+        raise UsageError(f"{who}: rounds must be a positive integer, not {rounds!r}")
+    return Pipeline(tuple(passes), rounds)
+
+
+def _table(name: str) -> Mapping[str, Any]:
+    """What a recipe's TOML says."""
+    if Path(name).suffix == ".toml":
         try:
-            text = path.read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"recipe {path}: cannot be read: {error.strerror}") from None
+            raise UsageError(f"recipe {name}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise UsageError(f"recipe {path}: not TOML: it is not UTF-8 text") from None
+            raise UsageError(f"recipe {name}: not TOML: it is not UTF-8 text") from None
     else:
         shipped = recipes()
-        if str(name) not in shipped:
-            raise UsageError(f"unknown recipe {str(name)!r}{did_you_mean(str(name), shipped)}")
+        if name not in shipped:
+            raise UsageError(f"unknown recipe {name!r}{did_you_mean(name, shipped)}")
         text = (importlib.resources.files("onnxopt.passes") / "recipes" / f"{name}.toml").read_text()
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {name}: not TOML: {error}") from None
-    unknown = set(table) - {"description", "passes", "rounds"}
-    if unknown:
-        word = min(unknown)
-        raise UsageError(
-            f"recipe {name}: unknown key {word!r}{did_you_mean(word, ('description', 'passes', 'rounds'))}"
-        )
-    entries, rounds = table.get("passes"), table.get("rounds", Pipeline.rounds)
-    if not entries or not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
-        raise UsageError(f'recipe {name}: expected a list: passes = ["fold-constants", ...]')
-    if not isinstance(rounds, int) or rounds < 1:
-        raise UsageError(f"recipe {name}: rounds must be a positive integer, not {rounds!r}")
-    return Pipeline(tuple(parse_pass(entry) for entry in entries), rounds)
+
+
+def _strings(who: str, key: str, found: object) -> Sequence[str]:
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise UsageError(f'{who}: expected a list: {key} = ["fold-constants", ...]')
+    return found
+
+
+def _without(
+    passes: Sequence[ir.passes.PassBase], skip: Sequence[str], complaint: str
+) -> list[ir.passes.PassBase]:
+    """The passes but for those of these names, which must be there."""
+    names = [pass_name(one) for one in passes]
+    for name in skip:
+        if name not in names:
+            raise UsageError(
+                f"{complaint} {name!r}: the pipeline has no such pass{did_you_mean(name, names)}"
+            )
+    return [one for one in passes if pass_name(one) not in skip]
 
 
 def build_pipeline(
@@ -119,16 +171,10 @@ def build_pipeline(
     elif passes:
         given = tuple(parse_pass(one) if isinstance(one, str) else one for one in passes)
         pipeline = dataclasses.replace(pipeline, passes=given)
-    names = [pass_name(one) for one in pipeline.passes]
-    for name in skip:
-        if name not in names:
-            raise UsageError(
-                f"cannot skip {name!r}: the pipeline has no such pass{did_you_mean(name, names)}"
-            )
-    kept = tuple(one for one in pipeline.passes if pass_name(one) not in skip)
+    kept = _without(pipeline.passes, skip, "cannot skip")
     if freeze_initializers:
-        kept = (parse_pass("freeze-initializers"), *kept)
-    return dataclasses.replace(pipeline, passes=kept)
+        kept.insert(0, parse_pass("freeze-initializers"))
+    return dataclasses.replace(pipeline, passes=tuple(kept))
 
 
 def parse_passes(text: str) -> tuple[ir.passes.PassBase, ...]:

@@ -20,7 +20,7 @@ import onnxopt
 from models.bert import bert
 from models.digits_cnn import PATH, digits
 from models.resnet20 import resnet20
-from onnxopt import Edit, Pass, Rule, Scope, api
+from onnxopt import Edit, Pass, Rule, Scope, api, job
 from onnxopt.errors import NoSamplesError, UsageError
 from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, execute, sqnr, text_model
@@ -155,7 +155,7 @@ def test_optimizing_the_result_changes_nothing() -> None:
 
 
 def test_a_slower_result_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "measure", lambda *_, **__: SimpleNamespace(verdict="slower"))
+    monkeypatch.setattr(job, "bench", lambda *_, **__: SimpleNamespace(verdict="slower"))
     result = onnxopt.optimize(text_model(TEXT))
     assert result.report.left_as_it_was
     assert len(result.graph.graph) == 7

@@ -9,11 +9,12 @@ from typing import Literal
 import pytest
 
 from onnxopt import recipe
-from onnxopt.claims import Pass
+from onnxopt.claims import Pass, pass_name
 from onnxopt.errors import UsageError
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
 from onnxopt.recipe import build_pipeline, known_passes, load_recipe, parse_pass, parse_passes, recipes
+from onnxopt.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,18 @@ def test_recipes_from_toml(tmp_path: Path) -> None:
         ('pases = ["sample"]', r"unknown key 'pases' \(did you mean 'passes'\?\)"),
         ('passes = ["nope"]', "unknown pass 'nope'"),
         ('passes = ["sample"]\nrounds = 0', "rounds must be a positive integer"),
+        ('base = "defualt"', r"unknown recipe 'defualt' \(did you mean 'default'\?\)"),
+        ('base = "bad.toml"', "builds on itself"),
+        ("base = 3", 'expected base = "default"'),
+        ('base = "default"\nafter = ["sample"]', "expected .* after.fold-constants ="),
+        (
+            'base = "default"\nafter.merge-matmull = ["sample"]',
+            r"no such pass \(did you mean 'merge-matmul'\?\)",
+        ),
+        ('base = "default"\nafter.merge-matmul = "sample"', r"expected a list: after.merge-matmul = \["),
+        ('base = "default"\nskip = ["sample"]', "cannot skip 'sample': the pipeline has no such pass"),
+        ('skip = ["sample"]\npasses = ["sample"]', "'skip' and 'after' change another recipe"),
+        ('after.sample = ["sample"]', "'skip' and 'after' change another recipe"),
     ],
 )
 def test_bad_recipes_are_refused(content: str, complaint: str, tmp_path: Path) -> None:
@@ -111,6 +124,34 @@ def test_bad_recipes_are_refused(content: str, complaint: str, tmp_path: Path) -
     path.write_text(content)
     with pytest.raises(UsageError, match=complaint):
         load_recipe(path)
+
+
+def test_a_recipe_builds_on_another_one(tmp_path: Path) -> None:
+    (tmp_path / "below.toml").write_text('passes = ["eliminate-identity", "eliminate-dead"]\nrounds = 3\n')
+    path = tmp_path / "above.toml"
+    path.write_text(
+        'base = "below.toml"\nskip = ["eliminate-dead"]\npasses = ["sample{limit=3}"]\n'
+        'after.eliminate-identity = ["sample{limit=1}", "sample{limit=2}"]\n'
+    )
+    chain = (EliminateIdentity(), Sample(limit=1), Sample(limit=2), Sample(limit=3))
+    assert load_recipe(path) == Pipeline(chain, rounds=3)
+    path.write_text('base = "default"\nrounds = 2\n')
+    assert load_recipe(path) == Pipeline(load_recipe("default").passes, rounds=2)
+
+
+def test_recipes_that_build_on_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(f'base = "../{tmp_path.name}/b.toml"\n')
+    (tmp_path / "b.toml").write_text('base = "a.toml"\n')
+    with pytest.raises(UsageError, match="builds on itself"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_each_target_has_a_recipe_of_its_own() -> None:
+    common = [pass_name(one) for one in load_recipe("default").passes]
+    for target in TARGETS.values():
+        names = [pass_name(one) for one in load_recipe(target.recipe).passes]
+        assert [name for name in names if name in common] == [name for name in common if name in names]
+    assert {target.recipe for target in TARGETS.values()} == set(recipes())
 
 
 def test_missing_recipes_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def bench(
     shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int = 1,
     seconds: float = 10.0,
+    session_config: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[float], None] | None = None,
 ) -> Timing:
     """Time `after` against `before`, and `before` against itself, side by side on `provider`.
@@ -55,7 +57,8 @@ def bench(
     `feeds` are used in turn, at most the first 16; None: synthesized from the graph with `seed` and `shapes`.
     `seconds` counts on the clock that decides, so that a busy machine gives as many samples as a quiet one;
     there, and for slow models, up to three times as long pass on the wall. A first look at each model comes
-    on top. `progress` gets the fraction done after each repeat.
+    on top. `session_config`: settings of the sessions of `after` alone. `progress` gets the fraction done
+    after each repeat.
 
     Raises:
         UsageError: no feeds, seconds or threads; an input that cannot be bound on a device.
@@ -74,7 +77,11 @@ def bench(
         samples = list(feeds)[:_MOST_FEEDS]
         if not samples:
             raise UsageError("bench: feeds are empty: give at least one sample, or None to synthesize it")
-        openers = [_opener(source, provider, threads, stack) for source in sources]
+        settings: Sequence[Mapping[str, str]] = ({}, session_config)
+        openers = [
+            _opener(source, provider, threads, config, stack)
+            for source, config in zip(sources, settings, strict=True)
+        ]
         clock = clocks(one_thread=provider == "cpu" and threads == 1)
         pilots = [pilot(opener, samples, clock) for opener in openers]
         together = max(tensor_bytes(load(source)) for source in sources) < _LARGE
@@ -98,6 +105,7 @@ def bench(
         rounds=protocol.plan.rounds,
         batch=protocol.plan.batch,
         seed=seed,
+        session_config=dict(session_config),
         runtime=runtime_version(),
         machine=here.cpu,
         cores=here.cores,
@@ -116,10 +124,20 @@ def _figures(samples: Samples, seed: int) -> tuple[Figures, Figures]:
     return Figures(*found[:figures]), Figures(*found[figures:])
 
 
-def _opener(source: ModelLike, provider: str, threads: int, stack: contextlib.ExitStack) -> Opener:
-    options = _provider_options(provider, stack)
+def _opener(
+    source: ModelLike,
+    provider: str,
+    threads: int,
+    session_config: Mapping[str, str],
+    stack: contextlib.ExitStack,
+) -> Opener:
     return functools.partial(
-        open_session, source, provider=provider, threads=threads, provider_options=options
+        open_session,
+        source,
+        provider=provider,
+        threads=threads,
+        session_config=session_config,
+        provider_options=_provider_options(provider, stack),
     )
 
 

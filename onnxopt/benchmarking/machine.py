@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ class Machine:
     flags: frozenset[str] | None
     """Instruction set flags in Linux's spelling: ``avx2``, ``avx512_vnni``, ``asimddp``."""
     memory_bytes: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that name the processor: its model, architecture and instruction sets."""
+        text = "\n".join([self.cpu, self.architecture, *sorted(self.flags or ())])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def has_vnni(self) -> bool | None:

@@ -60,6 +60,8 @@ class Timing:
     batch: int
     """Runs in a sample."""
     seed: int
+    session_config: Mapping[str, str]
+    """Settings of the sessions of `after`; those of `before` have none."""
     runtime: str
     machine: str
     cores: int

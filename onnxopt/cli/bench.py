@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from onnxopt.cli.common import (
+    config_of,
     console,
     data_option,
     json_option,
     keep_apart,
     progress,
     seed_option,
+    session_option,
     shape_option,
     shapes_of,
     write_json,
@@ -32,6 +34,7 @@ __all__ = ["command"]
 @shape_option
 @data_option
 @seed_option
+@session_option
 @json_option
 def command(
     before: Path,
@@ -42,6 +45,7 @@ def command(
     shape: tuple[str, ...],
     data: str | None,
     seed: int,
+    session_config: tuple[str, ...],
     json_file: str | None,
 ) -> int:
     """Measure AFTER against BEFORE, and BEFORE against itself as the control.
@@ -49,6 +53,7 @@ def command(
     \b
     onnxopt bench model.onnx model.opt.onnx
     onnxopt bench model.onnx model.opt.onnx --provider cuda --shape input=8x3x224x224
+    onnxopt bench m.onnx m.onnx --session-config optimization.disable_specified_optimizers=GeluFusionL2
 
     Exit codes: 0 measured, 2 bad input, 3 the provider cannot run here.
     """
@@ -67,6 +72,7 @@ def command(
             shapes=shapes_of(shape),
             threads=threads,
             seconds=seconds,
+            session_config=config_of(session_config),
             progress=lambda share: show("measuring the speed", share),
         )
     out = console(json_file)

@@ -18,12 +18,14 @@ from onnxopt.data import parse_shape
 from onnxopt.errors import ModelError, UsageError
 
 __all__ = [
+    "config_of",
     "console",
     "data_option",
     "json_option",
     "keep_apart",
     "progress",
     "seed_option",
+    "session_option",
     "shape_option",
     "shapes_of",
     "write_json",
@@ -36,6 +38,12 @@ shape_option = click.option(
 )
 data_option = click.option(
     "--data", metavar="PATH", help="Samples: a folder of .npz or .npy, one .npz, or file.py:function."
+)
+session_option = click.option(
+    "--session-config",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the runtime's sessions (bench: of AFTER's alone). Repeatable.",
 )
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of synthetic samples.")
 
@@ -68,13 +76,24 @@ def shapes_of(given: Sequence[str]) -> Mapping[str, Sequence[int]] | None:
     return dict(parse_shape(text) for text in given) or None
 
 
+def config_of(given: Sequence[str]) -> dict[str, str]:
+    """The `--session-config` options as key -> value."""
+    config = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--session-config {text!r}: expected KEY=VALUE")
+        config[key.strip()] = value.strip()
+    return config
+
+
 def keep_apart(json_file: str | None, *models: Path | None) -> None:
     """Refuse a report that would be written over one of the models."""
     if json_file is None or json_file == "-":
         return
     place = Path(json_file).resolve()
     if any(model is not None and model.resolve() == place for model in models):
-        raise UsageError(f"--json {json_file}: this is a model's file; give the report one of its own")
+        raise UsageError(f"--json {json_file}: this is a file of a model; give the report one of its own")
 
 
 def console(json_file: str | None) -> Console:

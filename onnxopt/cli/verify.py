@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 
 from onnxopt.cli.common import (
+    config_of,
     console,
     data_option,
     json_option,
     keep_apart,
     seed_option,
+    session_option,
     shape_option,
     shapes_of,
     write_json,
@@ -38,6 +40,7 @@ __all__ = ["command"]
 @shape_option
 @data_option
 @seed_option
+@session_option
 @json_option
 def command(
     before: Path,
@@ -48,6 +51,7 @@ def command(
     shape: tuple[str, ...],
     data: str | None,
     seed: int,
+    session_config: tuple[str, ...],
     json_file: str | None,
 ) -> int:
     """Prove that AFTER computes what BEFORE does.
@@ -72,6 +76,7 @@ def command(
         kind=kind,  # type: ignore[arg-type]  # click has checked the choice
         provider=provider,
         frozen=frozen,
+        session_config=config_of(session_config),
     )
     out = console(json_file)
     table = plain_table(

@@ -37,6 +37,13 @@ class EliminateCommonSubexpressions(Pass):
     """
 
     name = "eliminate-common-subexpressions"
+    example = """
+agraph (float[2] x) => (float[2] y) {
+    a = Relu(x)
+    b = Relu(x)
+    y = Add(a, b)
+}
+    """
 
     max_bytes: int = 1 << 20
 

@@ -30,6 +30,12 @@ class EliminateDead(Pass):
     """Remove nodes, optional outputs, initializers, functions and opset imports that nobody reads."""
 
     name = "eliminate-dead"
+    example = """
+agraph (float[2] x) => (float[2] y) <float[2] w = {1, 2}> {
+    unused = Mul(x, w)
+    y, mask = Dropout(x)
+}
+    """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         present = set(nodes(model))

@@ -26,6 +26,13 @@ class EliminateIdentity(Pass):
     """Let the readers of an Identity's or idle Dropout's output read its input."""
 
     name = "eliminate-identity"
+    example = """
+agraph (float[2] x) => (float[2] y) {
+    a = Identity(x)
+    b = Dropout(a)
+    y = Relu(b)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (

@@ -42,6 +42,13 @@ class EliminateNoop(Pass):
     """Let the readers of a node that changes nothing read its input."""
 
     name = "eliminate-noop"
+    example = """
+agraph (float[2, 3] x) => (float[2, 3] y) <float one = {1}> {
+    a = Transpose<perm = [0, 1]>(x)
+    b = Mul(a, one)
+    y = Relu(b)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return tuple(_rule(*row) for row in _TABLE)

@@ -27,6 +27,11 @@ class FreezeInitializers(Pass):
     """Take initializers off the graph inputs."""
 
     name = "freeze-initializers"
+    example = """
+agraph (float[2] x, float[2] w) => (float[2] y) <float[2] w = {1, 2}> {
+    y = Mul(x, w)
+}
+    """
     keeps_signature = False
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:

@@ -31,6 +31,12 @@ class LiftConstants(Pass):
     """Turn each Constant node into an initializer of the main graph."""
 
     name = "lift-constants"
+    example = """
+agraph (float[2] x) => (float[2] y) {
+    w = Constant<value = float[2] {1, 2}>()
+    y = Mul(x, w)
+}
+    """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for scope in scopes(model):

@@ -53,6 +53,12 @@ class MergeAffine(Pass):
 
     name: ClassVar[str] = "merge-affine"
     kind: ClassVar[Kind] = "reorder"
+    example = """
+agraph (float[2, 2] x) => (float[2, 1] y) <float[2, 1] w = {1, 2}, float[1] b = {3}, float c = {4}> {
+    a = Gemm(x, w, b)
+    y = Mul(a, c)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (

@@ -40,6 +40,12 @@ class MergeCast(Pass):
     """Leave out a Cast that only widens on the way to another type."""
 
     name = "merge-cast"
+    example = """
+agraph (float16[2] x) => (double[2] y) {
+    a = Cast<to = 1>(x)
+    y = Cast<to = 11>(a)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("Cast after Cast", ("Cast",), _cast),)

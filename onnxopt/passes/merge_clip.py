@@ -35,6 +35,12 @@ class MergeClip(Pass):
     """Let one Clip hold what two ops hold."""
 
     name = "merge-clip"
+    example = """
+agraph (float[4] x) => (float[4] y) <float high = {6}> {
+    a = Relu(x)
+    y = Min(a, high)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("bounds after bounds", _OPS, _merge),)

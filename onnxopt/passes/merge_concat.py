@@ -26,6 +26,12 @@ class MergeConcat(Pass):
     """Let one Concat join what nested ones join along the same axis."""
 
     name = "merge-concat"
+    example = """
+agraph (float[2] a, float[2] b, float[2] c) => (float[6] y) {
+    ab = Concat<axis = 0>(a, b)
+    y = Concat<axis = 0>(ab, c)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("Concat after Concat", ("Concat",), _concat),)

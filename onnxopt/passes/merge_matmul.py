@@ -41,6 +41,12 @@ class MergeMatmul(Pass):
 
     name: ClassVar[str] = "merge-matmul"
     kind: ClassVar[Kind] = "reorder"
+    example = """
+agraph (float[2, 2] x) => (float[2, 2] y) <float[2, 2] v = {1, 2, 3, 4}, float[2, 2] w = {5, 6, 7, 8}> {
+    a = MatMul(x, v)
+    y = MatMul(a, w)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("two matrix products", _OPS, _merge),)

@@ -34,6 +34,13 @@ class MergePad(Pass):
 
     name = "merge-pad"
     kind: ClassVar[Kind] = "reorder"
+    example = """
+agraph (float[1, 1, 4] x) => (float[1, 1, 4] y)
+    <float[1, 1, 3] w = {1, 2, 3}, int64[6] pads = {0, 0, 1, 0, 0, 1}> {
+    a = Pad(x, pads)
+    y = Conv(a, w)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (

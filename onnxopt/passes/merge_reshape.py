@@ -34,6 +34,12 @@ class MergeReshape(Pass):
     """Let one Reshape or Flatten do the work of two ops that only change the shape."""
 
     name = "merge-reshape"
+    example = """
+agraph (float[2, 6] x) => (float[3, 4] y) <int64[3] three = {2, 3, 2}, int64[2] two = {3, 4}> {
+    a = Reshape(x, three)
+    y = Reshape(a, two)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (

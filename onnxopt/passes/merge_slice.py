@@ -33,6 +33,13 @@ class MergeSlice(Pass):
     """Let one Slice cut what two cut."""
 
     name = "merge-slice"
+    example = """
+agraph (float[9] x) => (float[4] y)
+    <int64[1] zero = {0}, int64[1] one = {1}, int64[1] four = {4}, int64[1] eight = {8}> {
+    a = Slice(x, one, eight, zero)
+    y = Slice(a, zero, four, zero)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("Slice after Slice", ("Slice",), _slice),)

@@ -32,6 +32,12 @@ class MergeSqueeze(Pass):
     """Let one Squeeze or Unsqueeze do the work of two, or none where they undo each other."""
 
     name = "merge-squeeze"
+    example = """
+agraph (float[2] x) => (float[1, 2, 1] y) <int64[1] front = {0}, int64[1] back = {2}> {
+    a = Unsqueeze(x, front)
+    y = Unsqueeze(a, back)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("Squeeze and Unsqueeze in a row", ("Squeeze", "Unsqueeze"), _merge),)

@@ -26,6 +26,12 @@ class MergeTranspose(Pass):
     """Let one Transpose do the work of two, or none where they undo each other."""
 
     name = "merge-transpose"
+    example = """
+agraph (float[2, 3, 4] x) => (float[4, 2, 3] y) {
+    a = Transpose<perm = [1, 2, 0]>(x)
+    y = Transpose<perm = [1, 2, 0]>(a)
+}
+    """
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("Transpose after Transpose", ("Transpose",), _transpose),)

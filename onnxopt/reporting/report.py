@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.inspection import macs, totals
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
+    from onnxopt.benchmarking.profits import Profit
     from onnxopt.pipeline import LeftOut, Step
     from onnxopt.verification import Verdict
 
-__all__ = ["SCHEMA", "Report", "Size", "measure_size"]
+__all__ = ["SCHEMA", "SESSION_SCHEMA", "Report", "Size", "measure_size", "session_file"]
 
 SCHEMA = "onnxopt.optimize/1"
 """Name and version of the layout of `Report.to_dict`; a change that breaks readers raises the version."""
+
+SESSION_SCHEMA = "onnxopt.session/1"
+"""The same for `Report.session`."""
+
+
+def session_file(model: str | os.PathLike[str]) -> Path:
+    """Where the settings for the sessions of a model lie: `model.session.json` beside `model.onnx`."""
+    return Path(model).with_suffix(".session.json")
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Report:
     source: path or kind of the input. passes: as a recipe spells them. steps: one for each pass.
     shapes: input sizes that MACs are counted for; empty where they are left symbolic.
     left_out: rewrites that broke a claim and were undone. left_as_it_was: the result is the input.
+    profits: what was decided about guarded passes that had something to do. settings: of the runtime's
+    sessions, which the result does better with; `timing` is with them.
     verdict, timing: None where nothing was verified or measured; `notes` say why. seconds: wall time.
     """
 
@@ -63,10 +77,23 @@ class Report:
     left_out: tuple[LeftOut, ...]
     rounds: int
     left_as_it_was: bool
+    profits: tuple[Profit, ...]
+    settings: tuple[Setting, ...]
     verdict: Verdict | None
     timing: Timing | None
     notes: tuple[str, ...]
     seconds: float
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
+        return {
+            "schema": SESSION_SCHEMA,
+            "session_config": session_config(self.settings),
+            "why": [one.summary for one in self.settings],
+            "target": self.target,
+            "versions": dict(self.versions),
+        }
 
     @property
     def clean(self) -> bool:
@@ -100,9 +127,11 @@ class Report:
                 }
                 for step in self.steps
             ],
-            "left_out": [{**asdict(left.rewrite), "reason": left.reason} for left in self.left_out],
+            "left_out": [{**left.rewrite._asdict(), "reason": left.reason} for left in self.left_out],
             "rounds": self.rounds,
             "left_as_it_was": self.left_as_it_was,
+            "profits": [profit.to_dict() for profit in self.profits],
+            "settings": [setting.to_dict() for setting in self.settings],
             "verdict": self.verdict.to_dict() if self.verdict else None,
             "timing": self.timing.to_dict() if self.timing else None,
             "notes": list(self.notes),

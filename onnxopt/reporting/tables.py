@@ -13,10 +13,18 @@ from rich.text import Text
 
 from onnxopt.benchmarking import Timing
 from onnxopt.pipeline import Step
-from onnxopt.reporting.report import Report, Size
+from onnxopt.reporting.report import Report, Size, session_file
 from onnxopt.verification import Verdict
 
-__all__ = ["amount", "count_bytes", "plain_table", "print_report", "print_timing", "print_verdict"]
+__all__ = [
+    "amount",
+    "count_bytes",
+    "plain_table",
+    "print_report",
+    "print_steps",
+    "print_timing",
+    "print_verdict",
+]
 
 _GOOD, _BAD, _DIM = "green", "red", "dim"
 
@@ -58,18 +66,22 @@ def print_report(
         at = ", ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in report.shapes.items())
         console.print(Text(f"MACs at {at}", style=_DIM))
     console.print()
-    _print_steps(report, console, list_declined)
-    for left in report.left_out:
-        console.print(Text(f"left out: {left.rewrite}: {left.reason}", style=_BAD))
+    print_steps(report, console, list_declined)
     console.print()
     if report.verdict is not None:
         print_verdict(report.verdict, console)
     if report.timing is not None:
         print_timing(report.timing, console)
+    for setting in report.settings:
+        style = "yellow" if setting.purpose == "correctness" else ""
+        console.print(Text("setting  ", style="bold") + Text(setting.summary, style=style))
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if written is not None:
         console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+        if report.settings:
+            beside = escape(str(session_file(written)))
+            console.print(f"[bold]written[/]  {beside} (settings for its sessions)")
 
 
 def _sizes(before: Size, after: Size) -> Table:
@@ -98,7 +110,8 @@ def _change(old: int | str, new: int | str) -> Text:
     return Text(f"{share:+.1%}", style=_GOOD if share < 0 else "")
 
 
-def _print_steps(report: Report, console: Console, list_declined: bool) -> None:
+def print_steps(report: Report, console: Console, list_declined: bool) -> None:
+    """Print what each pass did, where it declined, and what was left out."""
     quiet = [step.name for step in report.steps if not step.changes and not step.declined]
     table = plain_table("pass", ">changed", ">nodes", ">bytes", ">ms", "declined")
     for step in report.steps:
@@ -120,6 +133,10 @@ def _print_steps(report: Report, console: Console, list_declined: bool) -> None:
             for reason, sites in step.declined.items():
                 for site in sites:
                     console.print(Text(f"  {step.name}: {site}: {reason}", style=_DIM))
+    for left in report.left_out:
+        console.print(Text(f"left out: {left.rewrite}: {left.reason}", style=_BAD))
+    for profit in report.profits:
+        console.print(Text(profit.summary, style=_DIM))
 
 
 def _signed_bytes(change: int) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Self, get_args
@@ -63,48 +63,66 @@ class Baseline:
     sights: Mapping[str, Sight]
     notes: tuple[str, ...]
     obstacle: str
+    session_config: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def measure(cls, before: ModelLike, feeds: Iterable[Feeds], *, provider: str = "cpu") -> Self:
+    def measure(
+        cls,
+        before: ModelLike,
+        feeds: Iterable[Feeds],
+        *,
+        provider: str = "cpu",
+        session_config: Mapping[str, str] | None = None,
+    ) -> Self:
         """Run the original on `feeds`, the first 64 of them, at the runtime's lowest and default levels.
 
+        `session_config` are settings of the sessions, also of those of `compare` unless it gets its own.
         Samples on which it fails are left out and named in `notes`. Where ONNX Runtime cannot open it, ONNX's
         reference evaluator runs both sides. Raises ModelError, ProviderError, RuntimeMissingError.
         """
         model = before if isinstance(before, ir.Model) else load(before)
-        contract = Contract.of(model)
+        contract, config = Contract.of(model), dict(session_config or {})
         plan, notes = _plan(model, feeds)
+        notes += [f"sessions with {key}={value}" for key, value in config.items()]
         engine, runtime, obstacle = provider, f"{runtime_version()} {provider}", ""
         done = Run()
         try:
-            done = run_original(partial(_open, before, engine), plan, levels=True)
+            done = run_original(partial(_open, before, engine, config=config), plan, levels=True)
         except UnsupportedModelError as error:
             notes.append(f"{error}; both sides run on ONNX's reference evaluator")
             engine, runtime = _REFERENCE, f"onnx.reference {onnx.__version__}"
             try:
-                done = run_original(partial(_open, before, engine), plan, levels=False)
+                done = run_original(partial(_open, before, engine, config=config), plan, levels=False)
             except UnsupportedModelError as second:
                 obstacle = f"no runtime opens the original: {error}; {second}"
         notes += done.notes
         if not any(sample.group == "given" for sample in done.samples):
             why = f"the original ran on no sample: {notes[-1]}" if plan else "there is no sample to run"
-            return cls(contract, engine, runtime, (), {}, {}, tuple(notes), obstacle or why)
+            return cls(contract, engine, runtime, (), {}, {}, tuple(notes), obstacle or why, config)
         sights = look(done.samples, contract, done.random)
         noises = done.noises
         notes += remarks(done.samples, contract, noises, sights)
-        notes += unseen(model, done.samples, lambda shown: _open(shown, engine, "none"))
-        return cls(contract, engine, runtime, tuple(done.samples), noises, sights, tuple(notes), "")
+        notes += unseen(model, done.samples, lambda shown: _open(shown, engine, "none", config))
+        return cls(contract, engine, runtime, tuple(done.samples), noises, sights, tuple(notes), "", config)
 
     @property
     def unprovable(self) -> str:
         """Why nothing can be proved of any rewrite of this original; empty where something can."""
         return self.obstacle or blindness(self.sights)
 
-    def compare(self, after: ModelLike, *, kind: Kind = "reorder", frozen: bool = False) -> Verdict:
+    def compare(
+        self,
+        after: ModelLike,
+        *,
+        kind: Kind = "reorder",
+        frozen: bool = False,
+        session_config: Mapping[str, str] | None = None,
+    ) -> Verdict:
         """Hold `after` against the original by the promise of `kind`; the original is not run again.
 
-        `frozen` allows overridable initializers to be gone. An `after` that does not open or run is a
-        failed claim. Raises UsageError, ModelError (a file that is no model), ProviderError.
+        `frozen` allows overridable initializers to be gone. `session_config`: settings of its sessions, in
+        place of those of the original's. An `after` that does not open or run is a failed claim. Raises
+        UsageError, ModelError (a file that is no model), ProviderError.
         """
         if kind not in get_args(Kind):
             raise UsageError(f"unknown kind {kind!r}" + did_you_mean(kind, get_args(Kind)))
@@ -120,17 +138,20 @@ class Baseline:
         if not samples:
             return self._verdict("unproved", kind, "every sample overrides an initializer that is fixed now")
         try:
-            lowest = self._distances(after, "none", samples)
-            default = self._distances(after, "all", samples) if self.engine != _REFERENCE else {}
+            config = self.session_config if session_config is None else session_config
+            lowest = self._distances(after, "none", samples, config)
+            default = self._distances(after, "all", samples, config) if self.engine != _REFERENCE else {}
         except (UnsupportedModelError, RunError) as error:
             return self._verdict("failed", kind, f"the result does not run: {error}", samples=samples)
         outputs = tuple(self._judge(port.name, kind, lowest, default) for port in self.contract.outputs)
         status, reason = conclude(kind, outputs)
         return self._verdict(status, kind, reason, outputs, samples)
 
-    def _distances(self, after: ModelLike, level: Level, samples: Sequence[Sample]) -> Mapping[Key, Distance]:
+    def _distances(
+        self, after: ModelLike, level: Level, samples: Sequence[Sample], config: Mapping[str, str]
+    ) -> Mapping[Key, Distance]:
         found: dict[Key, Distance] = defaultdict(Distance)
-        with contextlib.closing(_open(after, self.engine, level)) as runner:
+        with contextlib.closing(_open(after, self.engine, level, config)) as runner:
             for sample in samples:
                 expected = sample.lowest if level == "none" else sample.default
                 if expected is None:
@@ -201,25 +222,27 @@ def verify(
     kind: Kind = "reorder",
     provider: str = "cpu",
     frozen: bool = False,
+    session_config: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Prove that `after` computes what `before` does, within the promise of `kind`.
 
     `feeds` are complete samples (graph input name -> array); without them samples are synthesized from the
-    graph with `seed` and, for dynamic inputs, `shapes`. Raises UsageError, ModelError, ProviderError,
-    RuntimeMissingError; a claim that does not hold is a Verdict, not an error.
+    graph with `seed` and, for dynamic inputs, `shapes`. `session_config`: settings of all sessions. Raises
+    UsageError, ModelError, ProviderError, RuntimeMissingError; a claim that does not hold is a Verdict.
     """
     before, after = reusable(before), reusable(after)
     if feeds is None:
         from onnxopt.data import synthesize
 
         feeds = synthesize(before, seed=seed, shapes=shapes)
-    return Baseline.measure(before, feeds, provider=provider).compare(after, kind=kind, frozen=frozen)
+    baseline = Baseline.measure(before, feeds, provider=provider, session_config=session_config)
+    return baseline.compare(after, kind=kind, frozen=frozen)
 
 
-def _open(model: ModelLike, engine: str, level: Level) -> Runner:
+def _open(model: ModelLike, engine: str, level: Level, config: Mapping[str, str]) -> Runner:
     if engine == _REFERENCE:
         return ReferenceSession(model)
-    return open_session(model, provider=engine, level=level)
+    return open_session(model, provider=engine, level=level, session_config=config)
 
 
 def _plan(model: ir.Model, feeds: Iterable[Feeds]) -> tuple[list[Probe], list[str]]:

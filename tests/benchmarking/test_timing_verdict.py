@@ -26,6 +26,7 @@ def timing(ratio: Estimate, control: Estimate = STILL, **changes: Any) -> Timing
         rounds=10,
         batch=4,
         seed=0,
+        session_config={},
         runtime="onnxruntime 1.31.1",
         machine="a processor",
         cores=2,
