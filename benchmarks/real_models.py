@@ -1,12 +1,11 @@
 """Optimize every model of a folder through the command line, and judge the results from outside.
 
-    python benchmarks/real_models.py MODELS [--scores SCORE.PY] [--target generic] [--peers]
+    python benchmarks/real_models.py MODELS [--scores SCORE.PY] [--target generic] [--peers onnxslim onnxsim]
 
 For each model: exit code, nodes, BatchNormalization nodes that a Conv, ConvTranspose, Gemm or MatMul feeds,
 seconds, the proof; then, independently of onnxopt: onnx.checker, names and types of inputs and outputs,
 operator domains, the largest difference of the outputs in ONNX Runtime with its optimizations off, and, where
-SCORE.PY knows the model, its score before and after. --peers adds onnxslim, onnxsim and onnxscript where they
-are installed.
+SCORE.PY knows the model, its score before and after. --peers adds other tools.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from benchmarks.peers import ENVIRONMENTS, PEERS
+from benchmarks.peers import run as run_peer
 from onnxopt.data import synthesize
 
 LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-PEERS = {
-    "onnxslim": "import sys, onnxslim; onnxslim.slim(sys.argv[1], sys.argv[2])",
-    "onnxsim": "import sys, onnx, onnxsim; onnx.save(onnxsim.simplify(sys.argv[1])[0], sys.argv[2])",
-    "onnxscript": (
-        "import sys, onnx_ir as ir, onnxscript.optimizer as o; "
-        "m = ir.load(sys.argv[1]); o.optimize_ir(m); ir.save(m, sys.argv[2])"
-    ),
-}
 
 
 def fed_batchnorms(model: onnx.ModelProto) -> int:
@@ -141,19 +133,9 @@ def optimize(source: Path, target: Path, options: list[str]) -> dict[str, str]:
     return {**row, "proof": told["verdict"]["summary"].split(",")[0] + left}
 
 
-def peer(name: str, source: Path, target: Path) -> dict[str, str]:
-    started = time.perf_counter()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PEERS[name], str(source), str(target)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        code = str(done.returncode)
-    except subprocess.TimeoutExpired:
-        code = "timeout"
-    return {"exit": code, "seconds": f"{time.perf_counter() - started:.1f}", "proof": ""}
+def peer(name: str, environments: Path, source: Path, target: Path) -> dict[str, str]:
+    ran = run_peer(name, environments, source, target)
+    return {"exit": ran.fault or "0", "seconds": f"{ran.wall:.1f}", "proof": ""}
 
 
 def load_scores(path: Path | None) -> Any:
@@ -190,11 +172,12 @@ def main() -> int:
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--freeze-initializers", action="store_true")
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=[], choices=list(PEERS))
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS)
     args = parser.parse_args()
     scores = load_scores(args.scores)
     options = ["--target", args.target] + ["--freeze-initializers"] * args.freeze_initializers
-    tools = ["onnxopt"] + [p for p in PEERS if args.peers and importlib.util.find_spec(p)]
+    tools = ["onnxopt", *args.peers]
     columns = (
         "model",
         "tool",
@@ -214,8 +197,10 @@ def main() -> int:
                 continue
             for tool in tools:
                 target = Path(folder) / f"{source.stem}.{tool}.onnx"
-                row: Mapping[str, str]
-                row = optimize(source, target, options) if tool == "onnxopt" else peer(tool, source, target)
+                if tool == "onnxopt":
+                    row = optimize(source, target, options)
+                else:
+                    row = peer(tool, args.environments, source, target)
                 row = {"model": source.stem, "tool": tool, **row, **judge(source, target)}
                 old, new = (
                     score(scores, source.stem, source) if target.exists() else "",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
-from onnxopt.errors import ModelError
 
 __all__ = [
     "NONDETERMINISTIC",
@@ -21,9 +21,9 @@ __all__ = [
     "int_attr",
     "ints_attr",
     "is_deterministic",
+    "nbytes",
     "nested",
     "nodes",
-    "pieces",
     "rename_nodes_apart",
     "roots",
     "sole_user",
@@ -36,6 +36,9 @@ __all__ = [
     "value_names",
     "walk",
 ]
+
+_GRAPH, _GRAPHS = ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS
+_TENSOR, _TENSORS = ir.AttributeType.TENSOR, ir.AttributeType.TENSORS
 
 NONDETERMINISTIC = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -89,36 +92,42 @@ def function_name(key: tuple[str, str, str]) -> str:
     return "::".join(filter(None, key))
 
 
-def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
+def subgraphs_of(node: ir.Node) -> Sequence[ir.Graph]:
     """The graphs that a node holds in its attributes (If, Loop, Scan and the like)."""
-    for attr in node.attributes.values():
-        if attr.is_ref():
-            continue
-        if attr.type == ir.AttributeType.GRAPH:
-            yield attr.as_graph()
-        elif attr.type == ir.AttributeType.GRAPHS:
-            yield from attr.value
+    return _held(node, _GRAPH, _GRAPHS)
 
 
 def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """Every tensor in the model: initializers, then tensor attributes, graph by graph."""
     for graph in graphs(model):
-        for value in graph.initializers.values():
+        for value in graph.initializers.data.values():
             if value.const_value is not None:
                 yield value.const_value
         for node in graph:
-            for attr in node.attributes.values():
-                if attr.is_ref():
-                    continue
-                if attr.type == ir.AttributeType.TENSOR:
-                    yield attr.as_tensor()
-                elif attr.type == ir.AttributeType.TENSORS:
-                    yield from attr.value
+            yield from _held(node, _TENSOR, _TENSORS)
+
+
+def _held(node: ir.Node, one: ir.AttributeType, many: ir.AttributeType) -> tuple[Any, ...]:
+    """The values of the node's attributes of one type, and of the type that lists those."""
+    held: tuple[Any, ...] = ()
+    for attr in node.attributes.data.values():  # `data` is the dict inside: this is asked of every node
+        kind = attr.type
+        if kind in (one, many) and not attr.is_ref():
+            held += (attr.value,) if kind == one else tuple(attr.value)
+    return held
+
+
+def nbytes(tensor: ir.TensorProtocol) -> int:
+    """Bytes of a tensor. Those that wrap a protobuf make a shape of each time they are asked."""
+    if isinstance(tensor, ir.TensorProtoTensor):
+        size: int = math.prod(tensor.raw.dims)
+        return math.ceil(tensor.dtype.itemsize * size)
+    return tensor.nbytes
 
 
 def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all tensors: initializers and tensor attributes, subgraphs and functions included."""
-    return sum(tensor.nbytes for tensor in tensors(model))
+    return sum(map(nbytes, tensors(model)))
 
 
 def uses_external_data(model: ir.Model) -> bool:
@@ -126,32 +135,12 @@ def uses_external_data(model: ir.Model) -> bool:
     return any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors(model))
 
 
-def pieces(tensor: ir.TensorProtocol, size: int = 1 << 24) -> Iterator[bytes | memoryview]:
-    """The tensor's bytes in pieces of `size`; external data is read, not mapped, so that memory stays flat.
-
-    Raises:
-        ModelError: the external file ends too soon.
-    """
-    if not isinstance(tensor, ir.ExternalTensor):
-        data = memoryview(tensor.tobytes())
-        yield from (data[start : start + size] for start in range(0, len(data), size))
-        return
-    left = tensor.nbytes
-    with open(tensor.path, "rb") as source:
-        source.seek(tensor.offset or 0)
-        while left and (piece := source.read(min(left, size))):
-            left -= len(piece)
-            yield piece
-    if left:
-        raise ModelError(f"{tensor.path}: cut off while tensor {tensor.name!r} was read")
-
-
 def value_names(model: ir.Model) -> set[str]:
     """The names of all values in all graphs."""
     names: set[str] = set()
     for graph in graphs(model):
         names.update(v.name for v in graph.inputs if v.name)
-        names.update(graph.initializers)
+        names.update(graph.initializers.data)
         for node in graph:
             names.update(v.name for v in node.outputs if v.name)
     return names
@@ -183,9 +172,9 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         if name == "value":
             return attr.as_tensor()
         if name in ("value_float", "value_floats"):
-            return ir.tensor(np.array(attr.value, np.float32))
+            return ir.Tensor(np.array(attr.value, np.float32))
         if name in ("value_int", "value_ints"):
-            return ir.tensor(np.array(attr.value, np.int64))
+            return ir.Tensor(np.array(attr.value, np.int64))
     return None
 
 
@@ -219,7 +208,7 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 def has_reference(node: ir.Node) -> bool:
     """Whether an attribute refers to one of the enclosing function, so that its value is unknown here."""
-    return any(attr.is_ref() for attr in node.attributes.values())
+    return any(attr.is_ref() for attr in node.attributes.data.values())
 
 
 def int_attr(node: ir.Node, name: str, default: int) -> int:

@@ -2,47 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, has_reference, subgraphs_of
+from onnxopt.graph import constant_of, nbytes
 
-__all__ = ["infer_outputs", "refine", "sort_axes"]
+__all__ = ["REMEMBERED", "Form", "Type", "form_of", "infer_outputs", "refine", "sort_axes", "type_from"]
+
+REMEMBERED = 1 << 13
+"""Answers that are kept: graphs repeat their layers."""
 
 _READABLE = 4096
-"""Bytes of a constant that shape inference is shown: shapes, axes and the like."""
+"""Bytes of an integer constant that shape inference is shown: shapes, axes and the like."""
+_SHORT = frozenset({(), *((size,) for size in range(9))})
+"""Shapes of other constants that it is shown: scales, one for each axis, and single numbers."""
+
+_TENSOR, _GRAPHS = ir.AttributeType.TENSOR, (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_SCALARS = (ir.AttributeType.FLOAT, ir.AttributeType.INT, ir.AttributeType.STRING)
+_LISTS = (ir.AttributeType.FLOATS, ir.AttributeType.INTS, ir.AttributeType.STRINGS)
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+
+Type = tuple[ir.DataType, tuple[int | str | None, ...] | None] | bytes
+"""Of a tensor its element type and its sizes, if its rank is known; of any other value the protobuf."""
+
+_Data = tuple[ir.DataType, tuple[int, ...], bytes]
+"""Element type, sizes and content."""
 
 
-def infer_outputs(node: ir.Node, opsets: Mapping[str, int]) -> dict[str, onnx.TypeProto]:
-    """Output name -> type, as far as the operator tells; nothing where an input's type is not known.
+class Form(NamedTuple):
+    """A node without its names and its surroundings; onnx says the same of equal ones.
+
+    attributes: name, type and value, or the serialized attribute. inputs, outputs: which are there.
+    """
+
+    domain: str
+    op_type: str
+    opsets: tuple[tuple[str, int], ...]
+    attributes: tuple[Hashable, ...]
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
+
+    def node(self) -> onnx.NodeProto:
+        """A node of this form, whose inputs and outputs are named by their number."""
+        proto = onnx.NodeProto(domain=self.domain, op_type=self.op_type)
+        proto.input.extend(f"i{number}" if there else "" for number, there in enumerate(self.inputs))
+        proto.output.extend(f"o{number}" if there else "" for number, there in enumerate(self.outputs))
+        for attribute in self.attributes:
+            if isinstance(attribute, bytes):
+                proto.attribute.add().ParseFromString(attribute)
+            elif isinstance(attribute, tuple):
+                ir.serde.serialize_attribute_into(proto.attribute.add(), ir.Attr(*attribute))
+        return proto
+
+
+def form_of(node: ir.Node, opsets: Mapping[str, int]) -> Form | None:
+    """The form of a node; None where an attribute is a reference, holds a graph or is a large tensor."""
+    attributes: list[Hashable] = []
+    for attr in node.attributes.data.values():
+        kind = attr.type
+        if attr.is_ref() or kind in _GRAPHS or (kind == _TENSOR and nbytes(attr.value) > _READABLE):
+            return None
+        if kind in _SCALARS or kind in _LISTS:
+            attributes.append((attr.name, kind, attr.value))
+        else:
+            attributes.append(ir.serde.serialize_attribute(attr).SerializeToString())
+    inputs = tuple([value is not None for value in node.inputs])
+    outputs = tuple([bool(value.name) for value in node.outputs])
+    return Form(node.domain, node.op_type, tuple(opsets.items()), tuple(attributes), inputs, outputs)
+
+
+def infer_outputs(node: ir.Node, form: Form) -> dict[ir.Value, Type]:
+    """Output -> type, as far as the operator tells; nothing where an input's type is not known.
 
     Args:
-        node: of an operator that these opsets have.
-        opsets: version by domain.
+        node: of an operator that its opsets have.
+        form: the node's.
 
     Raises:
         onnx.shape_inference.InferenceError: the inputs do not fit the operator.
     """
-    known = {v.name: v for v in node.inputs if v is not None and v.type is not None and v.name}
-    missing = any(v is not None and v.name not in known for v in node.inputs)
-    if missing or has_reference(node) or any(True for _ in subgraphs_of(node)):
-        return {}
-    types = {name: ir.serde.serialize_value(value).type for name, value in known.items()}
-    data = {
-        name: ir.serde.serialize_tensor(tensor)
-        for name, value in known.items()
-        if (tensor := constant_of(value)) is not None and tensor.nbytes <= _READABLE
-    }
-    imports = [onnx.OperatorSetIdProto(domain=domain, version=number) for domain, number in opsets.items()]
-    schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
-    proto = ir.serde.serialize_node(node)
-    sort_axes(proto)
-    inferred: dict[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
-        schema, proto, types, data, opset_imports=imports
+    types, data = [], []
+    for value in node.inputs:
+        known = None if value is None else _type_of(value)
+        if value is not None and known is None:
+            return {}
+        types.append(known)
+        data.append(_data_of(value, known))
+    inferred = _infer(form, tuple(types), tuple(data))
+    return {value: found for value, found in zip(node.outputs, inferred, strict=True) if found is not None}
+
+
+def type_from(proto: onnx.TypeProto) -> Type:
+    """A type as it is written here."""
+    if not proto.HasField("tensor_type"):
+        return bytes(proto.SerializeToString(deterministic=True))
+    tensor = proto.tensor_type
+    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
+    return ir.DataType(tensor.elem_type), tuple(dims) if tensor.HasField("shape") else None
+
+
+def _type_of(value: ir.Value) -> Type | None:
+    kind, shape = value.type, value.shape
+    if isinstance(kind, ir.TensorType):
+        if shape is None:
+            return kind.dtype, None
+        return kind.dtype, tuple([size if isinstance(size, int) else size.value for size in shape.dims])
+    return None if kind is None else ir.serde.serialize_value(value).type.SerializeToString()
+
+
+def _data_of(value: ir.Value | None, known: Type | None) -> _Data | None:
+    """The content of a small constant."""
+    if not isinstance(known, tuple) or (known[0] not in _INTEGERS and known[1] not in _SHORT):
+        return None
+    tensor = constant_of(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING or nbytes(tensor) > _READABLE:
+        return None
+    return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _infer(
+    form: Form, types: tuple[Type | None, ...], data: tuple[_Data | None, ...]
+) -> tuple[Type | None, ...]:
+    """What onnx says of a node of this form with inputs of these types and contents."""
+    node, opsets = form.node(), dict(form.opsets)
+    sort_axes(node)
+    inferred = onnx.shape_inference.infer_node_outputs(
+        onnx.defs.get_schema(form.op_type, opsets[form.domain], form.domain),
+        node,
+        {f"i{number}": _type_proto(known) for number, known in enumerate(types) if known},
+        {
+            f"i{number}": onnx.TensorProto(data_type=known[0], dims=known[1], raw_data=known[2])
+            for number, known in enumerate(data)
+            if known
+        },
+        opset_imports=[onnx.OperatorSetIdProto(domain=key, version=opsets[key]) for key in opsets],
     )
-    return inferred
+    found = {name: type_from(proto) for name, proto in inferred.items()}
+    return tuple([found.get(f"o{number}") for number in range(len(form.outputs))])
+
+
+def _type_proto(known: Type) -> onnx.TypeProto:
+    proto = onnx.TypeProto()
+    if isinstance(known, bytes):
+        proto.ParseFromString(known)
+        return proto
+    proto.tensor_type.elem_type = known[0]
+    if known[1] is not None:
+        proto.tensor_type.shape.SetInParent()
+        for size in known[1]:
+            dim = proto.tensor_type.shape.dim.add()
+            if isinstance(size, int):
+                dim.dim_value = size
+            elif size is not None:
+                dim.dim_param = size
+    return proto
 
 
 def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
@@ -50,13 +168,14 @@ def refine(node: ir.Node, opsets: Mapping[str, int]) -> list[ir.Value]:
 
     Graph outputs are left as they are declared. Nothing on record is overwritten.
     """
-    if not onnx.defs.has(node.op_type, opsets.get(node.domain, 0), node.domain):
+    form = form_of(node, opsets)
+    if form is None or not onnx.defs.has(node.op_type, opsets.get(node.domain, 0), node.domain):
         return []
     try:
-        inferred = infer_outputs(node, opsets)
+        inferred = infer_outputs(node, form)
     except onnx.shape_inference.InferenceError:
         return []
-    return [v for v in node.outputs if v.name in inferred and _complete(v, inferred[v.name])]
+    return [value for value, found in inferred.items() if _complete(value, found)]
 
 
 def sort_axes(node: onnx.NodeProto) -> None:
@@ -66,21 +185,16 @@ def sort_axes(node: onnx.NodeProto) -> None:
             attr.ints.sort()
 
 
-def _complete(value: ir.Value, inferred: onnx.TypeProto) -> bool:
+def _complete(value: ir.Value, inferred: Type) -> bool:
     """Add what is inferred to what is on record; whether there was anything to add."""
-    tensor = inferred.tensor_type
-    if value.is_graph_output() or not inferred.HasField("tensor_type") or not tensor.elem_type:
+    if value.is_graph_output() or isinstance(inferred, bytes) or inferred[0] == ir.DataType.UNDEFINED:
         return False
-    before = (value.type, value.shape)
+    before, found = (value.type, value.shape), inferred[1]
     if value.type is None:
-        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
-    if not tensor.HasField("shape"):
-        return value.type != before[0]
-    dims = tensor.shape.dim
-    found = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
-    if value.shape is None:
+        value.type = ir.TensorType(inferred[0])
+    if found is not None and value.shape is None:
         value.shape = ir.Shape(found)
-    elif len(value.shape) == len(found):
+    elif found is not None and value.shape is not None and len(value.shape) == len(found):
         pairs = zip(value.shape.dims, found, strict=True)
         value.shape = ir.Shape(
             [new if isinstance(new, int) and not isinstance(old, int) else old for old, new in pairs]

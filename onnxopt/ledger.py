@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -19,8 +20,7 @@ def site_of(node: ir.Node) -> str:
     return node.outputs[0].name or node.name or node.op_type
 
 
-@dataclass(frozen=True, order=True)
-class Rewrite:
+class Rewrite(NamedTuple):
     """One change to the graph: which pass and rule made it, and where."""
 
     pass_name: str

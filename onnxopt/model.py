@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import itertools
 import os
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from google.protobuf.message import DecodeError
 
 from onnxopt.admission import admit
 from onnxopt.errors import ModelError, one_line
-from onnxopt.graph import graphs, pieces, roots, subgraphs_of, tensors, walk
+from onnxopt.graph import graphs, roots, subgraphs_of, tensors, walk
 from onnxopt.protobuf import in_memory, skeleton
+from onnxopt.streamed import pieces, sample
 
 __all__ = [
     "ModelLike",
@@ -266,17 +266,18 @@ def _sort(model: ir.Model, who: str) -> None:
 
 
 def fingerprint(source: ModelLike, loaded: ir.Model | None = None) -> str:
-    """SHA-256 of the model: of the file's bytes, followed by those of its external data files.
+    """SHA-256 of the model: of the file's bytes, then of pages spread over each tensor of external data.
 
     `loaded` is the source as the caller has loaded it, so that it need not be again.
     """
     digest = hashlib.sha256()
     if isinstance(source, str | os.PathLike):
-        path, model = Path(source), loaded or load(source)
-        files = [path, *sorted({Path(t.path) for t in tensors(model) if isinstance(t, ir.ExternalTensor)})]
-        for file in files:
-            with file.open("rb") as stream:
-                _absorb(digest, stream)
+        with Path(source).open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+        for tensor in tensors(loaded or load(source)):
+            if isinstance(tensor, ir.ExternalTensor):
+                digest.update(sample(tensor))
     elif isinstance(source, bytes):
         digest.update(source)
     elif isinstance(source, onnx.ModelProto):
@@ -285,11 +286,6 @@ def fingerprint(source: ModelLike, loaded: ir.Model | None = None) -> str:
         model = loaded or load(source)
         digest.update(skeleton(model, keep=0).SerializeToString(deterministic=True))
         for tensor in tensors(model):
-            for piece in pieces(tensor):
+            for piece in (sample(tensor),) if isinstance(tensor, ir.ExternalTensor) else pieces(tensor):
                 digest.update(piece)
     return digest.hexdigest()
-
-
-def _absorb(digest: hashlib._Hash, stream: io.BufferedReader) -> None:
-    while chunk := stream.read(_CHUNK):
-        digest.update(chunk)

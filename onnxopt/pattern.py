@@ -2,12 +2,16 @@
 
     Op(a, b)            a node of that operator with these inputs; Add, Mul, Min, Max, Sum, And, Or, Xor and
                         Equal take two inputs in either order
+    Mul(a, b, c)        a product in any order and nesting, likewise Add; one with a number may also be a
+                        division by its inverse
     Op(a, ...)          any further inputs
+    Op(a, alpha=0.5)    an attribute that is there and is this number
     com_microsoft.Op()  an operator of the domain com.microsoft
     Op(a)[1]            its second output
     x                   any value; the same name stands for the same value wherever it occurs
     _                   any value
     0.5, -1             a constant of one element that is this number, in its own type
+    'alpha'             a constant of one element, by a name
     None                an input that is left out
     (d := Sub(x, m))    a pattern whose value gets a name
     A(x) | B(x)         one or the other
@@ -25,9 +29,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.rewrite import Declined
+from onnxopt.rewrite import AttributeValue, Declined, Edit
 from onnxopt.scope import Scope
-from onnxopt.subpattern import Any, Either, Found, Key, Missing, Named, Number, Op, Piece
+from onnxopt.subpattern import Any, Either, Found, Key, Missing, Named, Number, Op, Piece, combined
 
 __all__ = ["Match", "Patterns"]
 
@@ -67,6 +71,34 @@ class Match:
             raise Declined(f"{name} is no constant number")
         return float(tensor.numpy().reshape(-1)[0])
 
+    def build(self, edit: Edit, text: str) -> ir.Value:
+        """Nodes in `edit` of the named values, as `Gelu(x, approximate="tanh")` says; its value.
+
+        An attribute given by a name is the number of that name.
+
+        Raises:
+            Declined: that is no constant number.
+            ValueError: the text is no such expression.
+        """
+        return self._built(edit, ast.parse(text, mode="eval").body)
+
+    def _built(self, edit: Edit, tree: ast.expr) -> ir.Value:
+        match tree:
+            case ast.Name(id=name):
+                return self.values[name]
+            case ast.Call(func=func, args=args, keywords=keywords):
+                domain, op_type = _operator(func)
+                attributes = {str(one.arg): self._attribute(one.value) for one in keywords}
+                inputs = [self._built(edit, one) for one in args]
+                return edit.op(op_type, inputs, attributes, domain=domain)
+        raise ValueError(f"nothing to build: {ast.unparse(tree)}")
+
+    def _attribute(self, tree: ast.expr) -> AttributeValue:
+        if isinstance(tree, ast.Name):
+            return self.number(tree.id)
+        value: AttributeValue = ast.literal_eval(tree)
+        return value
+
     def require_inner(self) -> None:
         """Raise `Declined` where a value inside the match is read outside it, or is a graph output."""
         inside, last = set(self.nodes), self.nodes[0]
@@ -92,7 +124,7 @@ class Patterns:
         Raises:
             ValueError: a text is no pattern.
         """
-        self._index: dict[Key, list[tuple[str, Op, frozenset[Key]]]] = {}
+        self._index: dict[Key, list[tuple[str, Op, tuple[frozenset[Key], ...]]]] = {}
         for name, given in texts.items():
             for text in (given,) if isinstance(given, str) else given:
                 part = _read(ast.parse(text.strip(), mode="eval").body)
@@ -118,7 +150,7 @@ class Patterns:
         fed = {(p.domain, p.op_type) for v in node.inputs if v is not None and (p := v.producer())}
         refusal: Declined | None = None
         for name, root, needed in rows:
-            if needed and needed.isdisjoint(fed):
+            if any(keys.isdisjoint(fed) for keys in needed):
                 continue
             for found in root.at_node(node, Found({}, ())):
                 match = Match(name, found.values, found.nodes)
@@ -135,6 +167,9 @@ class Patterns:
 
 def _read(tree: ast.expr) -> Piece:
     """The pattern that an expression spells."""
+    number = _number(tree)
+    if number is not None:
+        return Number(number)
     match tree:
         case ast.Name(id="_"):
             return Any(None)
@@ -142,10 +177,8 @@ def _read(tree: ast.expr) -> Piece:
             return Any(name)
         case ast.Constant(value=None):
             return Missing()
-        case ast.Constant(value=bool() | int() | float() as number):
-            return Number(float(number))
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return Number(-float(number))
+        case ast.Constant(value=str() as name):
+            return Number(None, name)
         case ast.NamedExpr(target=ast.Name(id=name), value=inner):
             return Named(name, _read(inner))
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
@@ -157,13 +190,34 @@ def _read(tree: ast.expr) -> Piece:
     raise ValueError(f"no pattern: {ast.unparse(tree)}")
 
 
-def _call(tree: ast.Call, output: int) -> Op:
+def _number(tree: ast.expr) -> float | None:
+    match tree:
+        case ast.Constant(value=bool() | int() | float() as number):
+            return float(number)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -float(number)
+    return None
+
+
+def _call(tree: ast.Call, output: int) -> Piece:
     inputs = list(tree.args)
     is_open = bool(inputs) and isinstance(inputs[-1], ast.Constant) and inputs[-1].value is ...
     parts = tuple(_read(one) for one in (inputs[:-1] if is_open else inputs))
-    match tree.func:
-        case ast.Name(id=op_type) if not tree.keywords:
-            return Op("", op_type, parts, is_open, output)
-        case ast.Attribute(value=ast.Name(id=domain), attr=op_type) if not tree.keywords:
-            return Op(domain.replace("_", "."), op_type, parts, is_open, output)
-    raise ValueError(f"no pattern: {ast.unparse(tree)}")
+    attributes = {str(word.arg): _number(word.value) for word in tree.keywords}
+    numbers = {name: number for name, number in attributes.items() if number is not None}
+    if numbers != attributes:
+        raise ValueError(f"an attribute in a pattern is no number: {ast.unparse(tree)}")
+    domain, op_type = _operator(tree.func)
+    if op_type in ("Add", "Mul") and not domain and len(parts) > 1:
+        return combined(op_type, parts)
+    return Op(domain, op_type, parts, is_open, output, numbers)
+
+
+def _operator(tree: ast.expr) -> tuple[str, str]:
+    """Domain and operator of `Op` or `com_microsoft.Op`."""
+    match tree:
+        case ast.Name(id=op_type):
+            return "", op_type
+        case ast.Attribute(value=ast.Name(id=domain), attr=op_type):
+            return domain.replace("_", "."), op_type
+    raise ValueError(f"no operator in a pattern: {ast.unparse(tree)}")

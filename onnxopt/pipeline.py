@@ -96,25 +96,28 @@ class Pipeline:
             stop_after: make this many rewrites, then stop.
             on_pass: called with the name of each pass before it runs.
         """
-        ready = [open_model()]
-        sound = checker_complaint(ready[0]) is None
         left_out: dict[Rewrite, str] = {}
 
         @functools.cache
         def tolerated() -> frozenset[str]:
             return all_problems(open_model())
 
+        @functools.cache
+        def sound() -> bool:
+            return checker_complaint(open_model()) is None
+
         def run(limit: int | None, *, watch: bool = False) -> Attempt:
-            model = ready.pop() if ready else open_model()
-            ledger = Ledger(limit, frozenset(left_out), veto)
+            model, ledger = open_model(), Ledger(limit, frozenset(left_out), veto)
             return attempt(
                 self.passes, self.rounds, model, ledger, tolerated=tolerated, on_pass=on_pass, watch=watch
             )
 
         def judge(done: Attempt) -> str | None:
             if done.problem is None and done.ledger.granted:
-                complaint = checker_complaint(done.model) if sound else None
-                done.problem = complaint or (prove(done.model, done.kind) if prove else None)
+                complaint = checker_complaint(done.model)
+                done.problem = complaint if complaint and sound() else None
+                if done.problem is None and prove:
+                    done.problem = prove(done.model, done.kind)
             return done.problem
 
         while judge(done := run(stop_after)) is not None:

@@ -31,14 +31,14 @@ def dump(model: ir.Model) -> onnx.ModelProto:
         return ir.to_proto(model)
 
 
-def serialize(model: ir.Model) -> bytes:
+def serialize(proto: onnx.ModelProto) -> bytes:
     """The model as bytes, the same bytes for the same model.
 
     Raises:
         ModelError: the graph itself, without external weights, does not fit one protobuf.
     """
     try:
-        return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        return bytes(proto.SerializeToString(deterministic=True))
     except (EncodeError, ValueError) as error:
         raise ModelError(f"model: cannot be written as one protobuf: {one_line(error)}") from error
 

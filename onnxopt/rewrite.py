@@ -20,10 +20,17 @@ from onnxopt.graph import subgraphs_of, walk
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["Declined", "Edit", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
+)
+
+
+_SCALARS = (
+    (int, ir.AttributeType.INT, ir.AttributeType.INTS),
+    (float, ir.AttributeType.FLOAT, ir.AttributeType.FLOATS),
+    (str, ir.AttributeType.STRING, ir.AttributeType.STRINGS),
 )
 
 
@@ -65,7 +72,7 @@ class Edit:
 
     def constant(self, array: np.ndarray | ir.TensorProtocol, like: str | None) -> ir.Value:
         """A new constant; its name is fresh and starts with `like`."""
-        tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
+        tensor = ir.Tensor(array) if isinstance(array, np.ndarray) else array
         value = ir.Value(type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
         self._named[value] = like or "constant"
         if self._scope.holds_initializers:
@@ -99,7 +106,7 @@ class Edit:
         name: str | None = None,
     ) -> tuple[ir.Value, ...]:
         """A new node with several outputs; the outputs."""
-        attrs = ir.convenience.convert_attributes(attributes or {})
+        attrs = [_attribute(name, value) for name, value in (attributes or {}).items()]
         values = tuple(ir.Value() for _ in range(outputs))
         base = self._anchor.outputs[0].name or op_type
         self._named.update(dict.fromkeys(values, base))
@@ -162,6 +169,16 @@ class Edit:
             for node in nodes:
                 if node.name == self._anchor.name:
                     node.name = f"{self._anchor.name}/{node.outputs[0].name}"
+
+
+def _attribute(name: str, value: AttributeValue) -> ir.Attr:
+    """The attribute that a Python value stands for; onnx_ir takes longer over this than over a whole edit."""
+    for scalar, one, several in _SCALARS:
+        if isinstance(value, scalar):
+            return ir.Attr(name, one, value)
+        if isinstance(value, tuple | list) and value and all(isinstance(item, scalar) for item in value):
+            return ir.Attr(name, several, value)
+    return ir.convenience.convert_attribute(name, value)
 
 
 def substitute(old: ir.Value, new: ir.Value) -> None:

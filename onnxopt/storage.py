@@ -1,13 +1,17 @@
 """Write models: streamed, atomic, the same bytes each time.
 
 A model is first staged, whole, in a temporary folder beside its target, and then moved into place.
-External data goes into a file that carries its own hash in its name, so that new data never
-overwrites the data of the model that still stands there: a process killed at any moment leaves the
-old model or the new one.
+External data goes into a file with a hash in its name, so that a process killed at any moment leaves the
+old model or the new one: new data takes the place of old data only where the graphs are the same to the
+byte, and then that one move is the whole change. The hash is of the graph, of what is written from memory,
+and of pages spread over what is copied from file to file, which is not worth reading for a name.
+
+What replaces a model is on the disk before that model goes; a first version is left to the system to write.
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import re
@@ -17,16 +21,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import graphs, pieces, tensor_bytes, tensors, uses_external_data
+from onnxopt.graph import graphs, tensor_bytes, tensors, uses_external_data
 from onnxopt.model import ModelLike, clone, load
 from onnxopt.protobuf import LARGEST_PROTOBUF, dump, in_memory, serialize, swapped
+from onnxopt.streamed import pieces, sample, sources
 
 __all__ = ["Staged", "check_target", "commit", "materialize", "save", "stage", "staging"]
 
@@ -132,35 +136,37 @@ def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool) -> S
 
     Its weights are swapped for references meanwhile: the model must be the caller's own.
     """
-    data_file, offsets = _write_data(model, folder, name) if external_data else (None, {})
+    digest, draft = hashlib.sha256(), folder / "data"
+    offsets = _write_data(model, draft, digest) if external_data else {}
 
     def place(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
-        if data_file is None or id(tensor) not in offsets:
+        if id(tensor) not in offsets:
             return in_memory(tensor)
         return ir.ExternalTensor(
-            data_file.name,
+            draft.name,
             offsets[id(tensor)],
             tensor.nbytes,
             tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
             name="",
-            base_dir=folder,
         )
 
     with swapped(model, place):
-        content = serialize(model)
+        proto = ir.to_proto(model)
+    data_file = None
+    if offsets:
+        digest.update(serialize(proto))
+        data_file = draft.rename(folder / f"{name}.{digest.hexdigest()[:16]}.data")
+        for entry in _locations(proto):
+            entry.value = data_file.name
     model_file = folder / name
-    with model_file.open("wb") as stream:
-        stream.write(content)
-        _sync(stream)
+    model_file.write_bytes(serialize(proto))
     return Staged(model_file, data_file, _sources(model))
 
 
 def _sources(model: ir.Model) -> frozenset[Path] | None:
-    found = list(tensors(model))
-    if any(isinstance(tensor, ir.LazyTensor) for tensor in found):
-        return None
-    return frozenset(Path(tensor.path).resolve() for tensor in found if isinstance(tensor, ir.ExternalTensor))
+    files = [sources(tensor) for tensor in tensors(model)]
+    return None if None in files else frozenset().union(*filter(None, files))
 
 
 def commit(staged: Staged, target: Path) -> Path:
@@ -169,19 +175,32 @@ def commit(staged: Staged, target: Path) -> Path:
     if target in (staged.sources or ()):
         raise ModelError(f"{target}: cannot be written: the model's own external data is in this file")
     with _locked(target.parent):
+        replaces = target.exists()
         outdated = _own_data(target) - staged.sources if staged.sources is not None else set()
+        if replaces:
+            shutil.copymode(target, staged.model_file)
+            _sync(staged)
         if staged.data_file is not None:
             place = target.parent / staged.data_file.name
-            os.replace(staged.data_file, place)
-            _sync_folder(target.parent)
             outdated.discard(place)
-        if target.exists():
-            shutil.copymode(target, staged.model_file)
+            _move_data(staged, place)
+        if replaces:
+            _sync_folder(target.parent)
         os.replace(staged.model_file, target)
-        _sync_folder(target.parent)
+        if replaces:
+            _sync_folder(target.parent)
         for file in outdated:
             file.unlink(missing_ok=True)
     return target
+
+
+def _move_data(staged: Staged, place: Path) -> None:
+    """Move the data file; where the model in memory may read from what stands there, only if that is equal."""
+    assert staged.data_file is not None
+    if not place.exists() or (staged.sources is not None and place not in staged.sources):
+        os.replace(staged.data_file, place)
+    elif not filecmp.cmp(staged.data_file, place, shallow=False):
+        raise ModelError(f"{place}: cannot be replaced: the model in memory reads its weights from this file")
 
 
 def _own_data(target: Path) -> set[Path]:
@@ -194,9 +213,13 @@ def _own_data(target: Path) -> set[Path]:
         proto.ParseFromString(target.read_bytes())
     except DecodeError:  # what is replaced is no model
         return set()
+    return {target.parent / name for entry in _locations(proto) if pattern.fullmatch(name := entry.value)}
+
+
+def _locations(proto: onnx.ModelProto) -> Iterator[onnx.StringStringEntryProto]:
+    """Where the files of external weights are named."""
     weights = (tensor for graph in _graphs_of(proto.graph) for tensor in graph.initializer)
-    names = {entry.value for t in weights for entry in t.external_data if entry.key == "location"}
-    return {target.parent / name for name in names if pattern.fullmatch(name)}
+    return (entry for tensor in weights for entry in tensor.external_data if entry.key == "location")
 
 
 def _graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -223,26 +246,23 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _write_data(model: ir.Model, folder: Path, name: str) -> tuple[Path | None, dict[int, int]]:
-    """Stream the large weights into one file, named by its SHA-256; also the offset of each tensor, by id."""
-    digest = hashlib.sha256()
-    draft = folder / "data"
+def _write_data(model: ir.Model, file: Path, digest: hashlib._Hash) -> dict[int, int]:
+    """Stream the large weights into one file, and what tells them apart into `digest`; offsets by tensor's id."""
     offsets: dict[int, int] = {}
-    with draft.open("wb") as stream:
+    with file.open("wb") as stream:
         for tensor in _large_weights(model):
             if id(tensor) in offsets:
                 continue
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
             offsets[id(tensor)] = stream.tell()
-            digest.update(stream.tell().to_bytes(8, "little"))
-            for chunk in pieces(tensor):
-                stream.write(chunk)
-                digest.update(chunk)
-        _sync(stream)
-    if not offsets:
-        draft.unlink()
-        return None, {}
-    return draft.rename(folder / f"{name}.{digest.hexdigest()[:16]}.data"), offsets
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.tofile(stream)
+                digest.update(sample(tensor))
+                continue
+            for piece in pieces(tensor):
+                stream.write(piece)
+                digest.update(piece)
+    return offsets
 
 
 def _large_weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -253,9 +273,10 @@ def _large_weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                 yield tensor
 
 
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+def _sync(staged: Staged) -> None:
+    for file in filter(None, (staged.data_file, staged.model_file)):
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

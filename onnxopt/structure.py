@@ -5,14 +5,15 @@ The contract: graph inputs and outputs keep their names, order, types and shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 
-from onnxopt.graph import has_reference, nested, nodes, roots, subgraphs_of
-from onnxopt.inference import infer_outputs
+from onnxopt.graph import nested, nodes, roots, subgraphs_of
+from onnxopt.inference import REMEMBERED, Form, Type, form_of, infer_outputs
 from onnxopt.protobuf import skeleton
 
 __all__ = ["Signature", "all_problems", "checker_complaint", "find_problem", "signature_of"]
@@ -63,111 +64,112 @@ def all_problems(model: ir.Model) -> frozenset[str]:
 
 def _problems(model: ir.Model, touched: Iterable[ir.Node]) -> Iterator[str]:
     for root in roots(model):
-        yield from _walk(root, _Scopes())
+        yield from _walk(root, {None}, {})
     if model.ir_version < 4:
         inputs = set(model.graph.inputs)
         for value in model.graph.initializers.values():
             if value not in inputs:
                 asks = f"as IR version {model.ir_version} asks"
                 yield f"initializer {value.name!r} is no graph input, {asks}"
-    opsets = {graph: root.opset_imports for root in roots(model) for graph in (root, *nested(root))}
+    opsets: dict[ir.Graph, Mapping[str, int]] = {root: root.opset_imports for root in roots(model)}
     for node in touched:
+        if isinstance(node.graph, ir.Graph) and node.graph not in opsets:
+            opsets.update((graph, root.opset_imports) for root in roots(model) for graph in nested(root))
         if isinstance(node.graph, ir.Graph) and node.graph in opsets:
             complaint = _node_problem(node, opsets[node.graph], model.ir_version)
             if complaint:
                 yield complaint
 
 
-class _Scopes:
-    """The values that may be read at a place in the graph, and the names that are taken there."""
+def _walk(graph: ir.Graph, defined: set[ir.Value | None], names: dict[str, ir.Value]) -> Iterator[str]:
+    """Problems of a graph.
 
-    def __init__(self) -> None:
-        self._values: set[ir.Value] = set()
-        self._names: dict[str, ir.Value] = {}
-
-    def __contains__(self, value: ir.Value) -> bool:
-        return value in self._values
-
-    def define(self, value: ir.Value) -> str | None:
-        """Add a value; what is wrong with it."""
-        if (
-            value not in self._values
-            and value.name
-            and self._names.setdefault(value.name, value) is not value
-        ):
-            return f"two values are named {value.name!r}"
-        self._values.add(value)
-        return None
-
-    def forget(self, values: Iterable[ir.Value]) -> None:
-        """Leave the graph that defined these."""
-        for value in values:
-            self._values.discard(value)
-            if value.name and self._names.get(value.name) is value:
-                del self._names[value.name]
-
-
-def _walk(graph: ir.Graph, scopes: _Scopes) -> Iterator[str]:
-    """Problems of a graph; `scopes` holds what the graphs around it have defined so far."""
-    own = dict.fromkeys((*graph.inputs, *graph.initializers.values()))
-    yield from filter(None, map(scopes.define, own))
+    Args:
+        graph: to walk, with all that is nested in it.
+        defined: None, and the values that may be read where the graph stands.
+        names: what those are called. Both are left as they were.
+    """
+    ports = (*graph.inputs, *graph.initializers.data.values())
+    own = [value for value in dict.fromkeys(ports) if value not in defined]
+    yield from _define(own, defined, names)
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value not in scopes:
-                who = f"node {node.name!r} ({node.op_type})"
-                yield f"{who} reads {value.name!r}, which nothing before it defines"
+        if not defined.issuperset(node.inputs):
+            who = f"node {node.name!r} ({node.op_type})"
+            unknown = [value.name for value in node.inputs if value is not None and value not in defined]
+            yield from (f"{who} reads {name!r}, which nothing before it defines" for name in unknown)
         for body in subgraphs_of(node):
-            yield from _walk(body, scopes)
-        yield from filter(None, map(scopes.define, node.outputs))
-        if any(not v.name and (v.uses() or v.is_graph_output()) for v in node.outputs):
+            yield from _walk(body, defined, names)
+        own += node.outputs
+        yield from _define(node.outputs, defined, names)
+        if any(not value.name and (value.uses() or value.is_graph_output()) for value in node.outputs):
             yield f"an output of node {node.name!r} ({node.op_type}) is read and has no name"
-        own.update(dict.fromkeys(node.outputs))
     for output in graph.outputs:
-        if output not in scopes:
+        if output not in defined:
             yield f"graph output {output.name!r} is defined nowhere"
         elif not output.name:
             yield "a graph output has no name"
-    scopes.forget(own)
+    defined.difference_update(own)
+    for value in own:
+        if value.name and names.get(value.name) is value:
+            del names[value.name]
+
+
+def _define(
+    values: Iterable[ir.Value], defined: set[ir.Value | None], names: dict[str, ir.Value]
+) -> Sequence[str]:
+    """Add values to those that may be read; what is wrong with them."""
+    defined.update(values)
+    return [
+        f"two values are named {value.name!r}"
+        for value in values
+        if value.name and names.setdefault(value.name, value) is not value
+    ]
 
 
 def _node_problem(node: ir.Node, opsets: Mapping[str, int], ir_version: int) -> str | None:
     """Hold one node against its schema, and its outputs against what the schema infers."""
-    version = opsets.get(node.domain)
-    if version is None or has_reference(node) or any(True for _ in subgraphs_of(node)):
+    version, form = opsets.get(node.domain), form_of(node, opsets)
+    if version is None or form is None:
         return None
     if not onnx.defs.has(node.op_type, version, node.domain):
         known = onnx.defs.has(node.op_type, node.domain)
         return f"{node.op_type} is not in opset {version}" if known else None
     if node.op_type == "Constant":
         return None
-    context = onnx.checker.C.CheckerContext()
-    context.ir_version = ir_version
-    context.opset_imports = dict(opsets)
     try:
-        onnx.checker.check_node(ir.serde.serialize_node(node), context)
-        inferred = infer_outputs(node, opsets)
+        _check(form, ir_version)
+        inferred = infer_outputs(node, form)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return f"node {node.name!r} ({node.op_type}): {' '.join(str(error).split())}"
-    for value in node.outputs:
-        if value.name in inferred and (clash := _clash(value, inferred[value.name])):
+    for value, found in inferred.items():
+        if clash := _clash(value, found):
             return f"node {node.name!r} ({node.op_type}): {value.name!r} {clash}"
     return None
 
 
-def _clash(value: ir.Value, inferred: onnx.TypeProto) -> str | None:
+@functools.lru_cache(maxsize=REMEMBERED)
+def _check(form: Form, ir_version: int) -> None:
+    """Raise `onnx.checker.ValidationError` where a node of this form is none of its operator."""
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = ir_version
+    context.opset_imports = dict(form.opsets)
+    onnx.checker.check_node(form.node(), context)
+
+
+def _clash(value: ir.Value, inferred: Type) -> str | None:
     """How an inferred type contradicts the one on record, or None."""
-    if not inferred.HasField("tensor_type") or not isinstance(value.type, ir.TensorType):
+    if isinstance(inferred, bytes) or not isinstance(value.type, ir.TensorType):
         return None
-    found = inferred.tensor_type
-    if found.elem_type and found.elem_type != value.type.dtype.value:
-        return f"is {value.type.dtype.name} on record, {ir.DataType(found.elem_type).name} by its operator"
-    if value.shape is None or not found.HasField("shape"):
+    dtype, sizes = inferred
+    if dtype not in (ir.DataType.UNDEFINED, value.type.dtype):
+        return f"is {value.type.dtype.name} on record, {dtype.name} by its operator"
+    if value.shape is None or sizes is None:
         return None
-    if len(found.shape.dim) != len(value.shape):
-        return f"has rank {len(value.shape)} on record, {len(found.shape.dim)} by its operator"
-    for axis, (on_record, dim) in enumerate(zip(value.shape.dims, found.shape.dim, strict=True)):
-        if isinstance(on_record, int) and dim.HasField("dim_value") and dim.dim_value != on_record:
-            return f"has size {on_record} on axis {axis} on record, {dim.dim_value} by its operator"
+    if len(sizes) != len(value.shape):
+        return f"has rank {len(value.shape)} on record, {len(sizes)} by its operator"
+    for axis, (on_record, size) in enumerate(zip(value.shape.dims, sizes, strict=True)):
+        if isinstance(on_record, int) and isinstance(size, int) and size != on_record:
+            return f"has size {on_record} on axis {axis} on record, {size} by its operator"
     return None
 
 

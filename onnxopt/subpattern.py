@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of, has_reference
 
-__all__ = ["Any", "Either", "Found", "Key", "Missing", "Named", "Number", "Op", "Piece"]
+__all__ = ["Any", "Either", "Found", "Key", "Missing", "Named", "Number", "Op", "Piece", "combined"]
 
 _COMMUTATIVE = frozenset({"Add", "And", "Equal", "Max", "Min", "Mul", "Or", "Sum", "Xor"})
 
@@ -76,16 +76,18 @@ class Missing:
 
 @dataclass(frozen=True)
 class Number:
-    """A constant of one element that is the number, to the rounding of its own type."""
+    """A constant of one element: the number, to the rounding of its own type, or any, by a name."""
 
-    number: float
+    number: float | None
+    name: str = ""
 
     def at(self, value: ir.Value | None, found: Found) -> Iterator[Found]:
         tensor = constant_of(value)
-        if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
+        if value is None or tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
             return
-        slack = 0 if self.number.is_integer() else _EPS.get(tensor.dtype, 0) * abs(self.number)
-        if abs(float(tensor.numpy().reshape(-1)[0]) - self.number) <= slack:
+        if self.number is None:
+            yield from found.bind(self.name, value)
+        elif _is(self.number, float(tensor.numpy().reshape(-1)[0]), tensor.dtype):
             yield found
 
     def ops(self) -> Iterator[Op | None]:
@@ -121,13 +123,14 @@ class Either:
 
 @dataclass(frozen=True)
 class Op:
-    """A node; `is_open` where it may have further inputs."""
+    """A node; `is_open` where it may have further inputs. Attributes are numbers that it has to have."""
 
     domain: str
     op_type: str
     inputs: tuple[Piece, ...]
-    is_open: bool
-    output: int
+    is_open: bool = False
+    output: int = 0
+    attributes: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> Key:
@@ -142,20 +145,17 @@ class Op:
     def ops(self) -> Iterator[Op | None]:
         yield self
 
-    def needed(self) -> frozenset[Key]:
-        """Operators of which one at least must feed this one; empty where anything may."""
-        for part in self.inputs:
-            ops = tuple(part.ops())
-            if None not in ops:
-                return frozenset(op.key for op in ops if op is not None)
-        return frozenset()
+    def needed(self) -> tuple[frozenset[Key], ...]:
+        """Sets of operators; one of each set at least must feed this one."""
+        fed = [tuple(part.ops()) for part in self.inputs]
+        return tuple(frozenset(op.key for op in ops if op) for ops in fed if None not in ops)
 
     def at_node(self, node: ir.Node, found: Found) -> Iterator[Found]:
         """The ways in which the node can be this one."""
         missing = len(self.inputs) - len(node.inputs)
         if self.key != (node.domain, node.op_type) or (missing < 0 and not self.is_open):
             return
-        if has_reference(node):
+        if has_reference(node) or not all(_has(node, *item) for item in self.attributes.items()):
             return
         inputs = (*node.inputs, *[None] * missing)
         if not self._keeps_rank(inputs):
@@ -181,3 +181,32 @@ def _in_order(parts: Sequence[Piece], inputs: Sequence[ir.Value | None], found: 
         return
     for one in parts[0].at(inputs[0], found):
         yield from _in_order(parts[1:], inputs[1:], one)
+
+
+def combined(op_type: str, parts: tuple[Piece, ...]) -> Piece:
+    """A sum or product in any order and nesting; division by a number is a product with its inverse."""
+    if len(parts) == 1:
+        return parts[0]
+    ways: list[Piece] = []
+    for chosen in range(2 ** (len(parts) - 1) - 1):  # the first part stands on the left, not with all others
+        left = tuple(part for i, part in enumerate(parts) if not i or chosen >> (i - 1) & 1)
+        right = tuple(part for i, part in enumerate(parts) if i and not chosen >> (i - 1) & 1)
+        ways.append(Op("", op_type, (combined(op_type, left), combined(op_type, right))))
+    for i, part in enumerate(parts):
+        if op_type == "Mul" and isinstance(part, Number) and part.number:
+            others = combined(op_type, parts[:i] + parts[i + 1 :])
+            ways.append(Op("", "Div", (others, Number(1 / part.number))))
+    return ways[0] if len(ways) == 1 else Either(tuple(ways))
+
+
+def _is(wanted: float, number: float, dtype: ir.DataType) -> bool:
+    """Whether the number is the wanted one, as its type can hold it."""
+    slack = 0 if wanted.is_integer() else _EPS.get(dtype, 0) * abs(wanted)
+    return abs(number - wanted) <= slack
+
+
+def _has(node: ir.Node, name: str, wanted: float) -> bool:
+    attr = node.attributes.get(name)
+    if attr is None or attr.type not in (ir.AttributeType.FLOAT, ir.AttributeType.INT):
+        return False
+    return _is(wanted, float(attr.value), ir.DataType.FLOAT)

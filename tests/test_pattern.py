@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import Declined
+from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import scopes
 from tests.support import text_model
 
@@ -36,6 +36,8 @@ def find(pattern: str, body: str, *, inputs: str = "float[2,3] x", opset: int = 
         ("Concat(a, ...)", "y = Concat<axis=0>(x, x, x)"),
         ("Clip(x, None, b)", "b = Constant<value_float=1.0>() y = Clip(x, , b)"),
         ("com_microsoft.FastGelu(x)", "y = com.microsoft.FastGelu(x)"),
+        ("Elu(x, alpha=0.3)", "y = Elu<alpha=0.3>(x)"),
+        ("Mul(x, 'alpha')", "a = Constant<value_float=0.3>() y = Mul(a, x)"),
         ("Neg(Split(x)[1])", "a, b = Split<axis=0>(x) y = Neg(b)"),
         ("Div((d := Sub(x, m)), Sqrt(Mul(d, d)))", "d = Sub(x, x) q = Mul(d, d) s = Sqrt(q) y = Div(d, s)"),
     ],
@@ -54,6 +56,9 @@ def test_a_pattern_is_found_where_it_stands(pattern: str, body: str) -> None:
         ("Mul(x, Sigmoid(x))", "a = Abs(x) s = Sigmoid(a) y = Mul(s, x)"),
         ("Sub(x, Neg(z))", "n = Neg(x) y = Sub(n, x)"),
         ("Concat(a)", "y = Concat<axis=0>(x, x)"),
+        ("Elu(x, alpha=0.3)", "y = Elu<alpha=0.31>(x)"),
+        ("Elu(x, alpha=1)", "y = Elu(x)"),
+        ("Mul(x, 'alpha')", "y = Mul(x, x)"),
         ("Clip(x, None, b)", "b = Constant<value_float=1.0>() y = Clip(x, b)"),
         ("FastGelu(x)", "y = com.microsoft.FastGelu(x)"),
         ("Neg(Split(x)[0])", "a, b = Split<axis=0>(x) y = Neg(b)"),
@@ -64,6 +69,31 @@ def test_a_pattern_is_found_where_it_stands(pattern: str, body: str) -> None:
 )
 def test_what_differs_is_not_found(pattern: str, body: str) -> None:
     assert find(pattern, body) is None
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        "h = Mul(x, half) y = Mul(h, e)",
+        "h = Mul(e, half) y = Mul(x, h)",
+        "h = Mul(x, e) y = Mul(half, h)",
+        "h = Div(x, two) y = Mul(h, e)",
+        "h = Div(e, two) y = Mul(x, h)",
+        "h = Mul(x, e) y = Div(h, two)",
+    ],
+)
+def test_a_product_of_three_is_found_in_any_order(product: str) -> None:
+    constants = "half = Constant<value_float=0.5>() two = Constant<value_float=2.0>() e = Exp(x)"
+    found = find("Mul(x, 0.5, Exp(x))", f"{constants} {product}")
+    assert found is not None
+    assert len(found.nodes) == 3
+    assert find("Mul(x, 0.25, Exp(x))", f"{constants} {product}") is None
+    assert find("Mul(x, 0.5, Exp(x), Abs(x))", f"{constants} {product}") is None
+
+
+def test_a_sum_of_three_is_found_in_any_order() -> None:
+    for body in ("s = Add(x, n) y = Add(a, s)", "s = Add(x, a) y = Add(s, n)", "s = Add(a, n) y = Add(s, x)"):
+        assert find("Add(x, Neg(x), Abs(x))", f"n = Neg(x) a = Abs(x) {body}") is not None
 
 
 def test_names_are_bound_and_numbers_read() -> None:
@@ -132,7 +162,7 @@ def test_an_inner_value_of_an_outer_graph_is_no_part() -> None:
         Patterns({"silu": "Mul(x, Sigmoid(x))"}).find(branch[0], next(scopes(model)))
 
 
-@pytest.mark.parametrize("text", ["x", "Mul(x, y=1)", "x | Relu(x)", "Mul('a')", "f(x)(y)", "a.b.C(x)"])
+@pytest.mark.parametrize("text", ["x", "Elu(x, alpha=y)", "x | Relu(x)", "Mul(b'a')", "f(x)(y)", "a.b.C(x)"])
 def test_what_is_no_pattern_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="pattern"):
         Patterns({"it": text})
@@ -145,3 +175,19 @@ def test_the_first_pattern_in_order_wins_and_op_types_serve_a_rule() -> None:
     found = patterns.find(model.graph[1], next(scopes(model)))
     assert found is not None
     assert found.name == "a"
+
+
+def test_an_attribute_is_built_from_a_number_that_was_found() -> None:
+    model = ir.from_proto(
+        text_model("""agraph (float[2] x) => (float[2] y) {
+            a = Constant<value_float=0.25>() m = Mul(a, x) y = Max(x, m)
+        }""")
+    )
+    scope, node = next(scopes(model)), model.graph[2]
+    found = Patterns({"LeakyRelu(x, alpha=alpha)": "Max(x, Mul(x, 'alpha'))"}).find(node, scope)
+    assert found is not None
+    edit = Edit(node, scope)
+    edit.replace(node.outputs[0], found.build(edit, found.name)).check()
+    edit.commit()
+    made = model.graph[0]
+    assert (made.op_type, made.attributes["alpha"].as_float()) == ("LeakyRelu", 0.25)

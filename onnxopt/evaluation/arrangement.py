@@ -5,14 +5,16 @@ The first group also works on arrays of Python objects, of which some elements a
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from onnxopt.evaluation.call import Call, CannotEvaluateError, Kernel
 from onnxopt.graph import float_attr, int_attr, ints_attr, str_attr
 
-__all__ = ["ARRANGEMENT"]
+__all__ = ["ARRANGEMENT", "spans", "split_points"]
 
 _PAD_MODES = ("constant", "edge", "reflect", "wrap")
 _OPEN_ENDS = (np.iinfo(np.int64).max, np.iinfo(np.int32).max)
@@ -56,29 +58,38 @@ def _concat(call: Call) -> np.ndarray:
 
 
 def _split(call: Call) -> tuple[np.ndarray, ...]:
-    x, outputs = call.array(), len(call.node.outputs)
-    axis, sizes = int_attr(call.node, "axis", 0), call.ints("split", 1)
-    length = x.shape[axis]
+    x, axis = call.array(), int_attr(call.node, "axis", 0)
+    return tuple(np.split(x, split_points(call, x.shape[axis]), axis))
+
+
+def split_points(call: Call, length: int) -> list[int]:
+    """Where a Split cuts an axis of this length."""
+    outputs, sizes = len(call.node.outputs), call.ints("split", 1)
     if sizes is None:
         step = -(-length // outputs)
         sizes = (step,) * (outputs - 1) + (length - step * (outputs - 1),)
     if sum(sizes) != length or len(sizes) != outputs or min(sizes) < 0:
         raise CannotEvaluateError(f"{length} elements do not split into {outputs} outputs as asked")
-    return tuple(np.split(x, np.cumsum(sizes)[:-1], axis))
+    return list(itertools.accumulate(sizes[:-1]))
 
 
 def _slice(call: Call) -> np.ndarray:
     x = call.array()
+    return np.asarray(x[spans(call, x.shape)])
+
+
+def spans(call: Call, shape: Sequence[int]) -> tuple[slice, ...]:
+    """What a Slice takes of each axis of this shape."""
     first = call.opset < 10
     starts, ends = (call.ints("starts", 1) or (), call.ints("ends", 2) or ())
     axes = call.ints("axes", None if first else 3) or tuple(range(len(starts)))
     steps = (None if first else call.ints("steps", 4)) or (1,) * len(starts)
-    index = [slice(None)] * x.ndim
+    index = [slice(None)] * len(shape)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0 and end in _OPEN_ENDS:
             raise CannotEvaluateError("a negative step to the largest integer, on which runtimes disagree")
-        index[axis] = _span(start, end, step, x.shape[axis])
-    return np.asarray(x[tuple(index)])
+        index[axis] = _span(start, end, step, shape[axis])
+    return tuple(index)
 
 
 def _span(start: int, end: int, step: int, size: int) -> slice:

@@ -18,6 +18,12 @@ __all__ = ["Call", "CannotEvaluateError", "Kernel", "Result", "is_float", "widen
 class CannotEvaluateError(Exception):
     """A node whose outputs are not worked out here; the message says why."""
 
+    @classmethod
+    def at(cls, node: ir.Node, error: Exception) -> CannotEvaluateError:
+        """For a malformed node, which numpy and the reference evaluator refuse in many ways."""
+        text = " ".join(str(error).split())[:120]
+        return cls(f"{node.op_type} fails: {type(error).__name__}: {text}")
+
 
 Result = np.ndarray | tuple[np.ndarray, ...]
 

@@ -18,7 +18,7 @@ from onnxopt.evaluation.call import Call, CannotEvaluateError, Kernel, Result
 from onnxopt.evaluation.elementwise import ELEMENTWISE
 from onnxopt.evaluation.reduction import REDUCTION
 
-__all__ = ["KERNELS", "MOVES", "evaluate"]
+__all__ = ["KERNELS", "MOVES", "check", "evaluate"]
 
 KERNELS: dict[str, Kernel] = {**ARRANGEMENT, **ELEMENTWISE, **REDUCTION}
 """Operator of the default domain -> its kernel."""
@@ -57,13 +57,15 @@ def evaluate(
             result = kernel(Call(node, inputs, opset, limit)) if kernel else _reference(node, inputs, opset)
     except CannotEvaluateError:
         raise
-    except Exception as error:  # numpy and the reference evaluator refuse malformed nodes in many ways
-        text = " ".join(str(error).split())[:120]
-        raise CannotEvaluateError(f"{node.op_type} fails: {type(error).__name__}: {text}") from error
+    except Exception as error:
+        raise CannotEvaluateError.at(node, error) from error
     arrays = result if isinstance(result, tuple) else (result,)
     for value, array in zip(node.outputs, arrays, strict=False):
-        _check(value, array)
-    return tuple(np.asarray(array) for array in arrays)
+        if not isinstance(array, np.ndarray | np.generic) or array.dtype.kind in "SU":
+            raise CannotEvaluateError("it gives no plain tensor")
+        if array.dtype != object:
+            check(value, ir.DataType.from_numpy(array.dtype), array.shape)
+    return tuple(map(np.asarray, arrays))
 
 
 def _reference(node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -> Result:
@@ -102,17 +104,18 @@ def _meaning(schema: onnx.defs.OpSchema) -> object:
     return attributes, [put.name for put in schema.inputs], [put.name for put in schema.outputs]
 
 
-def _check(value: ir.Value, array: object) -> None:
-    """Hold a result against the type and shape on record."""
-    if not isinstance(array, np.ndarray | np.generic) or array.dtype.kind in "SU":
-        raise CannotEvaluateError("it gives no plain tensor")
-    if array.dtype == object:
-        return
-    dtype = ir.DataType.from_numpy(array.dtype)
+def check(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+    """Hold a result against the type and shape on record.
+
+    Raises:
+        CannotEvaluateError: it is another one.
+    """
     if value.dtype is not None and value.dtype != dtype:
         raise CannotEvaluateError(f"it comes out as {dtype.name}, and is {value.dtype.name} on record")
-    dims = value.shape.dims if value.shape is not None else array.shape
-    if len(dims) != array.ndim or any(
-        isinstance(dim, int) and dim != size for dim, size in zip(dims, array.shape, strict=True)
+    dims = value.shape.dims if value.shape is not None else shape
+    if dims == shape:
+        return
+    if len(dims) != len(shape) or any(
+        isinstance(dim, int) and dim != size for dim, size in zip(dims, shape, strict=True)
     ):
-        raise CannotEvaluateError(f"it has shape {list(array.shape)}, and {value.shape} is on record")
+        raise CannotEvaluateError(f"it has shape {list(shape)}, and {value.shape} is on record")

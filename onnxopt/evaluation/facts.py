@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.evaluator import MOVES, evaluate
+from onnxopt.evaluation.streaming import stream
 from onnxopt.graph import constant_of, has_reference
 
 __all__ = ["UNKNOWN", "Facts"]
@@ -24,6 +25,13 @@ _ROOM = 1 << 24
 
 _ARITHMETIC = frozenset({"Add", "Cast", "Mul", "Sub"})
 """Besides MOVES, what is done to shapes that are known in part."""
+
+_VIEWS = MOVES - {"Concat", "Expand", "Gather"}
+"""Operators whose outputs are views of their first input."""
+
+
+Found = np.ndarray | ir.TensorProtocol
+"""Elements in memory, or a tensor that may lie elsewhere."""
 
 
 class _Unknown:
@@ -47,30 +55,35 @@ class Facts:
 
     opset: int
     loose: set[ir.Graph] = field(default_factory=set)
-    _arrays: dict[ir.Value, np.ndarray] = field(default_factory=dict)
+    _known: dict[ir.Value, Found] = field(default_factory=dict)
+    _partial: dict[ir.Value, np.ndarray] = field(default_factory=dict)
 
     def has(self, value: ir.Value) -> bool:
         """Whether the value is a constant, or was learned at least in part; strings are not looked at."""
-        tensor = None if value in self._arrays else constant_of(value)
-        return value in self._arrays or (tensor is not None and tensor.dtype != ir.DataType.STRING)
+        if value in self._known or value in self._partial:
+            return True
+        tensor = constant_of(value)
+        return tensor is not None and tensor.dtype != ir.DataType.STRING
 
     def learned(self, value: ir.Value | None) -> bool:
         """Whether the value is no constant in the graph, but known in full."""
-        return value in self._arrays and self._arrays[value].dtype != object
+        return value in self._known
 
     def in_part(self, node: ir.Node) -> bool:
         """Whether an input is known in part only."""
-        return any(self._arrays[v].dtype == object for v in node.inputs if v in self._arrays)
+        return bool(self._partial) and any(value in self._partial for value in node.inputs)
 
     def nbytes(self, value: ir.Value) -> int:
         """Bytes of a value that is known."""
-        tensor = constant_of(value)
-        return self._arrays[value].nbytes if tensor is None else tensor.nbytes
+        return self._find(value).nbytes
 
-    def read(self, value: ir.Value) -> np.ndarray:
-        """The elements of a value that is known."""
-        tensor = constant_of(value)
-        return self._arrays[value] if tensor is None else tensor.numpy()
+    def tensor(self, value: ir.Value) -> ir.TensorProtocol:
+        """A value that is known in full, with memory of its own where it is in memory."""
+        found = self._find(value)
+        if not isinstance(found, np.ndarray):
+            return found
+        own = found.base is None and found.flags.c_contiguous
+        return ir.Tensor(found if own else np.array(found, order="C"))
 
     def learn(self, node: ir.Node) -> None:
         """Evaluate a deterministic node whose inputs are known.
@@ -78,15 +91,41 @@ class Facts:
         Raises:
             CannotEvaluateError: with the reason.
         """
-        inputs = [None if value is None else self.read(value) for value in node.inputs]
+        inputs = [None if value is None else _array(self._find(value)) for value in node.inputs]
         room = _ROOM + sum(array.nbytes for array in inputs if array is not None)
-        self._arrays.update(zip(node.outputs, evaluate(node, inputs, self.opset, room), strict=False))
+        self._known.update(zip(node.outputs, evaluate(node, inputs, self.opset, room), strict=False))
+
+    def learn_unread(self, node: ir.Node) -> bool:
+        """Evaluate such a node if that takes no memory and reads no weight from its file; whether it does.
+
+        Raises:
+            CannotEvaluateError: with the reason.
+        """
+        found = [None if value is None else self._find(value) for value in node.inputs]
+        outputs = stream(node, found, self.opset)
+        if outputs is not None:
+            self._known.update(zip(node.outputs, outputs, strict=False))
+        elif node.op_type in _VIEWS and not isinstance(found[0], ir.LazyTensor):
+            self.learn(node)
+        else:
+            return False
+        return True
+
+    def _find(self, value: ir.Value) -> Found:
+        """The elements of a value that is known, or the tensor that holds them."""
+        found = self._known.get(value)
+        if found is None:
+            found = self._partial.get(value)
+        if found is None:
+            found = constant_of(value)
+        assert found is not None  # it is known
+        return found
 
     def learn_in_part(self, node: ir.Node) -> bool:
         """Carry on inputs that are known in part; whether the outputs are known in full."""
         if node.domain or node.op_type not in MOVES | _ARITHMETIC or has_reference(node):
             return False
-        inputs = [None if value is None else self.read(value) for value in node.inputs]
+        inputs = [None if value is None else _array(self._find(value)) for value in node.inputs]
         try:
             arrays = inputs if node.op_type == "Cast" else evaluate(node, inputs, self.opset)
         except CannotEvaluateError:
@@ -108,8 +147,10 @@ class Facts:
         return self._note(node.outputs[0], np.array(dims[start:end], object))
 
     def _dims(self, value: ir.Value) -> Sequence[int | _Unknown] | None:
-        if value in self._arrays:
-            return self._arrays[value].shape
+        if value in self._partial:
+            return self._partial[value].shape
+        if value in self._known:
+            return tuple(self._known[value].shape)
         maker = value.producer()
         if value.shape is None or (value.graph if maker is None else maker.graph) in self.loose:
             return None
@@ -123,5 +164,12 @@ class Facts:
         if array is None or dtype not in (ir.DataType.INT32, ir.DataType.INT64):
             return False
         full = all(isinstance(element, int) for element in array.ravel())
-        self._arrays[value] = array.astype(dtype.numpy()) if full else array
+        if full:
+            self._known[value] = array.astype(dtype.numpy())
+        else:
+            self._partial[value] = array
         return full
+
+
+def _array(found: Found | None) -> np.ndarray | None:
+    return found if found is None or isinstance(found, np.ndarray) else found.numpy()

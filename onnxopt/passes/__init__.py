@@ -11,22 +11,36 @@ from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexp
 from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.eliminate_pairs import EliminatePairs
+from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
+from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
+from onnxopt.passes.inline_if import InlineIf
 from onnxopt.passes.lift_constants import LiftConstants
 from onnxopt.passes.merge_affine import MergeAffine
+from onnxopt.passes.merge_arithmetic import MergeArithmetic
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_gemm import MergeGemm
 from onnxopt.passes.merge_matmul import MergeMatmul
+from onnxopt.passes.merge_normalization import MergeNormalization
 from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge_parallel import MergeParallel
+from onnxopt.passes.merge_qdq import MergeQdq
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.reorder_nodes import ReorderNodes
+from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
 
@@ -37,7 +51,10 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateIdentity,
     InferShapes,
     FoldConstants,
+    InlineIf,
+    UnrollLoop,
     EliminateNoop,
+    EliminatePairs,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
@@ -46,11 +63,22 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeConcat,
     MergeClip,
     MergePad,
+    MergeQdq,
+    FuseActivation,
+    FuseLayernorm,
+    FuseRmsnorm,
+    MergeNormalization,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
+    MergeArithmetic,
+    MergeParallel,
+    MergeGemm,
+    RetargetGemm,
+    EliminateZeroBias,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
+    ReorderNodes,
 )
 """In the order in which they run best."""

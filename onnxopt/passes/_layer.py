@@ -17,6 +17,7 @@ from onnxopt.passes._weight import Weight, rounded
 from onnxopt.rewrite import Declined, Edit
 
 __all__ = [
+    "FLOATS",
     "LAYERS",
     "Layer",
     "along",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 def is_stored(value: ir.Value | None) -> bool:
@@ -46,7 +47,7 @@ def constant(value: ir.Value | None, what: str) -> ir.TensorProtocol:
         if value is not None and value.is_graph_input() and value.is_initializer():
             raise Declined(f"the {what} is a graph input (overridable; --freeze-initializers folds it)")
         raise Declined(f"the {what} is computed at run time")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise Declined(f"the {what} is of type {tensor.dtype.name}")
     return tensor
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import pieces
 from onnxopt.rewrite import Declined
+from onnxopt.streamed import LARGE, is_on_disk, mapped, read
 
 __all__ = ["LARGE", "Weight", "rounded"]
 
-LARGE = 1 << 20
-"""Bytes above which a weight is not duplicated, and not read to be scaled before it is needed."""
 _BLOCK = 1 << 22
-"""Elements of a weight that are scaled at once."""
+"""Elements of a weight that are held in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -62,51 +61,57 @@ class Weight:
     def scaled(self, scale: np.ndarray, *, outputs: bool) -> ir.TensorProtocol:
         """The weight times `scale`: of shape `()`, or one number a channel of its outputs or of its inputs.
 
-        The product of a large weight that lies in a file of its own is computed at each reading, so that
-        a model with more weights than memory is rewritten without reading them.
+        The product of a large weight that lies in a file of its own is computed when it is read, in pieces,
+        so that a model with more weights than memory is rewritten without reading them.
 
         Raises:
             Declined: the product does not fit the weight's type, or is a large duplicate of a shared weight.
         """
         if (scale == 1).all():
             return self.tensor
-        dtype, large = self.tensor.dtype, self.tensor.nbytes > LARGE
+        large = self.tensor.nbytes > LARGE
         if large and len(self.value.uses()) > 1:
             raise Declined("the weight is shared and too large to duplicate")
-        factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs)
-        on_first = outputs != self.inputs_first
-        if large and isinstance(self.tensor, ir.ExternalTensor | ir.LazyTensor):
-            return ir.LazyTensor(lambda: self._product(factors, on_first), dtype, ir.Shape(self.shape))
-        return _finite(self._product(factors, on_first))
+        product = mapped(_product, (self.tensor, self._along(scale, outputs)), self.tensor.dtype)
+        return product if is_on_disk(self.tensor) else _finite(ir.Tensor(product.numpy()))
 
-    def _product(self, factors: np.ndarray, on_first: bool) -> ir.TensorProtocol:
-        """The weight times a float64 factor a channel, of its first stored axis or (by group) of its second.
-
-        A few rows at a time, so that a large weight is never in memory in float64.
-        """
-        first, second, *rest = self.shape
-        dtype, width = self.tensor.dtype.numpy(), second * int(np.prod(rest))
-        rows = max(1, _BLOCK // width)
-        result = np.empty((first, second, width // second), dtype)
-        by_group = None if on_first else factors.reshape(self.groups, second)
-        for start, piece in zip(
-            range(0, first, rows), pieces(self.tensor, rows * width * dtype.itemsize), strict=True
-        ):
-            block = np.frombuffer(piece, dtype).reshape(-1, *result.shape[1:])
-            taken = np.arange(start, start + len(block))
-            if by_group is None:
-                scale = factors[taken][:, None, None]
-            else:
-                scale = by_group[taken // (first // self.groups)][:, :, None]
-            with np.errstate(over="ignore"):
-                result[taken] = (block.astype(np.float64) * scale).astype(dtype)
-        return ir.Tensor(result.reshape(self.shape), dtype=self.tensor.dtype)
+    def _along(self, scale: np.ndarray, outputs: bool) -> ir.TensorProtocol:
+        """A float64 factor a channel, of such a shape that it broadcasts to the weight."""
+        first, second = self.shape[:2]
+        factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs).astype(np.float64)
+        ends = (1,) * self.trailing
+        if outputs != self.inputs_first:
+            return ir.Tensor(factors.reshape(first, 1, *ends))
+        if self.groups > 1:
+            factors = factors.reshape(self.groups, second).repeat(first // self.groups, 0)
+        return ir.Tensor(factors.reshape(-1, second, *ends))
 
     def times(self, vector: np.ndarray) -> np.ndarray:
         """W x for an x that is the same at every position: float64, one number an output channel."""
-        x = np.broadcast_to(vector, self.inputs).reshape(self.groups, -1)
-        product: np.ndarray = np.einsum("goir,gi->go", self.blocks, x).reshape(-1)
-        return product
+        first, second, *rest = self.shape
+        x = np.broadcast_to(vector, self.inputs).astype(np.float64)
+        size, step = first // self.groups, max(1, _BLOCK // (second * math.prod(rest)))
+        result = np.zeros((self.groups, self.outputs // self.groups))
+        for start, stop in ((i, min(i + step, first)) for i in range(0, first, step)):
+            box = (slice(start, stop), *(slice(0, length) for length in (second, *rest)))
+            rows = read(self.tensor, box).astype(np.float64).reshape(stop - start, second, -1).sum(2)
+            for group in range(start // size, (stop - 1) // size + 1):
+                own = slice(max(start, group * size), min(stop, (group + 1) * size))
+                block = rows[own.start - start : own.stop - start]
+                if self.inputs_first:
+                    result[group] += x[own] @ block
+                else:
+                    result[group, own.start - group * size : own.stop - group * size] = (
+                        block @ x[group * second : (group + 1) * second]
+                    )
+        return result.reshape(-1)
+
+
+def _product(weight: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """In float64, rounded once to the type of the weight."""
+    with np.errstate(over="ignore"):
+        result = np.empty(weight.shape, weight.dtype)
+        return np.multiply(weight, factors, out=result, dtype=np.float64, casting="unsafe")
 
 
 def rounded(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:

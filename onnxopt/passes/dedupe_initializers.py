@@ -7,29 +7,29 @@ Declines: nothing. Initializers that are graph inputs (overridable) or graph out
 
 Equal means the same type, shape and bytes; -0.0 is not 0.0. An initializer of a body may give way to
 one of a graph around it; bodies beside each other keep their own, since neither sees the other's.
-Weights are read only where that can matter: the first bytes of those that share type and shape, and
-the rest of those that agree in them, in pieces where they lie in an external file.
+Weights are read only where that can matter: those that share type and shape, side by side in pieces, and
+each no further than to where it differs from all others.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import graphs, pieces, roots, subgraphs_of
+from onnxopt.graph import graphs, roots, subgraphs_of
 from onnxopt.ledger import Ledger
+from onnxopt.streamed import pieces
 
 __all__ = ["DedupeInitializers"]
 
-_HEAD = 4096
-_CHUNK = 1 << 24
+_HEAD = 1 << 12
+_CHUNK = 1 << 18
 
-Keys = dict[ir.Value, Hashable]
+Classes = dict[ir.Value, int]
+"""The number of the class of equal ones, of each initializer that is in one with others."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ agraph (float[2] x) => (float[2] y) <float[2] v = {1, 2}, float[2] w = {1, 2}> {
     """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        keys: Keys = {value: _kind(tensor) for value, tensor in _candidates(model)}
-        for refine in (_head, _digest):
-            keys = _shared(keys, refine)
+        alike: dict[Hashable, list[ir.Value]] = {}
+        for value, tensor in _candidates(model):
+            alike.setdefault((tensor.dtype, tuple(tensor.shape)), []).append(value)
+        equal = (some for values in alike.values() if len(values) > 1 for some in _equal(values))
+        classes = {value: number for number, some in enumerate(equal) for value in some}
         for root in roots(model):
-            _merge(root, keys, {}, ledger)
+            _merge(root, classes, {}, ledger)
 
 
 def _candidates(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
@@ -62,44 +64,38 @@ def _candidates(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]
                 yield value, tensor
 
 
-def _shared(keys: Keys, refine: Callable[[ir.TensorProtocol], Hashable]) -> Keys:
-    """Those whose key another one has too, with a finer key."""
-    counts = Counter(keys.values())
-    return {
-        value: (key, refine(value.const_value))
-        for value, key in keys.items()
-        if counts[key] > 1 and value.const_value is not None
-    }
+def _equal(values: Sequence[ir.Value]) -> Iterator[list[ir.Value]]:
+    """Those that hold the same bytes, two or more, of initializers of the same type and shape."""
+    work = [[(value, _bytes(value.const_value)) for value in values if value.const_value is not None]]
+    while work:
+        parts: dict[bytes, list[tuple[ir.Value, Iterator[bytes | memoryview]]]] = {}
+        for value, rest in work.pop():
+            parts.setdefault(bytes(next(rest, b"")), []).append((value, rest))
+        for piece, part in parts.items():
+            if len(part) > 1 and piece:
+                work.append(part)
+            elif len(part) > 1:
+                yield [value for value, _ in part]
 
 
-def _kind(tensor: ir.TensorProtocol) -> Hashable:
-    return tensor.dtype, tuple(tensor.shape)
-
-
-def _head(tensor: ir.TensorProtocol) -> Hashable:
-    return bytes(next(_bytes(tensor, _HEAD), b""))
-
-
-def _digest(tensor: ir.TensorProtocol) -> Hashable:
-    digest = hashlib.sha256()
-    for piece in _bytes(tensor, _CHUNK):
-        digest.update(piece)
-    return digest.digest()
-
-
-def _bytes(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes | memoryview]:
+def _bytes(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
     if isinstance(tensor, ir.StringTensor):
         for text in tensor.string_data():
             yield len(text).to_bytes(8, "little") + text
-    else:
-        yield from pieces(tensor, size)
+        return
+    for number, piece in enumerate(pieces(tensor, _CHUNK)):
+        if number:
+            yield piece
+        else:
+            yield piece[:_HEAD]
+            yield piece[_HEAD:]
 
 
-def _merge(graph: ir.Graph, keys: Keys, first: dict[Hashable, ir.Value], ledger: Ledger) -> None:
+def _merge(graph: ir.Graph, classes: Classes, first: dict[int, ir.Value], ledger: Ledger) -> None:
     """Merge the initializers of a graph; `first` holds those of the graphs around it."""
-    added: list[Hashable] = []
+    added: list[int] = []
     for name, value in tuple(graph.initializers.items()):
-        key = keys.get(value)
+        key = classes.get(value)
         if key is None:
             continue
         if key not in first:
@@ -111,6 +107,6 @@ def _merge(graph: ir.Graph, keys: Keys, first: dict[Hashable, ir.Value], ledger:
             graph.initializers.pop(name)
     for node in graph:
         for body in subgraphs_of(node):
-            _merge(body, keys, first, ledger)
+            _merge(body, classes, first, ledger)
     for key in added:
         del first[key]

@@ -8,7 +8,11 @@ Declines: random and quantizing operators; an initializer that is also a graph i
 
 `max_growth` holds for each fold by itself: bytes of the new constants, less those of the constants that
 nobody reads afterwards. So a Cast or Mul that unpacks a compressed weight stays, as does an Expand or a
-ConstantOfShape that makes much out of little.
+ConstantOfShape that makes much out of little. Folds that are too much one by one are judged together where
+they read the same weight, which may go with the last of them.
+
+Large weights stay on disk: where they are only moved, cut, joined, converted or scaled, the new constant is
+computed from them, in pieces, when it is read.
 
 The graph is walked once, in order. Values are worked out on the way but put in place only where a node
 reads them that is not folded itself; of a shape that is known in part, that part is followed.
@@ -19,7 +23,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
@@ -29,11 +32,12 @@ from onnxopt.inference import refine
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
+from onnxopt.streamed import LARGE
 
 __all__ = ["FoldConstants"]
 
-_LARGE = 1 << 20
-"""Bytes of inputs from which on the size of a result is asked for before it is worked out."""
+_SHAPES = frozenset({ir.DataType.INT32, ir.DataType.INT64})
+"""Types of constants whose elements shape inference looks at."""
 
 _QUANTIZING = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 
@@ -58,7 +62,9 @@ agraph (float[N, 3] x) => (float[N, 2] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}> {
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for scope in scopes(model):
-            _Folder(scope, ledger, self.max_growth, Facts(scope.opset)).walk(scope.graph)
+            folder = _Folder(scope, ledger, self.max_growth, Facts(scope.opset))
+            folder.walk(scope.graph)
+            folder.settle_jointly()
 
 
 @dataclass
@@ -69,6 +75,8 @@ class _Folder:
     facts: Facts
     settled: set[ir.Node] = field(default_factory=set)
     """Nodes whose outputs were put in place or refused."""
+    too_much: list[ir.Node] = field(default_factory=list)
+    """Those that were refused because they would add too much."""
     refined: set[ir.Value] = field(default_factory=set)
     """Values of which more is known than shape inference has seen."""
 
@@ -76,38 +84,47 @@ class _Folder:
         for node in graph:
             if self.ledger.exhausted:
                 return
-            for body in subgraphs_of(node):
+            bodies = tuple(subgraphs_of(node)) if node.attributes else ()
+            for body in bodies:
                 if node.op_type == "Loop" or graph in self.facts.loose:
                     # What a Loop carries may change its shape, whatever the shape on record.
                     self.facts.loose.add(body)
                 self.walk(body)
-            if (node.op_type == "Constant" and not node.domain) or self.work_out(node):
+            if not bodies and self.work_out(node):
                 continue
             for value in node.inputs:
                 self.settle(value)
-            if graph not in self.facts.loose and not self.refined.isdisjoint(node.inputs):
+            if not self.refined.isdisjoint(node.inputs) and graph not in self.facts.loose:
                 self.refined.update(refine(node, self.scope.graph.opset_imports))
         for value in graph.outputs:
             self.settle(value)
 
     def work_out(self, node: ir.Node) -> bool:
         """Find the outputs of a node; False where it stays because they are not known in full."""
-        if node.op_type in ("Shape", "Size") and not node.domain:
-            return self.facts.learn_shape(node)
-        missing = [value for value in node.inputs if value is not None and not self.facts.has(value)]
-        if missing or any(True for _ in subgraphs_of(node)):
-            if missing and all(value.is_initializer() and value.is_graph_input() for value in missing):
-                self.decline(node, _OVERRIDABLE)
-            return False
+        if node.op_type in ("Constant", "Shape", "Size") and not node.domain:
+            return node.op_type == "Constant" or self.facts.learn_shape(node)
+        for value in node.inputs:
+            if value is not None and not self.facts.has(value):
+                if _is_overridable(value) and all(map(_is_overridable, self.unknown(node))):
+                    self.decline(node, _OVERRIDABLE)
+                return False
         if self.facts.in_part(node):
             return self.facts.learn_in_part(node)
         try:
             self.check(node)
-            self.facts.learn(node)
+            large = sum(self.facts.nbytes(value) for value in node.inputs if value is not None) > LARGE
+            if not (large and self.facts.learn_unread(node)):
+                if large:
+                    self.check_size(node)
+                self.facts.learn(node)
         except (CannotEvaluateError, Declined) as reason:
             self.decline(node, str(reason))
             return False
         return True
+
+    def unknown(self, node: ir.Node) -> list[ir.Value]:
+        """The inputs that are not known at all."""
+        return [value for value in node.inputs if value is not None and not self.facts.has(value)]
 
     def check(self, node: ir.Node) -> None:
         """Raise `Declined` for a node whose inputs are all known, and which is not to be worked out."""
@@ -119,8 +136,9 @@ class _Folder:
             raise Declined("it is random")
         if node.op_type in _QUANTIZING:
             raise Declined("it keeps a weight quantized")
-        if sum(self.facts.nbytes(value) for value in node.inputs if value is not None) <= _LARGE:
-            return
+
+    def check_size(self, node: ir.Node) -> None:
+        """Raise `Declined` for a node that is refused later, before a large weight is read."""
         refine(node, self.scope.graph.opset_imports)
         size = 0
         for value in _used(node):
@@ -128,17 +146,17 @@ class _Folder:
             if shape is None or value.dtype is None:
                 raise Declined("the size of the result is not known")
             size += math.ceil(math.prod(shape) * value.dtype.itemsize)
-        self.afford(node, size)
+        self.afford([node], size)
 
-    def afford(self, node: ir.Node, size: int) -> None:
-        """Raise `Declined` where `size` bytes for the node's outputs are too many."""
-        growth = size - self.freed(node)
+    def afford(self, nodes: list[ir.Node], size: int) -> None:
+        """Raise `Declined` where `size` bytes for the nodes' outputs are too many."""
+        growth = size - self.freed(nodes) if size > self.max_growth else 0
         if growth > self.max_growth:
             raise Declined(f"it would add {growth / 1e3:,.0f} kB to the model (max_growth={self.max_growth})")
 
-    def freed(self, node: ir.Node) -> int:
-        """Bytes of the constants that nobody reads any more when the node's outputs are in place."""
-        dying, work, seen, total = {node}, [node], set[ir.Value](), 0
+    def freed(self, nodes: list[ir.Node]) -> int:
+        """Bytes of the constants that nobody reads any more when the nodes' outputs are in place."""
+        dying, work, seen, total = set(nodes), list(nodes), set[ir.Value](), 0
         while work:
             for value in work.pop().inputs:
                 if value is None or value in seen or not self.facts.has(value) or not _dies(value, dying):
@@ -154,6 +172,8 @@ class _Folder:
 
     def settle(self, read: ir.Value | None) -> None:
         """Put a value in place that a node which stays reads; where that is refused, what it is made from."""
+        if not self.facts.learned(read):
+            return
         work = [read]
         while work:
             value = work.pop()
@@ -163,27 +183,50 @@ class _Folder:
             if not all(self.facts.learned(output) for output in _used(producer)):
                 continue  # a Split of what is known in part stays
             self.settled.add(producer)
+            try:
+                self.afford([producer], self.size(producer))
+            except Declined as reason:
+                self.decline(producer, str(reason))
+                self.too_much.append(producer)
+                work.extend(producer.inputs)
+                continue
             if not self.replace(producer):
                 work.extend(producer.inputs)
 
+    def settle_jointly(self) -> None:
+        """Put in place what only together with others does not add too much."""
+        groups: dict[ir.Value, list[ir.Node]] = {}
+        for node in self.too_much:
+            for value in node.inputs:
+                if value is not None and self.facts.has(value) and self.facts.nbytes(value) > self.max_growth:
+                    groups.setdefault(value, []).append(node)
+        for group in groups.values():
+            nodes = [node for node in group if node.graph is not None and _used(node)]
+            try:
+                self.afford(nodes, sum(map(self.size, nodes)))
+            except Declined:
+                continue
+            for node in nodes:
+                self.replace(node)
+
+    def size(self, node: ir.Node) -> int:
+        """Bytes of the outputs of a node that are read."""
+        return sum(map(self.facts.nbytes, _used(node)))
+
     def replace(self, node: ir.Node) -> bool:
         """Put the outputs of a node in place, all at once; False where that is refused."""
-        edit, used = Edit(node, self.scope), _used(node)
-        try:
-            self.afford(node, sum(self.facts.nbytes(value) for value in used))
-        except Declined as reason:
-            self.decline(node, str(reason))
-            return False
         if not self.ledger.claim(node.op_type, site_of(node)):
             return False
-        for value in used:
-            tensor = ir.tensor(_owned(self.facts.read(value)))
+        edit = Edit(node, self.scope)
+        for value in _used(node):
+            tensor = self.facts.tensor(value)
             if value.is_graph_output():
                 new = edit.op("Constant", (), {"value": tensor})
             else:
                 new = edit.constant(tensor, value.name)
             edit.replace(value, new)
-            self.refined.add(new)
+            if tensor.dtype in _SHAPES or static_shape(value) is None or value.dtype is None:
+                self.refined.add(new)
         new_nodes, near = edit.commit()
         self.ledger.touch((*new_nodes, *near))
         return True
@@ -197,6 +240,10 @@ _OVERRIDABLE = (
 )
 
 
+def _is_overridable(value: ir.Value) -> bool:
+    return value.is_initializer() and value.is_graph_input()
+
+
 def _used(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.outputs if value.uses() or value.is_graph_output()]
 
@@ -204,9 +251,3 @@ def _used(node: ir.Node) -> list[ir.Value]:
 def _dies(value: ir.Value, dying: set[ir.Node]) -> bool:
     """Whether nobody but nodes that go away reads the value."""
     return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())
-
-
-def _owned(array: np.ndarray) -> np.ndarray:
-    """The array, in memory of its own where it is a view."""
-    array = np.asarray(array)
-    return array if array.base is None and array.flags.c_contiguous else np.array(array, order="C")

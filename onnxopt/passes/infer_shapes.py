@@ -12,15 +12,16 @@ are taken for unknown values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import nodes, tensor_bytes
-from onnxopt.inference import sort_axes
+from onnxopt.graph import nbytes, tensor_bytes, walk
+from onnxopt.inference import Type, form_of, infer_outputs, sort_axes, type_from
 from onnxopt.ledger import Ledger
 from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 
@@ -28,6 +29,9 @@ __all__ = ["InferShapes"]
 
 _RULE = "types and shapes"
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+_Names = Mapping[str, ir.SymbolicDim]
+"""What sizes may be called."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +54,62 @@ agraph (float[N, 2] x) => (float[N, 1] y) <float[2, 1] w = {1, 2}> {
     """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        if all(_is_complete(value) for node in nodes(model) for value in node.outputs):
-            return
-        stored = sum(
-            v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-        )
-        if tensor_bytes(model) - stored > LARGEST_PROTOBUF:
-            ledger.decline(_RULE, "", "constants outside the initializers do not fit one protobuf (2 GB)")
-            return
-        try:
-            inferred = onnx.shape_inference.infer_shapes(_question(model), data_prop=True)
-        except onnx.shape_inference.InferenceError as error:
-            ledger.decline(_RULE, "", " ".join(str(error).split()))
-            return
         shapes = [value.shape for value in model.graph.inputs if value.shape is not None]
-        names = {size.value for shape in shapes for size in shape.dims if isinstance(size, ir.SymbolicDim)}
-        found = list(_compare(model.graph, inferred.graph, names - {None}, set(model.graph.outputs)))
-        if found and ledger.claim(_RULE, ""):
-            for refined in found:
-                refined.value.type, refined.value.shape = refined.type, refined.shape
+        sizes = [size for shape in shapes for size in shape.dims if isinstance(size, ir.SymbolicDim)]
+        names, claimed = {size.value: size for size in sizes if size.value is not None}, False
+        for found in itertools.chain(_node_by_node(model, names), _as_a_whole(model, names, ledger)):
+            claimed = claimed or ledger.claim(_RULE, "")
+            if not claimed:
+                return
+            found.value.type, found.value.shape = found.type, found.shape
 
 
-def _is_complete(value: ir.Value) -> bool:
-    """Whether there is nothing left to find out."""
+def _node_by_node(model: ir.Model, names: _Names) -> Iterator[_Refined]:
+    """What follows from each node of the main graph alone, in order; it is recorded before the next is asked.
+
+    This is enough for many graphs, and onnx is asked only once about nodes that are alike.
+    """
+    opsets = model.graph.opset_imports
+    for node in model.graph:
+        if all(_is_known(value) for value in node.outputs):
+            continue
+        form = form_of(node, opsets)
+        if form is None or not onnx.defs.has(node.op_type, opsets.get(node.domain, 0), node.domain):
+            continue
+        try:
+            inferred = infer_outputs(node, form)
+        except onnx.shape_inference.InferenceError:
+            continue
+        for value, known in inferred.items():
+            if not value.is_graph_output() and (refined := _refine(value, known, names)):
+                yield refined
+
+
+def _as_a_whole(model: ir.Model, names: _Names, ledger: Ledger) -> Iterator[_Refined]:
+    """What follows from the whole graph, bodies and the contents of shapes included."""
+    fixed = set(model.graph.outputs)
+    values = (value for node in walk(model.graph) for value in node.outputs if value not in fixed)
+    if all(_is_known(value, names) for value in values):
+        return
+    weights = (value.const_value for value in model.graph.initializers.values())
+    stored = sum(nbytes(tensor) for tensor in weights if tensor is not None)
+    if tensor_bytes(model) - stored > LARGEST_PROTOBUF:
+        ledger.decline(_RULE, "", "constants outside the initializers do not fit one protobuf (2 GB)")
+        return
+    try:
+        inferred = onnx.shape_inference.infer_shapes(_question(model), data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        ledger.decline(_RULE, "", " ".join(str(error).split()))
+        return
+    yield from _compare(model.graph, inferred.graph, names, fixed)
+
+
+def _is_known(value: ir.Value, names: Container[str | None] = ()) -> bool:
+    """Whether there is nothing left to find out; a size that is called by one of `names` is known."""
     if not isinstance(value.type, ir.TensorType):
         return value.type is not None or not value.name
-    return value.shape is not None and value.shape.is_static()
+    sizes = () if value.shape is None else value.shape.dims
+    return value.shape is not None and all(isinstance(size, int) or size.value in names for size in sizes)
 
 
 def _question(model: ir.Model) -> onnx.ModelProto:
@@ -105,14 +139,14 @@ def _prepare_nodes(graph: onnx.GraphProto, fixed: Mapping[str, onnx.TensorProto]
 
 
 def _compare(
-    graph: ir.Graph, proto: onnx.GraphProto, names: set[str | None], fixed: set[ir.Value]
+    graph: ir.Graph, proto: onnx.GraphProto, names: _Names, fixed: set[ir.Value]
 ) -> Iterator[_Refined]:
     """What the inferred graph, which has the same nodes, says beyond the record."""
     inferred = {info.name: info.type for info in (*proto.value_info, *proto.output)}
     for node, twin in zip(graph, proto.node, strict=True):
         for value in node.outputs:
             known = value not in fixed and inferred.get(value.name or "")
-            if known and (refined := _refine(value, known, names)):
+            if known and (refined := _refine(value, type_from(known), names)):
                 yield refined
         for attr in twin.attribute:
             if attr.type == onnx.AttributeProto.GRAPH:
@@ -122,24 +156,30 @@ def _compare(
                     yield from _compare(body, other, names, fixed)
 
 
-def _refine(value: ir.Value, proto: onnx.TypeProto, names: set[str | None]) -> _Refined | None:
+def _refine(value: ir.Value, inferred: Type, names: _Names) -> _Refined | None:
     """The value's type and shape with what was inferred; None if that adds nothing or contradicts."""
-    found = ir.serde.deserialize_type_proto_for_type(proto)
-    if found is None or (isinstance(found, ir.TensorType) and found.dtype == ir.DataType.UNDEFINED):
+    if isinstance(inferred, bytes):
+        found = ir.serde.deserialize_type_proto_for_type(onnx.TypeProto.FromString(inferred))
+        return None if found is None or value.type is not None else _Refined(value, found, value.shape)
+    (dtype, sizes), shape = inferred, value.shape
+    if dtype == ir.DataType.UNDEFINED or (value.type is not None and value.type != ir.TensorType(dtype)):
         return None
-    if value.type is not None and value.type != found:
-        return None
-    shape, sizes = value.shape, ir.serde.deserialize_type_proto_for_shape(proto)
-    if sizes is not None and isinstance(found, ir.TensorType):
-        shape = ir.Shape([None] * len(sizes)) if shape is None else shape.copy()
-        if len(shape) != len(sizes):
+    if sizes is not None and shape is None:
+        shape = ir.Shape([size if isinstance(size, int) else names.get(size or "") for size in sizes])
+    elif sizes is not None and shape is not None:
+        if len(sizes) != len(shape):
             return None
-        for axis, size in enumerate(sizes.dims):
-            known = shape[axis]
-            if isinstance(size, int):
-                if isinstance(known, int) and known != size:
+        better: dict[int, int | ir.SymbolicDim] = {}
+        for axis, (known, size) in enumerate(zip(shape.dims, sizes, strict=True)):
+            if isinstance(known, int):
+                if isinstance(size, int) and known != size:
                     return None
-                shape[axis] = size
-            elif not isinstance(known, int) and known.value is None and size.value in names:
-                shape[axis] = size
-    return None if value.type == found and value.shape == shape else _Refined(value, found, shape)
+            elif isinstance(size, int):
+                better[axis] = size
+            elif size is not None and size in names and known.value is None:
+                better[axis] = names[size]
+        shape = shape.copy() if better else shape
+        for axis in better:
+            shape[axis] = better[axis]
+    unchanged = value.type is not None and shape is value.shape
+    return None if unchanged else _Refined(value, value.type or ir.TensorType(dtype), shape)

@@ -11,17 +11,19 @@ A call's outputs keep their names; names inside the body become unique in the mo
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from onnxopt.claims import Pass
-from onnxopt.graph import function_name, nodes, subgraphs_of, walk
+from onnxopt.graph import function_name, subgraphs_of, walk
 from onnxopt.ledger import Ledger
+from onnxopt.passes._inline import Inliner
 from onnxopt.rewrite import Declined
-from onnxopt.scope import Scope, scopes
+from onnxopt.scope import scopes
 
 __all__ = ["InlineFunctions"]
 
@@ -54,11 +56,12 @@ Shift<by>(a) => (b) {
         chosen = _choose(model, ledger)
         if not chosen:
             return
-        before = set(nodes(model))
-        _prepare(model, chosen, next(scopes(model)))
-        InlinePass(lambda function: function.identifier() in chosen)(model)
-        _make_unique(model.graph, set(), next(scopes(model)))
-        ledger.touch(node for node in nodes(model) if node not in before)
+        functions = {key: model.functions.pop(key) for key in tuple(model.functions) if key in chosen}
+        for function in functions.values():
+            for domain, version in function.opset_imports.items():
+                model.opset_imports.setdefault(domain, version)
+        scope = next(scopes(model))
+        _expand(scope.graph, functions, Inliner(scope, ledger))
 
 
 def _choose(model: ir.Model, ledger: Ledger) -> set[Key]:
@@ -107,42 +110,36 @@ def _check(
             raise Declined("the function takes a graph as attribute")
         if len(node.inputs) > len(function.inputs) or len(node.outputs) > len(function.outputs):
             raise Declined("the function is called with more inputs or outputs than it has")
+        absent = {p for p, value in zip_longest(function.inputs, node.inputs) if value is None}
+        if any(formal in absent for formal, _ in zip(function.outputs, node.outputs, strict=False)):
+            raise Declined("an output of the function is an input that a call leaves out")
 
 
-def _prepare(model: ir.Model, chosen: set[Key], scope: Scope) -> None:
-    """Bring calls and bodies into the form that onnx_ir's inliner takes.
-
-    It asks for as many outputs as the function has, and renames the value behind each output: that
-    must be one of the body's own, and another one for each output.
-    """
-    for node in nodes(model):
-        if node.op_identifier() not in chosen:
+def _expand(graph: ir.Graph, functions: Mapping[Key, ir.Function], inliner: Inliner) -> None:
+    """Put bodies in the place of all calls of these functions, those in the bodies too."""
+    work = deque(graph)
+    while work:
+        node = work.popleft()
+        function = functions.get(node.op_identifier())
+        if function is None:
+            for inner in subgraphs_of(node):
+                _expand(inner, functions, inliner)
             continue
-        called = model.functions[node.op_identifier()]
-        node.resize_outputs(len(called.outputs))
-        for value, formal in zip(node.outputs, called.outputs, strict=True):
-            value.name = value.name or scope.fresh(formal.name or "output")
-    for function in (model.functions[key] for key in model.functions if key in chosen):
-        taken = set(function.inputs)
-        for index, value in enumerate(function.outputs):
-            if value in taken:
-                copy = ir.Node("", "Identity", [value])
-                function.append(copy)
-                function.outputs[index] = copy.outputs[0]
-            taken.add(value)
+        body = inliner.copy(function.graph)
+        _fill_in(body, {**function.attributes, **node.attributes})
+        work.extendleft(reversed(body))
+        outputs = inliner.place(body, node, node.inputs)
+        inliner.finish(node, outputs)
 
 
-def _make_unique(graph: ir.Graph, names: set[str], scope: Scope) -> None:
-    """Rename values whose name one around them has; `names` holds those of the graphs around."""
-    own: dict[ir.Value, None] = dict.fromkeys((*graph.inputs, *graph.initializers.values(), *graph.outputs))
-    own.update((value, None) for node in graph for value in node.outputs if value.name)
-    added = []
-    for value in own:
-        if value.name in names:
-            value.name = scope.fresh(value.name)
-        names.add(value.name or "")
-        added.append(value.name or "")
-    for node in graph:
-        for body in subgraphs_of(node):
-            _make_unique(body, names, scope)
-    names.difference_update(added)
+def _fill_in(body: ir.Graph, given: Mapping[str, ir.Attr]) -> None:
+    """Give the attributes that refer to the function's their values, or remove those that have none."""
+    for node in walk(body):
+        for name, attr in tuple(node.attributes.items()):
+            if not attr.is_ref():
+                continue
+            value = given.get(attr.ref_attr_name or "")
+            if value is None or value.value is None:
+                node.attributes.pop(name)
+            else:
+                node.attributes[name] = ir.Attr(name, value.type, value.value)

@@ -127,7 +127,7 @@ class Report:
                 }
                 for step in self.steps
             ],
-            "left_out": [{**asdict(left.rewrite), "reason": left.reason} for left in self.left_out],
+            "left_out": [{**left.rewrite._asdict(), "reason": left.reason} for left in self.left_out],
             "rounds": self.rounds,
             "left_as_it_was": self.left_as_it_was,
             "profits": [profit.to_dict() for profit in self.profits],

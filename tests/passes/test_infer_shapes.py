@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import onnxopt.inference
+from models.scale import chain
 from onnxopt.graph import nodes
 from onnxopt.ledger import Ledger
 from onnxopt.model import load
+from onnxopt.passes import infer_shapes
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.lift_constants import LiftConstants
+from tests.random_graphs import random_model
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 
@@ -192,3 +200,48 @@ def test_axes_of_a_squeeze_in_any_order() -> None:
     result = run_pass(proto, InferShapes())
     assert record(result.model)["a"] == "FLOAT [5]"
     assert_equivalent(proto, result.model)
+
+
+def test_onnx_is_asked_once_about_nodes_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def counted(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            asked.append(args)
+            return original(*args, **options)
+
+        return call
+
+    for name in ("infer_node_outputs", "infer_shapes"):
+        monkeypatch.setattr(onnx.shape_inference, name, counted(getattr(onnx.shape_inference, name)))
+    counts = []
+    for length in (500, 2000):
+        onnxopt.inference._infer.cache_clear()
+        asked.clear()
+        model = load(chain(length))
+        InferShapes().apply(model, Ledger(pass_name="infer-shapes"))
+        assert all(str(value.shape) in ("[batch,16]", "[16,batch]", "[16]") for value in outputs(model))
+        counts.append(len(asked))
+    assert counts[0] == counts[1] < 12
+
+
+def outputs(model: ir.Model) -> list[ir.Value]:
+    return [value for node in nodes(model) for value in node.outputs]
+
+
+@given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 12))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_node_by_node_loses_nothing_that_the_whole_graph_tells(seed: int, steps: int) -> None:
+    proto = random_model(seed, steps).proto
+    del proto.graph.value_info[:]
+    both, whole = load(proto), load(proto)
+    InferShapes().apply(both, Ledger(pass_name="infer-shapes"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer_shapes, "_node_by_node", lambda model, names: ())
+        InferShapes().apply(whole, Ledger(pass_name="infer-shapes"))
+    for have, want in zip(outputs(both), outputs(whole), strict=True):
+        assert want.type is None or have.type == want.type
+        if want.shape is not None:
+            assert have.shape is not None
+            known = [(a, b) for a, b in zip(have.shape, want.shape, strict=True) if b != ir.SymbolicDim(None)]
+            assert all(a == b for a, b in known)

@@ -212,5 +212,5 @@ def test_sequence_values_pass_through() -> None:
         + OWN
         + "f (a) => (b, a) { b = SequenceLength(a) }"
     )
-    assert result.op_types == ["SplitToSequence", "SequenceLength", "Identity", "SequenceAt"]
+    assert result.op_types == ["SplitToSequence", "SequenceLength", "SequenceAt"]
     assert_as_specified(proto, result.model, [random_feeds(proto)])
