@@ -29,6 +29,7 @@ ENGINE = {
     "rewrite",
     "scope",
     "storage",
+    "streamed",
     "structure",
     "subpattern",
     "targets",
