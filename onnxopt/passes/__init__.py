@@ -15,8 +15,11 @@ from onnxopt.passes.eliminate_pairs import EliminatePairs
 from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -27,7 +30,9 @@ from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
 from onnxopt.passes.merge_gemm import MergeGemm
+from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
+from onnxopt.passes.merge_normalization import MergeNormalization
 from onnxopt.passes.merge_pad import MergePad
 from onnxopt.passes.merge_parallel import MergeParallel
 from onnxopt.passes.merge_qdq import MergeQdq
@@ -50,18 +55,23 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldConstants,
     InlineIf,
     UnrollLoop,
+    FoldShapes,
     EliminateNoop,
     EliminatePairs,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
+    MergeLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,
     MergePad,
     MergeQdq,
     FuseActivation,
+    FuseLayernorm,
+    FuseRmsnorm,
+    MergeNormalization,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
