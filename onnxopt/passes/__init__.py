@@ -40,6 +40,7 @@ from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -50,6 +51,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     LiftConstants,
     EliminateIdentity,
     InferShapes,
+    RetargetOpset,
     FoldConstants,
     InlineIf,
     UnrollLoop,
