@@ -42,6 +42,7 @@ from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -52,6 +53,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     LiftConstants,
     EliminateIdentity,
     InferShapes,
+    RetargetOpset,
     FoldConstants,
     InlineIf,
     UnrollLoop,
