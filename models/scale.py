@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,26 +48,52 @@ def big_model(folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int 
     """Write ``model.onnx`` and ``model.onnx.data`` above protobuf's 2 GB limit; returns the model's path.
 
     A chain of MatMuls (8192 x 8192, 256 MiB each), each followed by an Identity, an Add, a Mul that can be
-    folded and a Tanh: ``x`` float32 (batch, 8192) to ``y``. Each weight has one block of 8 rows of numbers
-    and is zero elsewhere, so that outputs are dense and not trivial; the file system keeps the zeros as
-    holes, and the file takes a few megabytes of disk.
+    folded and a Tanh: ``x`` float32 (batch, 8192) to ``y``.
     """
-    folder = Path(folder)
-    width, rows = 8192, 8
-    nbytes = width * width * 4
-    count = max(1, round(gigabytes * 1e9 / nbytes))
-    b = Builder(seed)
-    x = "x"
+    width = 8192
+    count = max(1, round(gigabytes * 1e9 / (width * width * 4)))
+    b, x = Builder(seed), "x"
+    for weight in _sparse_weights(b, Path(folder), count, width):
+        x = b.add("MatMul", x, weight)
+        x = b.add("Add", b.add("Identity", x), b.constant(b.rng.normal(0, 0.1, width)))
+        x = b.add("Tanh", b.add("Mul", x, b.constant(b.rng.uniform(0.8, 1.2, width))))
+    return _write(b, x, Path(folder), width)
+
+
+def transposed_model(
+    folder: str | os.PathLike[str], width: int = 10_240, weights: int = 6, seed: int = 0
+) -> Path:
+    """Write a chain of MatMuls with external weights, each second one behind a Transpose; the model's path.
+
+    ``x`` float32 (batch, width) to ``y``; a weight is width x width, 400 MiB by default.
+    """
+    b, x = Builder(seed), "x"
+    for number, weight in enumerate(_sparse_weights(b, Path(folder), weights, width)):
+        turned = weight if number % 2 else b.add("Transpose", weight, perm=[1, 0])
+        x = b.add("Add", b.add("MatMul", x, turned), b.constant(b.rng.normal(0, 0.1, width)))
+        x = b.add("Tanh", x)
+    return _write(b, x, Path(folder), width)
+
+
+def _sparse_weights(b: Builder, folder: Path, count: int, width: int) -> Iterator[str]:
+    """Names of float32 weights of ``width`` x ``width`` in ``model.onnx.data``.
+
+    Each has its first row and one block of 8 rows of numbers and is zero elsewhere, so that outputs are dense
+    and not trivial; the file system keeps the zeros as holes, and the file takes a few megabytes of disk.
+    """
+    rows, nbytes = 8, width * width * 4
     with (folder / "model.onnx.data").open("wb") as data:
-        for layer in range(count):
-            start = int(b.rng.integers(0, width - rows))
-            data.seek(layer * nbytes + start * width * 4)
-            data.write(b.rng.normal(0, rows**-0.5, (rows, width)).astype(np.float32).tobytes())
-            b.initializers.append(_external(f"weight_{layer}", (width, width), layer * nbytes, nbytes))
-            x = b.add("MatMul", x, f"weight_{layer}")
-            x = b.add("Add", b.add("Identity", x), b.constant(b.rng.normal(0, 0.1, width)))
-            x = b.add("Tanh", b.add("Mul", x, b.constant(b.rng.uniform(0.8, 1.2, width))))
         data.truncate(count * nbytes)
+        for layer in range(count):
+            start = int(b.rng.integers(1, width - rows))
+            for first, number in ((0, 1), (start, rows)):
+                data.seek(layer * nbytes + first * width * 4)
+                data.write(b.rng.normal(0, rows**-0.5, (number, width)).astype(np.float32).tobytes())
+            b.initializers.append(_external(f"weight_{layer}", (width, width), layer * nbytes, nbytes))
+            yield f"weight_{layer}"
+
+
+def _write(b: Builder, x: str, folder: Path, width: int) -> Path:
     b.add("Relu", x, outputs=["y"])
     model = b.model("big", [("x", ["batch", width])], [("y", ["batch", width])])
     path = folder / "model.onnx"

@@ -105,16 +105,17 @@ class Job:
         For speed they are measured on the model where `measure` allows it, else taken for the versions of the
         runtime that they are known for; and the proof must hold with them.
         """
-        settings = [one for one in self.settings_for(model) if one.purpose == "correctness"]
-        for_speed = [one for one in self.settings_for(model) if one.purpose == "speed"]
+        found = self.settings_for(model)
+        settings = [one for one in found if one.purpose == "correctness"]
+        for_speed = [one for one in found if one.purpose == "speed"]
         both = session_config([*settings, *for_speed])
         if for_speed and self.baseline is not None and not self.baseline.unprovable:
             kind = (
                 "reorder" if kind == "exact" else kind
             )  # another order of fused operators rounds differently
-            found = self.baseline.compare(model, kind=kind, frozen=self.frozen, session_config=both)
-            if not found.ok:
-                self.notes.append(f"not proposed, {_listed(for_speed)}: {found.reason}")
+            held = self.baseline.compare(model, kind=kind, frozen=self.frozen, session_config=both)
+            if not held.ok:
+                self.notes.append(f"not proposed, {_listed(for_speed)}: {held.reason}")
                 for_speed = []
         if not for_speed:
             return tuple(settings)

@@ -164,7 +164,9 @@ def _widen(culprit: Rewrite, left_out: Mapping[Rewrite, str]) -> Rewrite:
 
 def _steps(done: Attempt) -> tuple[Step, ...]:
     """What each pass did; a place that later rewrites took away is no near miss."""
-    steps, places = [], value_names(done.model) | set(map(function_name, done.model.functions)) | {""}
+    steps, places = [], {""}
+    if done.ledger.declined:
+        places |= value_names(done.model) | set(map(function_name, done.model.functions))
     for one, tally in zip(done.passes, done.tallies, strict=True):
         name, reasons = pass_name(one), dict[str, list[str]]()
         for rewrite, reason in done.ledger.declined.items():

@@ -14,7 +14,7 @@ from onnxopt.model import ModelLike
 from onnxopt.protobuf import dump
 from onnxopt.reporting import Report
 from onnxopt.reporting.report import SESSION_SCHEMA, session_file
-from onnxopt.storage import save, staging
+from onnxopt.storage import check_target, save, staging
 
 __all__ = ["Result"]
 
@@ -48,7 +48,10 @@ class Result:
 
         They go to `session_file(path)`; where there are none, such a file of an earlier result is removed.
         """
-        written, beside = save(self.graph, path), session_file(path)
+        beside = session_file(path)
+        if self.report.settings:
+            check_target(beside)
+        written = save(self.graph, path)
         if self.report.settings:
             with staging(beside) as folder:
                 staged = folder / beside.name

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import subgraphs_of, walk
+from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
@@ -234,32 +235,28 @@ class Rule:
 def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
     """Apply the rules in every scope until none fires, re-examining only what changed.
 
-    Time is linear in nodes plus rewrites: rules are indexed by operator and a work list holds the
-    nodes to look at.
+    Time is linear in the nodes of the rules' operators plus rewrites: a work list holds the nodes to look at.
     """
-    index: dict[str, list[Rule]] = {}
+    by_operator: dict[str, list[Rule]] = {}
     for rule in rules:
-        for op_type in rule.op_types:
-            index.setdefault(op_type, []).append(rule)
+        for operator in rule.op_types:
+            by_operator.setdefault(operator, []).append(rule)
+    index = ledger.index(model)
     for scope in scopes(model):
-        work = deque(node for node in walk(scope.graph) if _key(node) in index)
+        work = deque(index.find(scope.graph, by_operator))
         waiting = set(work)
         left = 100 + 20 * len(work)
         while work and not ledger.exhausted:
             node = work.popleft()
             waiting.discard(node)
-            touched = _visit(node, index.get(_key(node), ()), scope, ledger)
+            touched = _visit(node, by_operator.get(operator_of(node), ()), scope, ledger)
             left -= bool(touched)
             if left < 0:
                 raise UnendingError(f"{ledger.pass_name}: keeps rewriting around node {node.name!r}")
             for other in touched:
-                if other not in waiting and _key(other) in index:
+                if other not in waiting and operator_of(other) in by_operator:
                     work.append(other)
                     waiting.add(other)
-
-
-def _key(node: ir.Node) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
@@ -267,9 +264,7 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
     for rule in rules:
         if node.graph is None:
             break
-        site = site_of(node)
-        ledger.visiting = Rewrite(ledger.pass_name, rule.name, site)
-        if ledger.leaves_out(ledger.visiting):
+        if ledger.left_out and ledger.leaves_out(Rewrite(ledger.pass_name, rule.name, site_of(node))):
             continue
         try:
             edit = rule.apply(node, scope)
@@ -277,9 +272,12 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
                 continue
             edit.check()
         except Declined as reason:
-            ledger.decline(rule.name, site, str(reason))
+            ledger.decline(rule.name, site_of(node), str(reason))
             continue
-        if ledger.claim(rule.name, site):
+        except Exception:
+            ledger.visiting = Rewrite(ledger.pass_name, rule.name, site_of(node))
+            raise
+        if ledger.claim(rule.name, site_of(node)):
             new, near = edit.commit()
             ledger.touch((*new, *near))
             return [*new, *near]

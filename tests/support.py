@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxopt.claims import Pass
+from onnxopt.examples import text_model as text_model
 from onnxopt.graph import nodes
 from onnxopt.ledger import Ledger
 from onnxopt.protobuf import dump
@@ -34,13 +34,6 @@ class Rewritten:
     @property
     def op_types(self) -> list[str]:
         return [node.op_type for node in nodes(self.model)]
-
-
-def text_model(text: str) -> onnx.ModelProto:
-    """A model from ONNX text syntax; IR version 10 and opset 17 unless it says otherwise."""
-    if not text.lstrip().startswith("<"):
-        text = '<ir_version: 10, opset_import: ["" : 17]>\n' + text
-    return onnx.parser.parse_model(text)
 
 
 def run_pass(model: onnx.ModelProto | str, one: Pass, *, rounds: int = 5) -> Rewritten:

@@ -393,3 +393,35 @@ def test_flaws_of_the_input_are_blamed_on_no_pass() -> None:
     outcome = Pipeline((EliminateIdentity(), AtSites())).run(opener(proto))
     assert outcome.left_out == ()
     assert outcome.changes == 5
+
+
+def test_a_place_that_is_taken_away_later_is_no_near_miss() -> None:
+    @dataclass(frozen=True)
+    class Fussy(Pass):
+        """Declines everything."""
+
+        name = "fussy"
+
+        def rules(self) -> Sequence[Rule]:
+            def apply(node: ir.Node, scope: Scope) -> Edit | None:
+                raise Declined("no")
+
+            return (Rule("any", ("Identity", "Relu"), apply),)
+
+    model = text_model(CHAIN)
+    outcome = Pipeline((Fussy(), EliminateIdentity())).run(opener(model))
+    assert outcome.steps[0].declined == {"no": ("a", "e")}
+
+
+def test_a_veto_keeps_a_pass_from_rewriting_and_is_said() -> None:
+    asked: list[str] = []
+
+    def veto(name: str) -> str | None:
+        asked.append(name)
+        return "it does not pay" if name == "neg-to-minus" else None
+
+    model = text_model(CHAIN)
+    outcome = Pipeline((NegToMinusX("none"), EliminateIdentity())).run(opener(model), veto=veto)
+    assert [step.changes for step in outcome.steps] == [0, 1]
+    assert outcome.steps[0].declined == {"it does not pay": ("b", "d", "y")}
+    assert set(asked) == {"neg-to-minus", "eliminate-identity"}

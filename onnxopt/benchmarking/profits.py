@@ -38,7 +38,7 @@ from onnxopt.protobuf import dump
 from onnxopt.runtimes import UnsupportedModelError, runtime_version
 from onnxopt.storage import staging
 
-__all__ = ["Guard", "Profit", "find_profit", "pattern_of", "shipped_profits"]
+__all__ = ["Guard", "Profit", "find_profit", "pattern_of", "shipped_profits", "sizes_of"]
 
 Source = Literal["shipped table", "recorded", "measured", "unknown"]
 
@@ -150,7 +150,7 @@ def find_profit(
     if on_measure is not None:
         on_measure(name)
     try:
-        timing = bench(before, after, provider=provider, shapes=_sizes(before), seconds=_SECONDS)
+        timing = bench(before, after, provider=provider, shapes=sizes_of(before), seconds=_SECONDS)
     except (ProviderError, UnsupportedModelError) as error:
         return Profit(name, provider, runtime, reason=str(error))
     _record(key, (timing.ratio, *timing.interval))
@@ -187,7 +187,7 @@ def pattern_of(one: Pass) -> onnx.ModelProto:
     return proto
 
 
-def _sizes(proto: onnx.ModelProto) -> dict[str, list[int]]:
+def sizes_of(proto: onnx.ModelProto) -> dict[str, list[int]]:
     """The sizes of the graph inputs; of a dynamic one, the number that its name ends in."""
     return {
         info.name: [

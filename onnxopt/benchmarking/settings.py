@@ -39,6 +39,17 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.key}={self.value}"
 
+    @property
+    def summary(self) -> str:
+        """What to set, what for, and how it is known, in one line."""
+        if self.purpose == "correctness":
+            known = "against wrong results"
+        elif self.ratio is None:
+            known = "known for this version of the runtime, not measured here"
+        else:
+            known = f"{self.ratio:.3f}x the time of the result without it"
+        return f"{self} ({known}): {self.why}"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
         return asdict(self)
@@ -46,11 +57,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Row:
-    """One optimizer of the runtime to disable. since: from this version on; known: seen in these."""
+    """One optimizer of the runtime to disable.
+
+    op_types: of the nodes that `applies` is asked of. since: from this version on; known: seen in these.
+    """
 
     optimizer: str
     purpose: Literal["correctness", "speed"]
     why: str
+    op_types: tuple[str, ...]
     applies: Callable[[ir.Node], bool]
     providers: tuple[str, ...] = ("cpu", "cuda", "tensorrt")
     since: tuple[int, ...] = (1, 24)
@@ -61,7 +76,11 @@ def proposals(model: ir.Model, provider: str, runtime: str) -> tuple[Setting, ..
     """The settings to try for a model; `runtime` is the version, `1.31.1`."""
     version = tuple(map(int, runtime.split(".")[:2]))
     rows = [row for row in _ROWS if provider in row.providers and version >= row.since]
-    found = dict.fromkeys(row for node in nodes(model) for row in rows if row.applies(node))
+    asked: dict[str, list[_Row]] = {}
+    for row in rows:
+        for op_type in row.op_types:
+            asked.setdefault(op_type, []).append(row)
+    found = {row for node in nodes(model) for row in asked.get(node.op_type, ()) if row.applies(node)}
     known = ".".join(map(str, version))
     return tuple(
         Setting(_DISABLE, row.optimizer, row.purpose, row.why, known in row.known)
@@ -89,13 +108,13 @@ def _is(node: ir.Node | None, *op_types: str) -> bool:
 
 def _norm_of_add(node: ir.Node) -> bool:
     """LayerNormalization of a sum, as one node or as Sub(x, ReduceMean(x)) and what follows."""
-    starts = _is(node, "LayerNormalization") or (_is(node, "Sub") and _is(_producer(node, 1), "ReduceMean"))
+    starts = node.op_type == "LayerNormalization" or _is(_producer(node, 1), "ReduceMean")
     return starts and _is(_producer(node, 0), "Add")
 
 
 def _zeros_before_max_pool(node: ir.Node) -> bool:
     """A Pad of zeros that only a MaxPool reads, around values that may all be negative."""
-    if not _is(node, "Pad") or str_attr(node, "mode", "constant") != "constant":
+    if str_attr(node, "mode", "constant") != "constant":
         return False
     user = sole_user(node.outputs[0])
     value = node.inputs[2] if len(node.inputs) > 2 else None
@@ -106,7 +125,7 @@ def _zeros_before_max_pool(node: ir.Node) -> bool:
 
 def _mul_of_div(node: ir.Node) -> bool:
     """Mul of a Div and of something that the runtime takes out: Cast, Dropout, Identity."""
-    operands = [_producer(node, 0), _producer(node, 1)] if _is(node, "Mul") else []
+    operands = [_producer(node, 0), _producer(node, 1)]
     return any(_is(one, "Div") for one in operands) and any(
         _is(one, "Cast", "Dropout", "Identity") for one in operands
     )
@@ -117,18 +136,21 @@ _ROWS = (
         "Pad_Fusion",
         "correctness",
         "it makes a Pad of zeros before a MaxPool padding of -inf: wrong where all else is negative",
+        ("Pad",),
         _zeros_before_max_pool,
     ),
     _Row(
         "DivMulFusion",
         "correctness",
         "it leaves an invalid graph where 1 / y is multiplied by the output of a node that is taken out, too",
+        ("Mul",),
         _mul_of_div,
     ),
     _Row(
         "SkipLayerNormFusion",
         "speed",
         "it joins Add and LayerNormalization to one operator whose kernel is several times slower",
+        ("LayerNormalization", "Sub"),
         _norm_of_add,
         providers=("cpu",),
         since=(1, 30),

@@ -93,7 +93,7 @@ def keep_apart(json_file: str | None, *models: Path | None) -> None:
         return
     place = Path(json_file).resolve()
     if any(model is not None and model.resolve() == place for model in models):
-        raise UsageError(f"--json {json_file}: this is a model's file; give the report one of its own")
+        raise UsageError(f"--json {json_file}: this is a file of a model; give the report one of its own")
 
 
 def console(json_file: str | None) -> Console:

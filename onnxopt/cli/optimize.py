@@ -78,6 +78,7 @@ def command(
     Exit codes: 0 done and proved, 1 with --strict where something was left out, 2 bad input.
     """
     from onnxopt import optimize
+    from onnxopt.reporting import session_file
     from onnxopt.reporting.tables import print_report
     from onnxopt.storage import check_target
 
@@ -86,6 +87,7 @@ def command(
         raise click.UsageError("say where to write: -o OUT (or --dry-run)")
     if output is not None:
         check_target(output)
+        keep_apart(json_file, session_file(output))
     with progress() as show:
         result = optimize(
             model,

@@ -123,7 +123,7 @@ def _explain(name: str, out: Console) -> dict[str, Any]:
         "text": text,
         "declines": " ".join(declines[1].split()) if declines else "",
         "options_text": notes,
-        "example": _example(one),
+        "example": None if "required" in facts["options"].values() else _example(one),
         "profits": _profits(name, one),
     }
     parts = [text]

@@ -15,6 +15,7 @@ from onnxopt.passes.eliminate_pairs import EliminatePairs
 from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
@@ -32,6 +33,7 @@ from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
 from onnxopt.passes.merge_gemm import MergeGemm
+from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_normalization import MergeNormalization
 from onnxopt.passes.merge_pad import MergePad
@@ -56,12 +58,14 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldConstants,
     InlineIf,
     UnrollLoop,
+    FoldShapes,
     EliminateNoop,
     EliminatePairs,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
+    MergeLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,

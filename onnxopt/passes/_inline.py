@@ -96,21 +96,20 @@ class Inliner:
         body.inputs.clear()
         moved = tuple(body)
         body.remove(moved)
+        assert isinstance(anchor.graph, ir.Graph)
+        anchor.graph.insert_before(anchor, moved)
         for node in moved:
             for key, text in anchor.metadata_props.items():
                 node.metadata_props.setdefault(key, text)
             self._rename(node, anchor)
             self._placed.update(node.outputs)
-        assert isinstance(anchor.graph, ir.Graph)
-        anchor.graph.insert_before(anchor, moved)
         self._ledger.touch(moved)
         return outputs
 
-    def add(self, edit: Edit) -> None:
+    def add(self, edit: Edit, anchor: ir.Node) -> None:
         """Make an edit that only adds, in front of its anchor; its values may be outputs for `finish`."""
-        made = [value for node in edit.commit()[0] for value in node.outputs]
-        self._values.update(value.name or "" for value in made)
-        self._placed.update(made)
+        for node in self._made(edit.commit()[0], anchor):
+            self._placed.update(node.outputs)
 
     def finish(self, anchor: ir.Node, outputs: Sequence[ir.Value | None]) -> None:
         """Let the readers of `anchor` read `outputs`, and remove it.
@@ -132,17 +131,24 @@ class Inliner:
         for value, name in taking.items():
             value.name = name
         self._values.update(value.name or "" for value in taking)
-        self._values.update(value.name or "" for node in new_nodes for value in node.outputs)
-        self._ledger.touch((*new_nodes, *near))
+        self._ledger.touch((*self._made(new_nodes, anchor), *near))
         self._placed.clear()
+
+    def _made(self, nodes: Sequence[ir.Node], anchor: ir.Node) -> Sequence[ir.Node]:
+        """Count the names of new nodes, which are those of no value but may be those of nodes elsewhere."""
+        for node in nodes:
+            self._values.update(value.name or "" for value in node.outputs)
+            self._nodes[node.name or ""] += 1
+            self._rename(node, anchor)
+        return nodes
 
     def _rename(self, node: ir.Node, anchor: ir.Node) -> None:
         """Give a node, and all that is nested in it, names of their own."""
         inside = [graph for body in subgraphs_of(node) for graph in (body, *nested(body))]
         for inner in (node, *(inner for graph in inside for inner in graph)):
-            name = inner.name or ""
-            if self._nodes[name] > 1:
-                like = f"{anchor.name or anchor.op_type}/{name or inner.op_type}"
+            name = inner.name
+            if name and self._nodes[name] > 1:
+                like = f"{anchor.name or anchor.op_type}/{name}"
                 self._nodes[name] -= 1
                 inner.name = next(new for new in _numbered(like) if not self._nodes[new])
                 self._nodes[inner.name] = 1
@@ -153,8 +159,11 @@ class Inliner:
         name = value.name
         if name and self._values[name] > 1:
             self._values[name] -= 1
-            value.name = self.scope.fresh(name)
-            self._values[value.name] = 1
+            new = self.scope.fresh(name)
+            while self._values[new]:  # the scope does not know those of functions that have come in
+                new = self.scope.fresh(name)
+            value.name = new
+            self._values[new] = 1
 
 
 def _numbered(like: str) -> Iterator[str]:

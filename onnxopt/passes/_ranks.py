@@ -6,14 +6,16 @@ they settle, and taken back.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 
+import onnx
 import onnx_ir as ir
 
 from onnxopt.evaluation import CannotEvaluateError, Facts
-from onnxopt.graph import constant_of, has_reference, ints_attr, is_deterministic, subgraphs_of
-from onnxopt.inference import refine
+from onnxopt.graph import constant_of, has_reference, ints_attr, is_deterministic
+from onnxopt.inference import Type, form_of, infer_outputs
 from onnxopt.scope import Scope
 
 __all__ = ["branches_of", "cannot_end", "ranks_differ"]
@@ -69,47 +71,46 @@ class _Supposition:
             self.spread(outer)
 
     def fails(self, start: ir.Node) -> bool:
-        """Follow what is supposed, from operator to operator in the graph of `start`."""
-        left = _PATIENCE
+        """Follow what is supposed through the graph of `start`; whether an operator on the way fails."""
+        seen, left = dict[ir.Node, None](), _PATIENCE
         while self.work and left:
             left -= 1
             node = self.work.popleft()
-            if node.graph is start.graph and self.fails_at(node):
-                return True
-        return False
+            if node.graph is start.graph:
+                self.follow(node, seen)
+        return not self.work and any(map(_refuses, seen))
 
-    def fails_at(self, node: ir.Node) -> bool:
-        """Whether a node cannot run; if it can, what follows for its outputs is noted."""
-        if _refuses(node):
-            return True
+    def follow(self, node: ir.Node, seen: dict[ir.Node, None]) -> None:
+        """Note what follows for the outputs of a node that runs; those of an If are its branch's."""
+        seen[node] = None
         branches = branches_of(node)
-        if branches is not None:
-            condition = node.inputs[0]
-            if condition is None or not self.facts.has(condition):
-                return False
-            taken = branches[0] if self.facts.tensor(condition).numpy().all() else branches[1]
-            if any(map(self.fails_at, taken)):
-                return True
-            self.take(node, taken)
-        elif not any(True for _ in subgraphs_of(node)):
+        if branches is None:
             self.learn(node)
-        return False
+            return
+        condition = node.inputs[0]
+        if condition is not None and self.facts.has(condition):
+            taken = branches[0] if self.facts.tensor(condition).numpy().all() else branches[1]
+            for inner in taken:
+                self.follow(inner, seen)
+            self.take(node, taken)
 
     def learn(self, node: ir.Node) -> None:
+        """What is on record for the outputs is not relied on: it may hold for the other branch only."""
+        inferred: dict[ir.Value, Type] = {}
+        form = form_of(node, self.scope.graph.opset_imports)
+        if form is not None and onnx.defs.has(node.op_type, self.scope.opset) and not node.domain:
+            with contextlib.suppress(onnx.shape_inference.InferenceError):
+                inferred = infer_outputs(node, form)
         for value in node.outputs:
             self.save(value)
-            value.shape = None
-        changed = refine(node, self.scope.graph.opset_imports)
-        if node.op_type in ("Shape", "Size") and not node.domain:
-            changed += node.outputs if self.facts.learn_shape(node) else []
-        elif self.is_known(node):
-            try:
-                self.facts.learn(node)
-            except CannotEvaluateError:
-                return
-            changed += node.outputs
-        for value in dict.fromkeys(changed):
+            found = inferred.get(value)
+            value.shape = ir.Shape(found[1]) if isinstance(found, tuple) and found[1] is not None else None
             self.spread(value)
+        if node.op_type in ("Shape", "Size") and not node.domain:
+            self.facts.learn_shape(node)
+        elif self.is_known(node):
+            with contextlib.suppress(CannotEvaluateError):
+                self.facts.learn(node)
 
     def is_known(self, node: ir.Node) -> bool:
         """Whether a node can be worked out."""

@@ -84,12 +84,13 @@ class _Folder:
         for node in graph:
             if self.ledger.exhausted:
                 return
-            for body in subgraphs_of(node):
+            bodies = tuple(subgraphs_of(node)) if node.attributes else ()
+            for body in bodies:
                 if node.op_type == "Loop" or graph in self.facts.loose:
                     # What a Loop carries may change its shape, whatever the shape on record.
                     self.facts.loose.add(body)
                 self.walk(body)
-            if self.work_out(node):
+            if not bodies and self.work_out(node):
                 continue
             for value in node.inputs:
                 self.settle(value)
@@ -102,14 +103,11 @@ class _Folder:
         """Find the outputs of a node; False where it stays because they are not known in full."""
         if node.op_type in ("Constant", "Shape", "Size") and not node.domain:
             return node.op_type == "Constant" or self.facts.learn_shape(node)
-        missing = next((v for v in node.inputs if v is not None and not self.facts.has(v)), None)
-        if missing is not None:
-            unknown = (v for v in node.inputs if v is not None and not self.facts.has(v))
-            if _is_overridable(missing) and all(map(_is_overridable, unknown)):
-                self.decline(node, _OVERRIDABLE)
-            return False
-        if any(True for _ in subgraphs_of(node)):
-            return False
+        for value in node.inputs:
+            if value is not None and not self.facts.has(value):
+                if _is_overridable(value) and all(map(_is_overridable, self.unknown(node))):
+                    self.decline(node, _OVERRIDABLE)
+                return False
         if self.facts.in_part(node):
             return self.facts.learn_in_part(node)
         try:
@@ -123,6 +121,10 @@ class _Folder:
             self.decline(node, str(reason))
             return False
         return True
+
+    def unknown(self, node: ir.Node) -> list[ir.Value]:
+        """The inputs that are not known at all."""
+        return [value for value in node.inputs if value is not None and not self.facts.has(value)]
 
     def check(self, node: ir.Node) -> None:
         """Raise `Declined` for a node whose inputs are all known, and which is not to be worked out."""

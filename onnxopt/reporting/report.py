@@ -90,7 +90,7 @@ class Report:
         return {
             "schema": SESSION_SCHEMA,
             "session_config": session_config(self.settings),
-            "why": [f"{one}: {one.why}" for one in self.settings],
+            "why": [one.summary for one in self.settings],
             "target": self.target,
             "versions": dict(self.versions),
         }

@@ -73,9 +73,8 @@ def print_report(
     if report.timing is not None:
         print_timing(report.timing, console)
     for setting in report.settings:
-        gain = "" if setting.ratio is None else f" ({setting.ratio:.3f}x the time of the result without it)"
         style = "yellow" if setting.purpose == "correctness" else ""
-        console.print(Text("setting  ", style="bold") + Text(f"{setting}{gain}: {setting.why}", style=style))
+        console.print(Text("setting  ", style="bold") + Text(setting.summary, style=style))
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if written is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxopt.benchmarking.machine import load_average, machine
+from onnxopt.benchmarking.machine import Machine, load_average, machine
 
 X86 = "processor\t: 0\nmodel name\t: Some EPYC 9\nflags\t\t: fpu avx2 {more}\n\nmodel name\t: second\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp\n\n"
@@ -43,3 +43,12 @@ def test_load_is_a_number_where_it_is_counted() -> None:
     load = load_average()
     assert (load is None) == (not hasattr(os, "getloadavg"))
     assert load is None or load >= 0
+
+
+def test_the_fingerprint_is_of_the_processor() -> None:
+    one = Machine("a", "x86_64", 2, frozenset({"avx2", "fma"}), 8)
+    assert one.fingerprint == Machine("a", "x86_64", 4, frozenset({"fma", "avx2"}), 16).fingerprint
+    others = [Machine("b", "x86_64", 2, one.flags, 8), Machine("a", "arm64", 2, one.flags, 8)]
+    others += [Machine("a", "x86_64", 2, flags, 8) for flags in (None, frozenset({"avx2"}))]
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 5
+    assert len(one.fingerprint) == 12

@@ -278,3 +278,96 @@ def test_as_a_program(model: str) -> None:
     )
     assert "Mul" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_pass_explains_itself(run: Run) -> None:
+    ran = run("passes", "merge-affine")
+    assert ran.code == 0
+    for word in (
+        "reorder",
+        "Before:",
+        "Declines:",
+        "Example",
+        "Gemm (x, w, b)",
+        "becomes",
+        "Gemm (x, w_1, b_1)",
+    ):
+        assert word in ran.out
+    held = json.loads(run("passes", "fold-constants", "--json", "-").out)
+    assert held["schema"] == "onnxopt.pass/1"
+    assert held["declines"].startswith("random and quantizing operators; ")
+    assert held["options"] == {"max_growth": 4096}
+    assert "max_growth: bytes" in held["options_text"]
+    assert "Transpose" in held["example"]["before"]
+    assert "Transpose" not in held["example"]["after"]
+    assert held["profits"] is None
+
+
+def test_every_pass_explains_itself(run: Run) -> None:
+    for facts in json.loads(run("passes", "--json", "-").out)["passes"]:
+        held = json.loads(run("passes", facts["name"], "--json", "-").out)
+        assert held["declines"]
+        assert held["example"]["before"] != held["example"]["after"]
+
+
+def test_an_unknown_pass_is_refused_with_the_nearest(run: Run) -> None:
+    ran = run("passes", "merge-afine")
+    assert ran.code == 2
+    assert ran.err == "onnxopt: unknown pass 'merge-afine' (did you mean 'merge-affine'?)\n"
+
+
+def test_which_passes_fire_on_a_model(run: Run, model: str) -> None:
+    before = Path(model).read_bytes()
+    ran = run("passes", "--for", model)
+    assert ran.code == 0
+    assert "eliminate-identity" in ran.out.split("nothing to do:")[0]
+    assert "merge-matmul" in ran.out.split("nothing to do:")[1]
+    held = json.loads(run("passes", "--for", model, "--target", "generic", "--json", "-").out)
+    assert (held["schema"], held["target"]) == ("onnxopt.passes-for/1", "generic")
+    assert {step["name"]: step["changes"] for step in held["steps"]}["eliminate-identity"] == 1
+    assert Path(model).read_bytes() == before
+    alone = json.loads(run("passes", "eliminate-dead", "--for", model, "--json", "-").out)
+    assert [(step["name"], step["changes"]) for step in alone["steps"]] == [("eliminate-dead", 1)]
+    assert run("passes", "--for", "none.onnx").code == 2
+    assert run("passes", "eliminate-ded", "--for", model).code == 2
+
+
+def test_near_misses_say_where_and_why(run: Run) -> None:
+    text = "agraph (float[2] x) => (float[2] y, float[2] z) { y = Identity(x)\n z = Identity(x) }"
+    Path("m.onnx").write_bytes(text_model(text).SerializeToString())
+    for command in (("optimize", "m.onnx", "--dry-run", "--no-bench"), ("passes", "--for", "m.onnx")):
+        lines = " ".join(run(*command, "--list-declined").out.split())
+        for site in ("y", "z"):
+            assert f"eliminate-identity: {site}: is a graph output whose value comes from outside" in lines
+
+
+def test_settings_are_written_stated_and_can_be_tried(run: Run) -> None:
+    text = """agraph (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <int64[8] p = {0, 0, 1, 1, 0, 0, 1, 1}> {
+        a = Identity(x)
+        b = Pad(a, p)
+        y = MaxPool<kernel_shape = [3, 3]>(b) }"""
+    Path("m.onnx").write_bytes(text_model(text).SerializeToString())
+    ran = run("optimize", "m.onnx", "-o", "out.onnx", "--no-bench")
+    assert ran.code == 0
+    said = " ".join(ran.out.split())
+    assert "setting optimization.disable_specified_optimizers=Pad_Fusion (against wrong results)" in said
+    assert "written out.session.json" in said
+    setting = "optimization.disable_specified_optimizers=Pad_Fusion"
+    assert run("verify", "m.onnx", "out.onnx", "--session-config", setting).code == 0
+    ran = run(
+        "bench", "m.onnx", "out.onnx", "--session-config", setting, "--seconds", "0.1", "--json", "b.json"
+    )
+    assert ran.code == 0
+    held = json.loads(Path("b.json").read_text())["session_config"]
+    assert held == {"optimization.disable_specified_optimizers": "Pad_Fusion"}
+    assert run("bench", "m.onnx", "m.onnx", "--session-config", "no value").code == 2
+    assert run("verify", "m.onnx", "m.onnx", "--session-config", "=1").code == 2
+
+
+def test_a_dry_run_writes_no_settings(run: Run) -> None:
+    text = """agraph (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <int64[8] p = {0, 0, 1, 1, 0, 0, 1, 1}> {
+        b = Pad(x, p)
+        y = MaxPool<kernel_shape = [3, 3]>(b) }"""
+    Path("m.onnx").write_bytes(text_model(text).SerializeToString())
+    assert run("optimize", "m.onnx", "--dry-run", "--no-bench").code == 0
+    assert [path.name for path in Path().iterdir()] == ["m.onnx"]
