@@ -102,15 +102,16 @@ class Edit:
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, AttributeValue] | None = None,
         *,
-        outputs: int,
+        outputs: int | Sequence[bool],
         domain: str = "",
         name: str | None = None,
     ) -> tuple[ir.Value, ...]:
-        """A new node with several outputs; the outputs."""
+        """A new node with several outputs, so many or those that are wanted of them; the outputs."""
         attrs = [_attribute(name, value) for name, value in (attributes or {}).items()]
-        values = tuple(ir.Value() for _ in range(outputs))
+        wanted = [True] * outputs if isinstance(outputs, int) else outputs
+        values = tuple(ir.Value() if one else ir.Value(name="") for one in wanted)
         base = self._anchor.outputs[0].name or op_type
-        self._named.update(dict.fromkeys(values, base))
+        self._named.update({value: base for value in values if value.name is None})
         node_name = name or (None if self._named_after_anchor else self._anchor.name)
         self._named_after_anchor |= node_name == self._anchor.name
         self._planned.append(_Planned(domain, op_type, tuple(inputs), attrs, values, node_name))
