@@ -21,7 +21,7 @@ from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["AttributeValue", "Declined", "Edit", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -37,6 +37,14 @@ _SCALARS = (
 
 class Declined(Exception):  # noqa: N818 - a decision, not an error
     """The pattern is there, but the rewrite is not safe; the message says why."""
+
+
+class NewerOpset(Declined):
+    """The pattern is there, but the operator it would become is only in a newer opset."""
+
+    def __init__(self, op_type: str, opset: int) -> None:
+        super().__init__(f"{op_type} came with opset {opset}")
+        self.opset = opset
 
 
 class UnendingError(OnnxoptError):
@@ -273,6 +281,8 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
             edit.check()
         except Declined as reason:
             ledger.decline(rule.name, site_of(node), str(reason))
+            if isinstance(reason, NewerOpset):
+                ledger.opsets_wanted.add(reason.opset)
             continue
         except Exception:
             ledger.visiting = Rewrite(ledger.pass_name, rule.name, site_of(node))

@@ -54,6 +54,7 @@ class RetargetOpset(Pass):
 
     version: that opset. From 17 on there is LayerNormalization, from 20 Gelu, from 23 RMSNormalization,
         Attention and RotaryEmbedding.
+    on_demand: go only as far as another pass has asked for, which declined for want of an operator.
     """
 
     name = "retarget-opset"
@@ -67,9 +68,16 @@ class RetargetOpset(Pass):
     """
 
     version: int = 23
+    on_demand: bool = False
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         opsets = {root: root.opset_imports.get("") for root in roots(model)}
+        if self.on_demand:
+            now = max(filter(None, opsets.values()), default=0)
+            wanted = max((opset for opset in ledger.opsets_wanted if opset <= self.version), default=0)
+            if wanted > now:
+                RetargetOpset(wanted).apply(model, ledger)
+            return
         if all(opset in (None, self.version) for opset in opsets.values()):
             return
         rule = f"to opset {self.version}"

@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.ledger import Ledger
-from onnxopt.model import load
+from onnxopt.model import load, opener
+from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.retarget_opset import RetargetOpset
+from onnxopt.pipeline import Pipeline
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 CONSTANTS = """<
@@ -243,3 +247,30 @@ def test_random_chains(lines: str, opset: int, version: int) -> None:
     result = run_pass(proto, RetargetOpset(version))
     assert result.model.opset_imports[""] == version
     assert_equivalent(proto, result.model)
+
+
+GELU_AND_RMS = """<ir_version: 8, opset_import: ["" : 14]> agraph (float[2,4] x) => (float[2,4] y)
+    <float r = {1.4142135}, float one = {1}, float half = {0.5}, float[4] w = {1, 2, 3, 4},
+    float e = {1e-5}> {
+        a = Div(x, r) b = Erf(a) c = Add(b, one) d = Mul(x, c) g = Mul(d, half)
+        s = Mul(g, g) m = ReduceMean<axes=[-1]>(s) t = Add(m, e) u = Sqrt(t) v = Div(g, u) y = Mul(v, w)
+    }"""
+
+
+@pytest.mark.parametrize(("version", "opset"), [(17, 14), (20, 20), (22, 20), (23, 23)])
+def test_on_demand_goes_as_far_as_other_passes_ask(version: int, opset: int) -> None:
+    before = text_model(GELU_AND_RMS)
+    passes = (InferShapes(), FuseActivation(), FuseRmsnorm(), RetargetOpset(version, on_demand=True))
+    done = Pipeline(passes).run(opener(before))
+    assert done.model.opset_imports[""] == opset
+    types = {node.op_type for node in done.model.graph}
+    assert ("Gelu" in types, "RMSNormalization" in types) == (opset >= 20, opset >= 23)
+    assert_equivalent(before, done.model, kind="reorder")
+
+
+def test_on_demand_leaves_alone_what_nobody_asks_for() -> None:
+    before = text_model(
+        '<ir_version: 8, opset_import: ["" : 14]> agraph (float[2] x) => (float[2] y) { y = Neg(x) }'
+    )
+    done = Pipeline((FuseActivation(), RetargetOpset(on_demand=True))).run(opener(before))
+    assert (done.changes, done.model.opset_imports[""]) == (0, 14)
