@@ -195,8 +195,8 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
     """Let all that read `old` read `new`; where `old` is a graph output, `new` takes its place and name."""
     if new.type is None:
         new.type = old.type
-    if new.shape is None and old.shape is not None:
-        new.shape = old.shape.copy()
+    if new.shape is None and old.shape is not None and _graph_of(new) is _graph_of(old):
+        new.shape = old.shape.copy()  # what is known in a branch holds where the branch runs only
     if old.is_graph_output():
         if old.name is not None:
             name, old.name = old.name, None
@@ -204,6 +204,11 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
         new.type = old.type
         new.shape = old.shape.copy() if old.shape is not None else None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _graph_of(value: ir.Value) -> object:
+    producer = value.producer()
+    return value.graph if producer is None else producer.graph
 
 
 def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
