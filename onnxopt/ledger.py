@@ -48,6 +48,8 @@ class Ledger:
     pass_name: str = ""
     granted: list[Rewrite] = field(default_factory=list)
     declined: dict[Rewrite, str] = field(default_factory=dict)
+    opsets_wanted: set[int] = field(default_factory=set)
+    """The opsets that declined rewrites would have needed."""
     touched: dict[ir.Node, None] = field(default_factory=dict)
     visiting: Rewrite | None = None
     """The rule that raised at a place, so that it can be named."""

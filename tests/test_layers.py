@@ -30,6 +30,7 @@ ENGINE = {
     "rewrite",
     "scope",
     "storage",
+    "streamed",
     "structure",
     "subpattern",
     "targets",

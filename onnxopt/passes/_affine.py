@@ -7,6 +7,8 @@ Before a layer: W (scale x + shift) + b = (W scale) x + (b + W shift), the shift
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,7 +17,10 @@ from onnxopt.passes._layer import Layer, require_sole_reader
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope
 
-__all__ = ["scale_inputs", "scale_outputs"]
+__all__ = ["Place", "outputs_scaled", "scale_inputs", "scale_outputs"]
+
+Place = tuple[ir.Node, int]
+"""A node, and which of its inputs is meant."""
 
 
 def scale_outputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, anchor: ir.Node, scope: Scope) -> Edit:
@@ -30,22 +35,36 @@ def scale_outputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, anchor: ir
     Raises:
         Declined: the layer cannot take them.
     """
+    edit = Edit(anchor, scope)
+    return edit.replace(anchor.outputs[0], outputs_scaled(layer, scale, shift, edit, scope))
+
+
+def outputs_scaled(layer: Layer, scale: np.ndarray, shift: np.ndarray, edit: Edit, scope: Scope) -> ir.Value:
+    """The layer anew, giving scale * layer + shift; like `scale_outputs`, for what lies further above."""
     require_sole_reader(layer.end)
     weight = layer.weight()
     _check(layer, scale, shift, weight.outputs, scope)
     bias = layer.bias_array() * scale + shift
-    tensor, edit = weight.scaled(scale, outputs=True), Edit(anchor, scope)
-    return edit.replace(anchor.outputs[0], layer.rebuilt(edit, layer.source, tensor, bias))
+    tensor = weight.scaled(scale, outputs=True)
+    return layer.rebuilt(edit, layer.source, tensor, bias)
 
 
-def scale_inputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, source: ir.Value, scope: Scope) -> Edit:
+def scale_inputs(
+    layer: Layer,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    source: ir.Value,
+    scope: Scope,
+    way: Sequence[Place] = (),
+) -> Edit:
     """Let the layer read `source`, where it reads scale * source + shift.
 
     Args:
         layer: the only reader of that.
         scale, shift: float64, of shape `()` or one number an input channel.
-        source: of the same shape as what the layer reads.
+        source: of the same shape as what the layer reads, but for nodes on the way.
         scope: where the layer stands.
+        way: nodes that `source` goes through before the layer reads it.
 
     Raises:
         Declined: the layer cannot take them.
@@ -59,6 +78,9 @@ def scale_inputs(layer: Layer, scale: np.ndarray, shift: np.ndarray, source: ir.
             raise Declined("the padding of the Conv would need the shift")
         bias = layer.bias_array() + float_attr(layer.node, "alpha", 1.0) * weight.times(shift)
     tensor, edit = weight.scaled(scale, outputs=False), Edit(layer.end, scope)
+    for node, place in way:
+        inputs = (*node.inputs[:place], source, *node.inputs[place + 1 :])
+        source = edit.op(node.op_type, inputs, node.attributes, name=node.name or "")
     return edit.replace(layer.end.outputs[0], layer.rebuilt(edit, source, tensor, bias))
 
 

@@ -116,6 +116,11 @@ class Layer:
         return self.node.op_type == "Gemm" and bool(int_attr(self.node, "transA", 0))
 
     @property
+    def axis(self) -> int | None:
+        """The axis of its output, from the front, that holds the channels; None where unknown."""
+        return self.rank and self.rank - 1 if self.node.op_type == "MatMul" else 1
+
+    @property
     def rank(self) -> int | None:
         """The rank of input and output, None where unknown."""
         if self.node.op_type != "MatMul":

@@ -6,7 +6,8 @@ After:  y = Conv(x, w * s, (b - mean) * s + beta), s = gamma / sqrt(variance + e
 Before: y = Conv(BatchNormalization(x, gamma, beta, mean, variance), w, b)
 After:  y = Conv(x, w * s, b + sum(w * (beta - mean * s)))
 
-Likewise for ConvTranspose, Gemm and MatMul, whose bias is an Add after it.
+Likewise for ConvTranspose, Gemm and MatMul, whose bias is an Add after it; past nodes that move, join or pool
+values, as merge-affine does: Concat, Flatten, pools.
 Declines: the weight, the bias or a parameter is no constant; another node, graph or the user reads what
     lies between; it computes batch statistics; its channels are not those of the layer; a padded Conv or
     a ConvTranspose after it would need the shift.
@@ -25,6 +26,7 @@ from onnxopt.claims import Kind, Pass
 from onnxopt.graph import float_attr, has_reference, int_attr, sole_user
 from onnxopt.passes._affine import scale_inputs, scale_outputs
 from onnxopt.passes._layer import LAYERS, Layer, constant, layer_of, require_sole_reader
+from onnxopt.passes._movement import carried_down, comes_from_layers, scaled_above, sources
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -50,17 +52,27 @@ agraph (float[1, 1, 2, 2] x) => (float[1, 1, 2, 2] y)
         return (
             Rule("BatchNormalization after a layer", ("BatchNormalization",), _after),
             Rule("BatchNormalization before a layer", LAYERS, _before),
+            Rule("BatchNormalization far before a layer", (*LAYERS, "Add"), _far_before),
         )
 
 
 def _after(node: ir.Node, scope: Scope) -> Edit | None:
     source = node.inputs[0]
-    layer = layer_of(source.producer()) if source is not None else None
-    if layer is None:
+    if source is None:
         return None
+    layer = layer_of(source.producer())
+    if layer is None:
+        return _far_after(node, source, scope)
     _require_channels(layer)
     scale, shift = _scale_and_shift(node, scope)
     return scale_outputs(layer, scale, shift, node, scope)
+
+
+def _far_after(node: ir.Node, source: ir.Value, scope: Scope) -> Edit | None:
+    if not comes_from_layers(source, node):
+        return None
+    plan, edit = scaled_above(source, 1, scope), Edit(node, scope)
+    return edit.replace(node.outputs[0], plan(edit, *_scale_and_shift(node, scope)))
 
 
 def _before(node: ir.Node, scope: Scope) -> Edit | None:
@@ -78,6 +90,22 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     require_sole_reader(norm)
     scale, shift = _scale_and_shift(norm, scope)
     return scale_inputs(layer, scale, shift, source, scope)
+
+
+def _far_before(node: ir.Node, scope: Scope) -> Edit | None:
+    layer = layer_of(node)
+    if layer is None or not layer.stored or layer.transposes:
+        return None
+    for norm, way in sources(layer.source, layer.node):
+        if norm.op_type != "BatchNormalization" or norm.domain or norm.inputs[0] is None:
+            continue
+        if layer.node.op_type == "MatMul" and layer.add is None:
+            continue
+        axis, scale, shift = carried_down(way, 1, *_scale_and_shift(norm, scope), scope)
+        if axis != layer.axis:
+            raise Declined("the channels of the BatchNormalization are not those of the layer")
+        return scale_inputs(layer, scale, shift, norm.inputs[0], scope, way)
+    return None
 
 
 def _require_channels(layer: Layer) -> None:
