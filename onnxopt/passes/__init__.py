@@ -17,7 +17,9 @@ from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_lstm import FuseLstm
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
@@ -66,6 +68,8 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeQdq,
     FuseActivation,
     FuseLayernorm,
+    FuseLstm,
+    FuseGru,
     FuseRmsnorm,
     MergeNormalization,
     FoldBatchnorm,
