@@ -28,6 +28,9 @@ from onnxopt.targets import find_target
 
 __all__ = ["Result", "optimize"]
 
+_NOTICEABLE = 1.03
+"""How much slower a result without its settings may be before that is said."""
+
 
 def optimize(
     model: ModelLike,
@@ -162,7 +165,12 @@ def _measure(
         why = "nothing was changed" if samples else "there is no sample to run"
         job.notes.append(f"speed not measured: {why}")
         return None
-    return job.time(job.model, outcome.model, samples, session_config(settings))
+    timing = job.time(job.model, outcome.model, samples, session_config(settings))
+    gain = next((one.ratio for one in settings if one.ratio is not None), 1.0)
+    if timing is not None and gain < 1 and timing.ratio > gain * _NOTICEABLE:
+        without = timing.ratio / gain
+        job.notes.append(f"without its settings the result takes about {without:.2f}x the original's time")
+    return timing
 
 
 def _record(model: ir.Model, outcome: Outcome, input_sha256: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxopt.claims import KINDS, Kind, Pass, kind_of, pass_name
-from onnxopt.graph import nodes, tensor_bytes, tensors
+from onnxopt.graph import graphs, nodes, tensor_bytes, tensors
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.protobuf import skeleton
 from onnxopt.structure import Signature, find_problem, signature_of
@@ -119,7 +119,7 @@ def _turns(
 
 
 def _size(model: ir.Model) -> tuple[int, int]:
-    return sum(1 for _ in nodes(model)), tensor_bytes(model)
+    return sum(map(len, graphs(model))), tensor_bytes(model)
 
 
 def _problem(

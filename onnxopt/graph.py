@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,9 +64,10 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
 def nested(graph: ir.Graph) -> Iterator[ir.Graph]:
     """The graphs in the nodes of a graph, and those in theirs."""
     for node in graph:
-        for body in subgraphs_of(node):
-            yield body
-            yield from nested(body)
+        if node.attributes.data:
+            for body in subgraphs_of(node):
+                yield body
+                yield from nested(body)
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -78,8 +80,9 @@ def walk(graph: ir.Graph) -> Iterator[ir.Node]:
     """The nodes of a graph and of the graphs nested in them, a node before those in its bodies."""
     for node in graph:
         yield node
-        for body in subgraphs_of(node):
-            yield from walk(body)
+        if node.attributes.data:  # the dict inside; this is asked of each node again and again
+            for body in subgraphs_of(node):
+                yield from walk(body)
 
 
 def domains(model: ir.Model) -> set[str]:
@@ -104,13 +107,14 @@ def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
             if value.const_value is not None:
                 yield value.const_value
         for node in graph:
-            yield from _held(node, _TENSOR, _TENSORS)
+            if node.attributes.data:
+                yield from _held(node, _TENSOR, _TENSORS)
 
 
 def _held(node: ir.Node, one: ir.AttributeType, many: ir.AttributeType) -> tuple[Any, ...]:
     """The values of the node's attributes of one type, and of the type that lists those."""
     held: tuple[Any, ...] = ()
-    for attr in node.attributes.data.values():  # `data` is the dict inside: this is asked of every node
+    for attr in node.attributes.data.values():
         kind = attr.type
         if kind in (one, many) and not attr.is_ref():
             held += (attr.value,) if kind == one else tuple(attr.value)
@@ -118,11 +122,16 @@ def _held(node: ir.Node, one: ir.AttributeType, many: ir.AttributeType) -> tuple
 
 
 def nbytes(tensor: ir.TensorProtocol) -> int:
-    """Bytes of a tensor. Those that wrap a protobuf make a shape of each time they are asked."""
-    if isinstance(tensor, ir.TensorProtoTensor):
+    """Bytes of a tensor; one that wraps a protobuf would make a shape of it each time it is asked."""
+    if type(tensor) is ir.TensorProtoTensor:  # isinstance takes long over a class that has protocols as bases
         size: int = math.prod(tensor.raw.dims)
-        return math.ceil(tensor.dtype.itemsize * size)
+        return math.ceil(_itemsize(tensor.raw.data_type) * size)
     return tensor.nbytes
+
+
+@functools.cache
+def _itemsize(data_type: int) -> float:
+    return ir.DataType(data_type).itemsize
 
 
 def tensor_bytes(model: ir.Model) -> int:

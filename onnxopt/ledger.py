@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from onnxopt.index import Index
+
 __all__ = ["Ledger", "Rewrite", "site_of"]
 
 
@@ -46,9 +48,12 @@ class Ledger:
     pass_name: str = ""
     granted: list[Rewrite] = field(default_factory=list)
     declined: dict[Rewrite, str] = field(default_factory=dict)
+    opsets_wanted: set[int] = field(default_factory=set)
+    """The opsets that declined rewrites would have needed."""
     touched: dict[ir.Node, None] = field(default_factory=dict)
     visiting: Rewrite | None = None
-    """The rule that is looking at a place now, so that one that raises there can be named."""
+    """The rule that raised at a place, so that it can be named."""
+    _index: tuple[int, Index] | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -57,7 +62,13 @@ class Ledger:
 
     def leaves_out(self, rewrite: Rewrite) -> bool:
         """Whether this rewrite is one that is never granted."""
-        return rewrite in self.left_out
+        return bool(self.left_out) and rewrite in self.left_out
+
+    def index(self, model: ir.Model) -> Index:
+        """The model's nodes by operator; all passes share it until the next change."""
+        if self._index is None or self._index[0] != len(self.granted) or self._index[1].model is not model:
+            self._index = len(self.granted), Index(model)
+        return self._index[1]
 
     def claim(self, rule: str, site: str) -> bool:
         """Ask for leave before a change; False: leave the graph as it is there."""
@@ -69,7 +80,8 @@ class Ledger:
             self.declined[rewrite] = vetoed
             return False
         self.granted.append(rewrite)
-        self.declined.pop(rewrite, None)
+        if self.declined:
+            self.declined.pop(rewrite, None)
         return True
 
     def decline(self, rule: str, site: str, reason: str) -> None:

@@ -17,10 +17,11 @@ import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import subgraphs_of, walk
+from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["AttributeValue", "Declined", "Edit", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -36,6 +37,14 @@ _SCALARS = (
 
 class Declined(Exception):  # noqa: N818 - a decision, not an error
     """The pattern is there, but the rewrite is not safe; the message says why."""
+
+
+class NewerOpset(Declined):
+    """The pattern is there, but the operator it would become is only in a newer opset."""
+
+    def __init__(self, op_type: str, opset: int) -> None:
+        super().__init__(f"{op_type} came with opset {opset}")
+        self.opset = opset
 
 
 class UnendingError(OnnxoptError):
@@ -101,15 +110,16 @@ class Edit:
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, AttributeValue] | None = None,
         *,
-        outputs: int,
+        outputs: int | Sequence[bool],
         domain: str = "",
         name: str | None = None,
     ) -> tuple[ir.Value, ...]:
-        """A new node with several outputs; the outputs."""
+        """A new node with several outputs, so many or those that are wanted of them; the outputs."""
         attrs = [_attribute(name, value) for name, value in (attributes or {}).items()]
-        values = tuple(ir.Value() for _ in range(outputs))
+        wanted = [True] * outputs if isinstance(outputs, int) else outputs
+        values = tuple(ir.Value() if one else ir.Value(name="") for one in wanted)
         base = self._anchor.outputs[0].name or op_type
-        self._named.update(dict.fromkeys(values, base))
+        self._named.update({value: base for value in values if value.name is None})
         node_name = name or (None if self._named_after_anchor else self._anchor.name)
         self._named_after_anchor |= node_name == self._anchor.name
         self._planned.append(_Planned(domain, op_type, tuple(inputs), attrs, values, node_name))
@@ -185,8 +195,8 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
     """Let all that read `old` read `new`; where `old` is a graph output, `new` takes its place and name."""
     if new.type is None:
         new.type = old.type
-    if new.shape is None and old.shape is not None:
-        new.shape = old.shape.copy()
+    if new.shape is None and old.shape is not None and _graph_of(new) is _graph_of(old):
+        new.shape = old.shape.copy()  # what is known in a branch holds where the branch runs only
     if old.is_graph_output():
         if old.name is not None:
             name, old.name = old.name, None
@@ -194,6 +204,11 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
         new.type = old.type
         new.shape = old.shape.copy() if old.shape is not None else None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _graph_of(value: ir.Value) -> object:
+    producer = value.producer()
+    return value.graph if producer is None else producer.graph
 
 
 def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
@@ -233,32 +248,28 @@ class Rule:
 def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
     """Apply the rules in every scope until none fires, re-examining only what changed.
 
-    Time is linear in nodes plus rewrites: rules are indexed by operator and a work list holds the
-    nodes to look at.
+    Time is linear in the nodes of the rules' operators plus rewrites: a work list holds the nodes to look at.
     """
-    index: dict[str, list[Rule]] = {}
+    by_operator: dict[str, list[Rule]] = {}
     for rule in rules:
-        for op_type in rule.op_types:
-            index.setdefault(op_type, []).append(rule)
+        for operator in rule.op_types:
+            by_operator.setdefault(operator, []).append(rule)
+    index = ledger.index(model)
     for scope in scopes(model):
-        work = deque(node for node in walk(scope.graph) if _key(node) in index)
+        work = deque(index.find(scope.graph, by_operator))
         waiting = set(work)
         left = 100 + 20 * len(work)
         while work and not ledger.exhausted:
             node = work.popleft()
             waiting.discard(node)
-            touched = _visit(node, index.get(_key(node), ()), scope, ledger)
+            touched = _visit(node, by_operator.get(operator_of(node), ()), scope, ledger)
             left -= bool(touched)
             if left < 0:
                 raise UnendingError(f"{ledger.pass_name}: keeps rewriting around node {node.name!r}")
             for other in touched:
-                if other not in waiting and _key(other) in index:
+                if other not in waiting and operator_of(other) in by_operator:
                     work.append(other)
                     waiting.add(other)
-
-
-def _key(node: ir.Node) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
@@ -266,9 +277,7 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
     for rule in rules:
         if node.graph is None:
             break
-        site = site_of(node)
-        ledger.visiting = Rewrite(ledger.pass_name, rule.name, site)
-        if ledger.leaves_out(ledger.visiting):
+        if ledger.left_out and ledger.leaves_out(Rewrite(ledger.pass_name, rule.name, site_of(node))):
             continue
         try:
             edit = rule.apply(node, scope)
@@ -276,9 +285,14 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
                 continue
             edit.check()
         except Declined as reason:
-            ledger.decline(rule.name, site, str(reason))
+            ledger.decline(rule.name, site_of(node), str(reason))
+            if isinstance(reason, NewerOpset):
+                ledger.opsets_wanted.add(reason.opset)
             continue
-        if ledger.claim(rule.name, site):
+        except Exception:
+            ledger.visiting = Rewrite(ledger.pass_name, rule.name, site_of(node))
+            raise
+        if ledger.claim(rule.name, site_of(node)):
             new, near = edit.commit()
             ledger.touch((*new, *near))
             return [*new, *near]

@@ -91,7 +91,8 @@ def _walk(graph: ir.Graph, defined: set[ir.Value | None], names: dict[str, ir.Va
     """
     ports = (*graph.inputs, *graph.initializers.data.values())
     own = [value for value in dict.fromkeys(ports) if value not in defined]
-    yield from _define(own, defined, names)
+    defined.update(own)
+    yield from _ill_named(own, names)
     for node in graph:
         if not defined.issuperset(node.inputs):
             who = f"node {node.name!r} ({node.op_type})"
@@ -100,9 +101,8 @@ def _walk(graph: ir.Graph, defined: set[ir.Value | None], names: dict[str, ir.Va
         for body in subgraphs_of(node):
             yield from _walk(body, defined, names)
         own += node.outputs
-        yield from _define(node.outputs, defined, names)
-        if any(not value.name and (value.uses() or value.is_graph_output()) for value in node.outputs):
-            yield f"an output of node {node.name!r} ({node.op_type}) is read and has no name"
+        defined.update(node.outputs)
+        yield from _ill_named(node.outputs, names)
     for output in graph.outputs:
         if output not in defined:
             yield f"graph output {output.name!r} is defined nowhere"
@@ -114,16 +114,16 @@ def _walk(graph: ir.Graph, defined: set[ir.Value | None], names: dict[str, ir.Va
             del names[value.name]
 
 
-def _define(
-    values: Iterable[ir.Value], defined: set[ir.Value | None], names: dict[str, ir.Value]
-) -> Sequence[str]:
-    """Add values to those that may be read; what is wrong with them."""
-    defined.update(values)
-    return [
-        f"two values are named {value.name!r}"
-        for value in values
-        if value.name and names.setdefault(value.name, value) is not value
-    ]
+def _ill_named(values: Iterable[ir.Value], names: dict[str, ir.Value]) -> Sequence[str]:
+    """Add values to those that have a name where they stand; what is wrong with their names."""
+    wrong = []
+    for value in values:
+        if value.name:
+            if names.setdefault(value.name, value) is not value:
+                wrong.append(f"two values are named {value.name!r}")
+        elif (node := value.producer()) and (value.uses() or value.is_graph_output()):
+            wrong.append(f"an output of node {node.name!r} ({node.op_type}) is read and has no name")
+    return wrong
 
 
 def _node_problem(node: ir.Node, opsets: Mapping[str, int], ir_version: int) -> str | None:

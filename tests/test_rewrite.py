@@ -7,13 +7,18 @@ import time
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from onnxopt.graph import nodes
+import onnxopt.ledger
+from onnxopt.graph import nodes, roots, walk
+from onnxopt.index import Index, operator_of
 from onnxopt.ledger import Ledger
 from onnxopt.model import load
 from onnxopt.rewrite import Declined, Edit, Rule, drive
 from onnxopt.scope import Scope, scopes
 from onnxopt.structure import find_problem
+from tests.random_graphs import random_model
 from tests.support import assert_equivalent, text_model
 
 
@@ -170,6 +175,48 @@ def test_driver_time_grows_linearly_with_nodes() -> None:
 
     seconds(200)
     assert seconds(8000) < 10 * 2 * max(seconds(800), 0.01)
+
+
+@given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 12))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_the_index_has_all_nodes_of_an_operator_in_order(seed: int, steps: int) -> None:
+    model = load(random_model(seed, steps).proto)
+    index = Ledger().index(model)
+    operators = sorted({operator_of(node) for node in nodes(model)})
+    for root in roots(model):
+        for wanted in (operators[::2], operators[1::2], operators[:1], ["Nothing"]):
+            assert index.find(root, wanted) == [node for node in walk(root) if operator_of(node) in wanted]
+
+
+def test_passes_share_the_index_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[ir.Model] = []
+
+    def build(model: ir.Model) -> Index:
+        built.append(model)
+        return Index(model)
+
+    monkeypatch.setattr(onnxopt.ledger, "Index", build)
+    model, ledger = long_chain(3), Ledger(pass_name="test")
+    idle = Rule("Relu", ("Relu",), lambda node, scope: None)
+    for _ in range(5):
+        drive(model, (idle,), ledger)
+    assert len(built) == 1
+    drive(model, (NEG_TO_MUL,), ledger)
+    assert len(built) == 1
+    drive(model, (idle,), ledger)
+    assert len(built) == 2
+    found = ledger.index(model).find(model.graph, ("Mul", "Neg"))
+    assert [node.op_type for node in found] == ["Mul"] * 3
+    other = long_chain(1)
+    assert len(ledger.index(other).find(other.graph, ("Neg",))) == 1
+
+
+def test_only_nodes_of_the_rules_operators_are_looked_at() -> None:
+    model, seen = long_chain(10), []
+    model.graph.append(last := ir.Node("", "Relu", [model.graph.outputs[0]]))
+    model.graph.outputs[0] = last.outputs[0]
+    drive(model, (Rule("any", ("Relu", "Exp"), lambda node, scope: seen.append(node)),), Ledger())
+    assert seen == [last]
 
 
 def test_a_node_that_stays_for_its_other_output_shares_no_name() -> None:

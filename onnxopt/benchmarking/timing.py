@@ -137,6 +137,7 @@ class Timing:
         return (
             f"{self.verdict}: {ratio} {self.clock} {interval}, control {figures.control}, "
             f"{self.before_ms:.3g} ms before, {self.after_ms:.3g} ms after"
+            + ("; with session settings" if self.session_config else "")
             + ("; few samples" if self.few_samples else "")
             + self._left_on_cpu
         )

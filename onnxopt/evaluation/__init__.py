@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from onnxopt.evaluation.call import CannotEvaluateError
+from onnxopt.evaluation.dims import Dims, DimsOf
 from onnxopt.evaluation.evaluator import KERNELS, MOVES, evaluate
 from onnxopt.evaluation.facts import UNKNOWN, Facts
+from onnxopt.evaluation.sizes import Dim, Size, divide, is_natural, named, product
 
-__all__ = ["KERNELS", "MOVES", "UNKNOWN", "CannotEvaluateError", "Facts", "evaluate"]
+__all__ = [
+    "KERNELS",
+    "MOVES",
+    "UNKNOWN",
+    "CannotEvaluateError",
+    "Dim",
+    "Dims",
+    "DimsOf",
+    "Facts",
+    "Size",
+    "divide",
+    "evaluate",
+    "is_natural",
+    "named",
+    "product",
+]

@@ -15,12 +15,16 @@ from onnxopt.passes.eliminate_pairs import EliminatePairs
 from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.fuse_gru import FuseGru
+from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
+from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
 from onnxopt.passes.fuse_lstm import FuseLstm
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -31,6 +35,7 @@ from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
 from onnxopt.passes.merge_gemm import MergeGemm
+from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_normalization import MergeNormalization
 from onnxopt.passes.merge_pad import MergePad
@@ -42,6 +47,7 @@ from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -52,15 +58,18 @@ BUILTIN: tuple[type[Pass], ...] = (
     LiftConstants,
     EliminateIdentity,
     InferShapes,
+    RetargetOpset,
     FoldConstants,
     InlineIf,
     UnrollLoop,
+    FoldShapes,
     EliminateNoop,
     EliminatePairs,
     MergeCast,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
+    MergeLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,
@@ -72,6 +81,9 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseGru,
     FuseRmsnorm,
     MergeNormalization,
+    FuseSkipLayernorm,
+    FuseBiasGelu,
+    FuseEmbedLayernorm,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,

@@ -111,7 +111,8 @@ def _product(weight: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """In float64, rounded once to the type of the weight."""
     with np.errstate(over="ignore"):
         result = np.empty(weight.shape, weight.dtype)
-        return np.multiply(weight, factors, out=result, dtype=np.float64, casting="unsafe")
+        np.multiply(weight, factors, out=result, dtype=np.float64, casting="unsafe")
+    return result
 
 
 def rounded(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:

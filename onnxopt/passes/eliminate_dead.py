@@ -112,7 +112,7 @@ def _optional_outputs(node: ir.Node, opsets: dict[str, int]) -> list[ir.Value]:
 
 def _remove_initializers(model: ir.Model, present: set[ir.Node], ledger: Ledger) -> None:
     for graph in graphs(model):
-        for name, value in tuple(graph.initializers.items()):
+        for name, value in tuple(graph.initializers.data.items()):
             if value.is_graph_input() or _is_read(value, present):
                 continue
             if ledger.claim("unused initializer", name):
@@ -121,6 +121,8 @@ def _remove_initializers(model: ir.Model, present: set[ir.Node], ledger: Ledger)
 
 def _remove_functions(model: ir.Model, ledger: Ledger) -> None:
     """Remove functions that nobody calls, and then those that only they called."""
+    if not model.functions:
+        return
     calls = Counter(node.op_identifier() for node in nodes(model))
     work = deque(key for key in model.functions if not calls[key])
     while work:
@@ -136,6 +138,8 @@ def _remove_functions(model: ir.Model, ledger: Ledger) -> None:
 
 def _remove_imports(model: ir.Model, ledger: Ledger) -> None:
     """Remove opset imports that no node needs; the main graph also imports what the functions use."""
+    if all(domain in _KEPT_DOMAINS for root in roots(model) for domain in root.opset_imports):
+        return
     needed = {node.domain for node in nodes(model)} | {key[0] for key in model.functions}
     _narrow(model.graph, needed, "", ledger)
     for key, function in model.functions.items():

@@ -53,7 +53,7 @@ Shift<by>(a) => (b) {
     """
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        chosen = _choose(model, ledger)
+        chosen = _choose(model, ledger) if model.functions else None
         if not chosen:
             return
         functions = {key: model.functions.pop(key) for key in tuple(model.functions) if key in chosen}

@@ -71,7 +71,7 @@ def nothing_stays_open() -> Iterator[None]:
 def test_samples_are_nanoseconds_a_run_of_each_subject() -> None:
     found = measure(openers([]), [{}], protocol())
     repeats, rounds, subjects, both = found.runs.shape
-    assert repeats >= 3
+    assert repeats >= 1
     assert (rounds, subjects, both) == (4, 3, 2)
     assert found.opens.shape == (repeats, 3)
     cpu = np.median(found.runs[..., 0], axis=(0, 1)) / 1e6

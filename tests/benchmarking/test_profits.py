@@ -256,7 +256,6 @@ def test_the_table_holds_one_row_for_each_pass_provider_and_version() -> None:
     rows = shipped_profits()
     keys = [(row.name, row.provider, row.runtime) for row in rows]
     assert len(set(keys)) == len(keys)
-    assert {row.name.split("{")[0] for row in rows} <= {one.name for one in guarded()}
     for row in rows:
         assert row.interval is not None
         assert row.ratio is not None

@@ -152,13 +152,15 @@ def test_optimizers_to_disable_share_an_entry() -> None:
     }
 
 
-def benched(monkeypatch: pytest.MonkeyPatch, *verdicts: str) -> list[dict[str, str]]:
+def benched(
+    monkeypatch: pytest.MonkeyPatch, *verdicts: str, ratios: tuple[float, float] = (0.8, 0.8)
+) -> list[dict[str, str]]:
     """Let measurements end so, one after the other; the session settings that each one had."""
     seen: list[dict[str, str]] = []
 
     def bench(*_: object, session_config: dict[str, str], **__: object) -> Any:
         seen.append(dict(session_config))
-        return SimpleNamespace(verdict=verdicts[len(seen) - 1], ratio=0.8, to_dict=lambda: None)
+        return SimpleNamespace(verdict=verdicts[len(seen) - 1], ratio=ratios[len(seen) - 1])
 
     monkeypatch.setattr(job, "bench", bench)
     return seen
@@ -175,6 +177,17 @@ def test_a_setting_for_speed_is_kept_where_it_makes_the_result_faster(
     kept = verdict == "faster"
     assert seen == [config, config if kept else {}]
     assert [(one.value, one.ratio) for one in report.settings] == [("SkipLayerNormFusion", 0.8)][:kept]
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.7, False), (0.82, False), (0.9, True)])
+def test_what_the_result_is_without_its_settings_is_said_where_that_is_slower(
+    ratio: float, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "runtime_version", lambda: "onnxruntime 1.31.1")
+    benched(monkeypatch, "faster", "faster", ratios=(0.8, ratio))
+    notes = onnxopt.optimize(normalized()).report.notes
+    found = "without its settings the result takes about 1.12x the original's time" in notes
+    assert found == said
 
 
 def test_a_result_that_is_slower_with_its_settings_is_undone_with_them(

@@ -104,3 +104,9 @@ def test_dictionary_is_json_and_carries_the_verdict() -> None:
     assert read["verdict"] == "faster"
     assert read["cpu"]["ratio"] == {"value": 0.5, "low": 0.49, "high": 0.51}
     assert read["blind_zone"] == pytest.approx([1 / 1.01, 1.01])
+
+
+def test_session_settings_are_said() -> None:
+    usual = timing(Estimate(0.5, 0.49, 0.51))
+    assert "with session settings" not in usual.summary
+    assert "; with session settings" in dataclasses.replace(usual, session_config={"a": "1"}).summary

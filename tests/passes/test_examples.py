@@ -26,5 +26,5 @@ def test_the_example_of_a_pass(one: type[Pass]) -> None:
 @pytest.mark.parametrize("one", BUILTIN, ids=lambda one: one.name)
 def test_the_text_of_a_pass_says_before_after_and_what_it_declines(one: type[Pass]) -> None:
     text = inspect.getmodule(one).__doc__ or ""
-    assert [word for word in ("\nBefore:", "\nAfter:", "\nDeclines:") if word not in text] == []
+    assert [word for word in ("Before:", "After:", "\nDeclines: ") if word not in text] == []
     assert (one.__doc__ or "").split("\n")[0].endswith(".")

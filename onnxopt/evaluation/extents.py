@@ -1,0 +1,317 @@
+"""How the sizes of a node's outputs follow from those of its inputs, where these have names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.evaluation.sizes import Dim, divide, is_natural, named, product
+from onnxopt.graph import int_attr, ints_attr, str_attr
+
+__all__ = ["ARITHMETIC", "SHAPES", "Shape", "broadcast"]
+
+Shape = tuple[Dim, ...]
+
+_END = np.iinfo(np.int32).max
+"""A Slice that ends here or later takes all of an axis, by the ONNX text."""
+_SAME = str.split(
+    "Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh"
+    " CumSum DequantizeLinear Dropout Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid HardSwish Hardmax"
+    " Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Log LogSoftmax"
+    " LpNormalization Mish Neg Not QuantizeLinear RMSNormalization Reciprocal Relu Round ScatterElements"
+    " ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh"
+    " ThresholdedRelu Trilu"
+)
+"""The first output has the shape of the first input."""
+_BROADCAST = str.split(
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max"
+    " Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
+)
+_REDUCED = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+
+
+class Known(Protocol):
+    """What a rule can ask."""
+
+    def of(self, value: ir.Value | None) -> Shape | None: ...
+
+    def integers(self, node: ir.Node, name: str, index: int) -> list[Dim] | None: ...
+
+    def ints(self, node: ir.Node, name: str, index: int) -> list[int] | None: ...
+
+    def unknown(self, sign: str = "") -> Dim: ...
+
+
+Rule = Callable[[Known, ir.Node], Sequence[Shape | None]]
+"""The shapes of a node's outputs; nothing, or None, where they are not known."""
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """The shape of an element-wise operator's result."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(_joint(sizes) for sizes in zip(*padded, strict=True))
+
+
+def _joint(sizes: Sequence[Dim]) -> Dim:
+    """Where a number above 1 meets a name, what the name stands for is that number or 1."""
+    large = list(dict.fromkeys(size for size in sizes if size != 1))
+    large = [size for size in large if not any(_is_part(size, other) for other in large)]
+    numbers = [size for size in large if isinstance(size, int)]
+    if len(large) < 2 or numbers:
+        return numbers[0] if numbers else large[0] if large else 1
+    return named(f"joint({', '.join(sorted(map(str, large)))})")
+
+
+def _is_part(size: Dim, whole: Dim) -> bool:
+    """Whether it is the least of the other and a positive number: broadcast to each other, they are equal."""
+    return bool(re.fullmatch(rf"least\(\d+, {re.escape(str(whole))}\)\*1", str(size)))
+
+
+def _equal(a: Dim, b: Dim) -> bool | None:
+    if a == b or (isinstance(a, int) and isinstance(b, int)):
+        return a == b
+    number, other = (a, b) if isinstance(a, int) else (b, a)
+    return False if isinstance(number, int) and number < 0 and is_natural(other) else None
+
+
+def _quotient(a: Dim, b: Dim) -> Dim | None:
+    if isinstance(a, int) and isinstance(b, int):
+        return None if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    exact = divide(a, b)
+    if exact is None and is_natural(a) and is_natural(b):
+        return named(f"floor(({a}) / ({b}))")
+    return exact
+
+
+def _largest(a: Dim, b: Dim) -> Dim | None:
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    number, other = (a, b) if isinstance(a, int) else (b, a)
+    return a if a == b else other if isinstance(number, int) and number <= 0 and is_natural(other) else None
+
+
+ARITHMETIC: dict[str, Callable[..., object]] = {
+    "Add": lambda a, b: a + b,
+    "Cast": lambda a: int(a) if isinstance(a, bool) else a,
+    "Div": _quotient,
+    "Equal": _equal,
+    "Max": _largest,
+    "Mul": lambda a, b: a * b,
+    "Sub": lambda a, b: a - b,
+    "Where": lambda condition, a, b: (a if condition else b) if isinstance(condition, bool) else None,
+}
+"""What is done to integers, element by element; None where the result is not known."""
+
+
+def _same(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    return (known.of(node.inputs[0]),)
+
+
+def _elementwise(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    shapes = _of_all(known, node.inputs)
+    return (broadcast(shapes),) if shapes else ()
+
+
+def _of_all(known: Known, values: Sequence[ir.Value | None]) -> list[Shape] | None:
+    """The shapes of all of them, or None."""
+    shapes = [shape for value in values if (shape := known.of(value)) is not None]
+    return shapes if len(shapes) == len(values) else None
+
+
+def _moved(rule: Callable[[Known, ir.Node, Shape], Shape | None]) -> Rule:
+    """A rule for the one output that looks at the first input's shape."""
+
+    def apply(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+        source = known.of(node.inputs[0])
+        return () if source is None else (rule(known, node, source),)
+
+    return apply
+
+
+def _transpose(_: Known, node: ir.Node, source: Shape) -> Shape | None:
+    return tuple(source[axis] for axis in ints_attr(node, "perm") or reversed(range(len(source))))
+
+
+def _reshape(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    target = known.integers(node, "shape", 1)
+    if target is None:
+        return None
+    if int_attr(node, "allowzero", 0) == 0:
+        target = [
+            source[axis] if size == 0 and axis < len(source) else size for axis, size in enumerate(target)
+        ]
+    # One size that is -1, or may be, follows from the others.
+    sure = [size for size in target if is_natural(size)]
+    rest = divide(product(source), product(sure)) if len(sure) == len(target) - 1 else None
+    return tuple(s if is_natural(s) else known.unknown() if rest is None else rest for s in target)
+
+
+def _flatten(_: Known, node: ir.Node, source: Shape) -> Shape | None:
+    axis = int_attr(node, "axis", 1)
+    cut = axis + len(source) if axis < 0 else axis
+    return product(source[:cut]), product(source[cut:])
+
+
+def _squeeze(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    axes = known.ints(node, "axes", 1)
+    if axes == [] and all(isinstance(size, int) for size in source):
+        return tuple(size for size in source if size != 1)
+    gone = {axis % len(source) for axis in axes or ()}
+    return tuple(size for axis, size in enumerate(source) if axis not in gone) if gone else None
+
+
+def _unsqueeze(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    axes = known.ints(node, "axes", 1)
+    if axes is None:
+        return None
+    rank, rest = len(source) + len(axes), iter(source)
+    new = {axis % rank for axis in axes}
+    return tuple(1 if axis in new else next(rest) for axis in range(rank))
+
+
+def _concat(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    shapes = _of_all(known, node.inputs)
+    if not shapes or len(set(map(len, shapes))) > 1 or "axis" not in node.attributes:
+        return ()
+    axis = int_attr(node, "axis", 1) % len(shapes[0])
+    pairs = zip(*shapes, strict=True)
+    one = [next((size for size in sizes if isinstance(size, int)), sizes[0]) for sizes in pairs]
+    one[axis] = sum((shape[axis] for shape in shapes[1:]), shapes[0][axis])
+    return (tuple(one),)
+
+
+def _split(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    source, sizes, count = known.of(node.inputs[0]), known.integers(node, "split", 1), len(node.outputs)
+    if source is None:
+        return ()
+    axis = int_attr(node, "axis", 0) % len(source)
+    even = None if sizes is None else divide(source[axis], count)
+    parts = sizes or [known.unknown() if even is None else even for _ in range(count)]
+    return [(*source[:axis], part, *source[axis + 1 :]) for part in parts]
+
+
+def _slice(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    names = ("starts", "ends", "axes", "steps")
+    starts, ends, axes, steps = (known.integers(node, name, i) for i, name in enumerate(names, 1))
+    if starts is None or ends is None or axes is None or steps is None:
+        return None
+    shape, count = list(source), len(starts)
+    for start, end, axis, step in zip(starts, ends, axes or range(count), steps or [1] * count, strict=True):
+        if not isinstance(axis, int):
+            return None
+        kept = _kept(source[axis], start, end, step)
+        shape[axis] = known.unknown() if kept is None else kept
+    return tuple(shape)
+
+
+def _kept(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
+    """How much of an axis a Slice keeps."""
+    if isinstance(size, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int):
+        return len(range(*slice(start, end, step).indices(size))) if step > 0 else None
+    if (start, step) != (0, 1):
+        return None
+    if end == size or (isinstance(end, int) and end >= _END):
+        return size
+    if not is_natural(end) or size == 0:
+        return None
+    return named(f"least({', '.join(sorted(map(str, (size, end))))})")
+
+
+def _gather(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    indices, axis = known.of(node.inputs[1]), int_attr(node, "axis", 0) % max(len(source), 1)
+    return None if indices is None else (*source[:axis], *indices, *source[axis + 1 :])
+
+
+def _expand(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    target = known.integers(node, "shape", 1)
+    return broadcast([source, tuple(target)]) if target is not None and all(map(is_natural, target)) else None
+
+
+def _tile(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    repeats = known.integers(node, "repeats", 1)
+    if repeats is None or len(repeats) != len(source):
+        return None
+    return tuple(size * times for size, times in zip(source, repeats, strict=True))
+
+
+def _filled(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    sizes = known.integers(node, "input", 0)
+    return (tuple(sizes),) if sizes is not None and all(map(is_natural, sizes)) else ()
+
+
+def _reduce(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    by_argument = node.op_type.startswith("Arg")
+    axes = [int_attr(node, "axis", 0)] if by_argument else known.ints(node, "axes", 1)
+    if axes is None:
+        return None
+    if not axes and int_attr(node, "noop_with_empty_axes", 0):
+        return source
+    gone, keep = {axis % len(source) for axis in axes or range(len(source))}, int_attr(node, "keepdims", 1)
+    return tuple(1 if axis in gone else s for axis, s in enumerate(source) if keep or axis not in gone)
+
+
+def _matmul(known: Known, node: ir.Node, a: Shape) -> Shape | None:
+    b = known.of(node.inputs[1])
+    if not a or not b:
+        return None
+    return (*broadcast([a[:-2], b[:-2]]), *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
+
+
+def _gemm(known: Known, node: ir.Node, a: Shape) -> Shape | None:
+    b = known.of(node.inputs[1])
+    if len(a) != 2 or b is None or len(b) != 2:
+        return None
+    return a[int_attr(node, "transA", 0)], b[1 - int_attr(node, "transB", 0)]
+
+
+def _global_pool(_: Known, __: ir.Node, source: Shape) -> Shape | None:
+    return (*source[:2], *(1 for _ in source[2:]))
+
+
+def _window(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    """Conv and pooling: ((size + pads - reach) / stride rounded down) + 1 along each spatial axis."""
+    weight = known.of(node.inputs[1]) if node.op_type == "Conv" else None
+    reaches = ints_attr(node, "kernel_shape") or (weight or ())[2:]
+    rank, odd = (
+        len(source) - 2,
+        str_attr(node, "auto_pad", "NOTSET") != "NOTSET" or int_attr(node, "ceil_mode", 0),
+    )
+    if len(reaches) != rank or (node.op_type == "Conv" and weight is None):
+        return None
+    pads, ones = ints_attr(node, "pads") or (0,) * 2 * rank, (1,) * rank
+    steps, gaps = ints_attr(node, "strides") or ones, ints_attr(node, "dilations") or ones
+    spatial = []
+    for axis, size in enumerate(source[2:]):
+        room = size + pads[axis] + pads[axis + rank] - (reaches[axis] - 1) * gaps[axis] - 1
+        count = divide(room, steps[axis])
+        count = named(f"floor(({room}) / {steps[axis]})") if count is None else count
+        spatial.append(known.unknown() if odd else count + 1)
+    return (source[0], source[1] if weight is None else weight[0], *spatial)
+
+
+SHAPES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(_BROADCAST, _elementwise),
+    **dict.fromkeys(("ArgMax", "ArgMin", *(f"Reduce{kind}" for kind in _REDUCED)), _moved(_reduce)),
+    **dict.fromkeys(("AveragePool", "Conv", "MaxPool"), _moved(_window)),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _moved(_global_pool)),
+    "Concat": _concat,
+    "ConstantOfShape": _filled,
+    "Expand": _moved(_expand),
+    "Flatten": _moved(_flatten),
+    "Gather": _moved(_gather),
+    "Gemm": _moved(_gemm),
+    "MatMul": _moved(_matmul),
+    "Reshape": _moved(_reshape),
+    "Slice": _moved(_slice),
+    "Split": _split,
+    "Squeeze": _moved(_squeeze),
+    "Tile": _moved(_tile),
+    "Transpose": _moved(_transpose),
+    "Unsqueeze": _moved(_unsqueeze),
+}
