@@ -138,8 +138,10 @@ class Patterns:
         """The operators that the patterns end in, as a `Rule` takes them."""
         return tuple(f"{domain}::{op_type}" if domain else op_type for domain, op_type in self._index)
 
-    def find(self, node: ir.Node, scope: Scope) -> Match | None:
+    def find(self, node: ir.Node, scope: Scope, *, shared: bool = False) -> Match | None:
         """The first pattern that ends in this node, and whose inner values nobody else reads.
+
+        shared: it does not matter who reads them.
 
         Raises:
             Declined: the only ones there are have inner values that others read.
@@ -155,7 +157,8 @@ class Patterns:
             for found in root.at_node(node, Found({}, ())):
                 match = Match(name, found.values, found.nodes)
                 try:
-                    match.require_inner()
+                    if not shared:
+                        match.require_inner()
                 except Declined as reason:
                     refusal = refusal or reason
                     continue

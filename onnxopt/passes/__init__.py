@@ -18,8 +18,13 @@ from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
+from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_lstm import FuseLstm
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -42,6 +47,7 @@ from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -52,6 +58,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     LiftConstants,
     EliminateIdentity,
     InferShapes,
+    RetargetOpset,
     FoldConstants,
     InlineIf,
     UnrollLoop,
@@ -70,8 +77,13 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeQdq,
     FuseActivation,
     FuseLayernorm,
+    FuseLstm,
+    FuseGru,
     FuseRmsnorm,
     MergeNormalization,
+    FuseSkipLayernorm,
+    FuseBiasGelu,
+    FuseEmbedLayernorm,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,

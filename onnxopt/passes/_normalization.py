@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import int_attr
+from onnxopt.graph import constant_of, int_attr, static_shape
 from onnxopt.passes._chain import axes_of, normalised
 from onnxopt.pattern import Match, Patterns
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope
 
-__all__ = ["FLOATS", "Pieces", "layers", "pieces_of", "squares"]
+__all__ = ["FLOATS", "Pieces", "layers", "of_one_shape", "pieces_of", "shape_of", "squares"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Types that are normalized in float32; pieces in float64 are more precise than the operators."""
@@ -126,3 +126,17 @@ def _axes(node: ir.Node, rank: int | None) -> tuple[int, ...]:
     if not axes or not int_attr(node, "keepdims", 1):
         raise Declined("a mean is taken along all axes, or drops them")
     return tuple(sorted(normalised(axes, rank)))
+
+
+def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape as integers, where it is on record or the value is a constant."""
+    tensor = constant_of(value)
+    return static_shape(value) if tensor is None else tuple(tensor.shape.numpy())
+
+
+def of_one_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether two values surely have the same shape."""
+    if one is None or other is None or one.shape is None or other.shape is None:
+        return False
+    known = all(isinstance(dim, int) or dim.value is not None for dim in one.shape.dims)
+    return known and one.shape.dims == other.shape.dims

@@ -19,8 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, static_shape
+from onnxopt.graph import constant_array, has_reference, int_attr
 from onnxopt.passes._layer import constant, is_stored, require_sole_reader
+from onnxopt.passes._normalization import shape_of
 from onnxopt.passes._weight import rounded
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
@@ -72,7 +73,7 @@ def _arithmetic(node: ir.Node, scope: Scope) -> Edit | None:
 
 def _merged(node: ir.Node, norm: ir.Node, other: ir.Value, scope: Scope) -> Edit | None:
     x, scale, bias = (*norm.inputs, None)[:3]
-    shape, given = _shape(scale), _shape(other)
+    shape, given = shape_of(scale), shape_of(other)
     if not is_stored(other) and (given is None or given != shape):
         return None  # a sum with another branch of the model
     _require_plain(norm)
@@ -97,11 +98,6 @@ def _merged(node: ir.Node, norm: ir.Node, other: ir.Value, scope: Scope) -> Edit
     inputs = [x, *(one for one in affine if one is not None)]
     output = edit.op(norm.op_type, inputs, norm.attributes, name=norm.name)
     return edit.replace(node.outputs[0], output)
-
-
-def _shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    tensor = constant_of(value)
-    return static_shape(value) if tensor is None else tuple(tensor.shape.numpy())
 
 
 def _require_plain(norm: ir.Node) -> None:
