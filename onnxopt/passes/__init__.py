@@ -22,6 +22,7 @@ from onnxopt.passes.merge_affine import MergeAffine
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_distant_layout import MergeDistantLayout
 from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
@@ -46,6 +47,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeSqueeze,
     MergeTranspose,
     MergeLayout,
+    MergeDistantLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,
