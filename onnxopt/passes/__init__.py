@@ -35,6 +35,7 @@ from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
 from onnxopt.passes.merge_gemm import MergeGemm
+from onnxopt.passes.merge_distant_layout import MergeDistantLayout
 from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_normalization import MergeNormalization
@@ -70,6 +71,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeSqueeze,
     MergeTranspose,
     MergeLayout,
+    MergeDistantLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,
