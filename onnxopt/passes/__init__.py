@@ -21,8 +21,10 @@ from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
+from onnxopt.passes.fuse_softmax import FuseSoftmax
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -71,7 +73,9 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeClip,
     MergePad,
     MergeQdq,
+    FuseMean,
     FuseActivation,
+    FuseSoftmax,
     FuseLayernorm,
     FuseRmsnorm,
     MergeNormalization,

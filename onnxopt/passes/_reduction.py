@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from onnxopt.graph import int_attr
+from onnxopt.graph import constant_array, int_attr
 from onnxopt.passes._chain import axes_of, normalised
 from onnxopt.pattern import Match
 from onnxopt.rewrite import Declined
@@ -56,9 +56,25 @@ def _reshapes(match: Match) -> bool:
 
 def _has_ones(value: ir.Value | None, source: ir.Value, axes: Sequence[int]) -> bool:
     """Whether the value surely has the shape of the source, with one element along each of the axes."""
-    if value is None or value.shape is None or source.shape is None or len(value.shape) != len(source.shape):
+    if value is None or source.shape is None:
         return False
+    wanted = [1 if axis in axes else size for axis, size in enumerate(source.shape.dims)]
+    if value.shape is not None and _same(value.shape.dims, wanted):
+        return True
+    node = value.producer()
+    if node is None or node.op_type != "Reshape" or int_attr(node, "allowzero", 0):
+        return False
+    sizes = constant_array(node.inputs[1])
+    if sizes is None or len(sizes) != len(wanted) or (sizes == -1).sum() > 1:
+        return False
+    copied = [size == 0 and axis < min(axes) for axis, size in enumerate(sizes)]
     return all(
-        have == 1 if axis in axes else have == want and (isinstance(have, int) or have.value is not None)
-        for axis, (have, want) in enumerate(zip(value.shape.dims, source.shape.dims, strict=True))
+        size == want or ((copy or size == -1) and axis not in axes)
+        for axis, (size, want, copy) in enumerate(zip(sizes, wanted, copied, strict=True))
     )
+
+
+def _same(have: Sequence[object], wanted: Sequence[object]) -> bool:
+    """Whether two shapes are surely the same."""
+    known = all(isinstance(one, int) or (isinstance(one, ir.SymbolicDim) and one.value) for one in have)
+    return known and list(have) == list(wanted)
