@@ -119,7 +119,7 @@ def pieces(tensor: ir.TensorProtocol, size: int = _PIECE) -> Iterator[bytes | me
             yield _bytes_of(tensor.box(box))
     elif isinstance(tensor, ir.ExternalTensor):
         for start in range(0, tensor.nbytes, size):
-            yield memoryview(_stored_bytes(tensor, start, min(size, tensor.nbytes - start)))
+            yield _stored_bytes(tensor, start, min(size, tensor.nbytes - start)).data
     else:
         whole = tensor.dtype.bitwidth % 8 == 0 and not isinstance(tensor, ir.LazyTensor)
         data = _bytes_of(tensor.numpy()) if whole else memoryview(tensor.tobytes())
@@ -167,9 +167,10 @@ def cropped(tensor: ir.TensorProtocol, spans: Sequence[slice]) -> ir.TensorProto
     old = tensor.shape.numpy()
     kept = [range(size)[span] for size, span in zip(old, spans, strict=True)]
     shape = [len(places) for places in kept]
-    if isinstance(tensor, ir.ExternalTensor) and math.prod(shape):
+    size: int = math.prod(shape)
+    if isinstance(tensor, ir.ExternalTensor) and size:
         first, span = _place(old, [slice(places.start, places.start + len(places)) for places in kept])
-        if span == math.prod(shape) and all(places.step == 1 for places in kept):
+        if span == size and all(places.step == 1 for places in kept):
             return _stored(tensor, first, shape)
 
     def box_of(box: Box) -> np.ndarray:
@@ -355,7 +356,7 @@ def _gathered(
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _stored_bytes(tensor: ir.ExternalTensor, start: int, count: int) -> np.ndarray:
@@ -367,7 +368,7 @@ def _stored_bytes(tensor: ir.ExternalTensor, start: int, count: int) -> np.ndarr
 
 def _read_into(data: np.ndarray, file: BinaryIO, place: int, tensor: ir.ExternalTensor) -> None:
     file.seek(place)
-    left = memoryview(data)
+    left = data.data
     while left and (count := file.readinto(left)):  # type: ignore[attr-defined]  # a raw file has it
         left = left[count:]
     if left:

@@ -37,6 +37,7 @@ _NUMBERS = (ir.DataType.INT32, ir.DataType.INT64)
 _WHOLE = (*_NUMBERS, ir.DataType.BOOL)
 _NO_NAME = re.compile(r"\W*|none|unknown|dynamic|undefined", re.IGNORECASE)
 """What exporters write for sizes that have nothing to do with each other."""
+_UNNAMED = re.compile(r"%\d+\*1")
 
 
 class Dims:
@@ -145,11 +146,12 @@ class Dims:
         return named(dim.value) if dim.value is not None and dim.value in self._names else self.unknown()
 
     def _with_record(self, value: ir.Value, shape: Shape) -> Shape:
-        """What was worked out, and numbers that are on record."""
-        if value.shape is None or len(value.shape) != len(shape) or self._in_loop(value):
+        """What was worked out, numbers that are on record, and names where nothing else is known."""
+        record = self._recorded(value)
+        if record is None or len(record) != len(shape):
             return shape
-        record = value.shape.dims
-        return tuple(a if isinstance(a, int) else b for a, b in zip(record, shape, strict=True))
+        pairs = zip(record, shape, strict=True)
+        return tuple(a if isinstance(a, int) or _UNNAMED.fullmatch(str(b)) else b for a, b in pairs)
 
     def _in_loop(self, value: ir.Value) -> bool:
         """Whether a Loop repeats it: what a Loop carries may change its shape, whatever is on record."""

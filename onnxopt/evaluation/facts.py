@@ -34,6 +34,9 @@ Found = np.ndarray | ir.TensorProtocol
 """Elements in memory, or a tensor that may lie elsewhere."""
 
 
+_AWAY = (ir.ExternalTensor, ir.LazyTensor)
+
+
 class _Unknown:
     """A dimension that is not known; so is what is computed from it."""
 
@@ -77,6 +80,11 @@ class Facts:
         """Bytes of a value that is known."""
         return self._find(value).nbytes
 
+    def inputs(self, node: ir.Node) -> list[Found | None]:
+        """The inputs of a node, which are known: arrays, but for weights that would have to be read."""
+        found = [None if value is None else self._find(value) for value in node.inputs]
+        return [item if isinstance(item, _AWAY) else _array(item) for item in found]
+
     def tensor(self, value: ir.Value) -> ir.TensorProtocol:
         """A value that is known in full, with memory of its own where it is in memory."""
         found = self._find(value)
@@ -85,28 +93,27 @@ class Facts:
         own = found.base is None and found.flags.c_contiguous
         return ir.Tensor(found if own else np.array(found, order="C"))
 
-    def learn(self, node: ir.Node) -> None:
-        """Evaluate a deterministic node whose inputs are known.
+    def learn(self, node: ir.Node, inputs: Sequence[Found | None] | None = None) -> None:
+        """Evaluate a deterministic node whose inputs are known; `inputs` saves looking them up again.
 
         Raises:
             CannotEvaluateError: with the reason.
         """
-        inputs = [None if value is None else _array(self._find(value)) for value in node.inputs]
-        room = _ROOM + sum(array.nbytes for array in inputs if array is not None)
-        self._known.update(zip(node.outputs, evaluate(node, inputs, self.opset, room), strict=False))
+        arrays = [_array(item) for item in (self.inputs(node) if inputs is None else inputs)]
+        room = _ROOM + sum(array.nbytes for array in arrays if array is not None)
+        self._known.update(zip(node.outputs, evaluate(node, arrays, self.opset, room), strict=False))
 
-    def learn_unread(self, node: ir.Node) -> bool:
+    def learn_unread(self, node: ir.Node, inputs: Sequence[Found | None]) -> bool:
         """Evaluate such a node if that takes no memory and reads no weight from its file; whether it does.
 
         Raises:
             CannotEvaluateError: with the reason.
         """
-        found = [None if value is None else self._find(value) for value in node.inputs]
-        outputs = stream(node, found, self.opset)
+        outputs = stream(node, inputs, self.opset)
         if outputs is not None:
             self._known.update(zip(node.outputs, outputs, strict=False))
-        elif node.op_type in _VIEWS and not isinstance(found[0], ir.LazyTensor):
-            self.learn(node)
+        elif node.op_type in _VIEWS and not isinstance(inputs[0], ir.LazyTensor):
+            self.learn(node, inputs)
         else:
             return False
         return True

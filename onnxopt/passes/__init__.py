@@ -20,8 +20,10 @@ from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
 from onnxopt.passes.fuse_mean import FuseMean
+from onnxopt.passes.fuse_lstm import FuseLstm
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
 from onnxopt.passes.fuse_softmax import FuseSoftmax
@@ -47,6 +49,7 @@ from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -57,6 +60,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     LiftConstants,
     EliminateIdentity,
     InferShapes,
+    RetargetOpset,
     FoldConstants,
     InlineIf,
     UnrollLoop,
@@ -77,6 +81,8 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseActivation,
     FuseSoftmax,
     FuseLayernorm,
+    FuseLstm,
+    FuseGru,
     FuseRmsnorm,
     MergeNormalization,
     FuseSkipLayernorm,

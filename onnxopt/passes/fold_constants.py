@@ -73,6 +73,8 @@ class _Folder:
     ledger: Ledger
     max_growth: int
     facts: Facts
+    dynamic: set[ir.Value] = field(default_factory=set)
+    """Values that depend on what the model is given."""
     settled: set[ir.Node] = field(default_factory=set)
     """Nodes whose outputs were put in place or refused."""
     too_much: list[ir.Node] = field(default_factory=list)
@@ -81,16 +83,17 @@ class _Folder:
     """Values of which more is known than shape inference has seen."""
 
     def walk(self, graph: ir.Graph) -> None:
+        self.dynamic.update(value for value in graph.inputs if not value.is_initializer())
         for node in graph:
             if self.ledger.exhausted:
                 return
-            bodies = tuple(subgraphs_of(node)) if node.attributes else ()
+            bodies = subgraphs_of(node)
             for body in bodies:
                 if node.op_type == "Loop" or graph in self.facts.loose:
                     # What a Loop carries may change its shape, whatever the shape on record.
                     self.facts.loose.add(body)
                 self.walk(body)
-            if not bodies and self.work_out(node):
+            if self.work_out(node, nested=bool(bodies)):
                 continue
             for value in node.inputs:
                 self.settle(value)
@@ -99,32 +102,32 @@ class _Folder:
         for value in graph.outputs:
             self.settle(value)
 
-    def work_out(self, node: ir.Node) -> bool:
+    def work_out(self, node: ir.Node, *, nested: bool) -> bool:
         """Find the outputs of a node; False where it stays because they are not known in full."""
         if node.op_type in ("Constant", "Shape", "Size") and not node.domain:
             return node.op_type == "Constant" or self.facts.learn_shape(node)
-        for value in node.inputs:
-            if value is not None and not self.facts.has(value):
-                if _is_overridable(value) and all(map(_is_overridable, self.unknown(node))):
-                    self.decline(node, _OVERRIDABLE)
-                return False
+        if nested or not self.dynamic.isdisjoint(node.inputs):
+            self.dynamic.update(node.outputs)
+            return False
+        missing = [value for value in node.inputs if value is not None and not self.facts.has(value)]
+        if missing:
+            if all(value.is_initializer() and value.is_graph_input() for value in missing):
+                self.decline(node, _OVERRIDABLE)
+            return False
         if self.facts.in_part(node):
             return self.facts.learn_in_part(node)
         try:
             self.check(node)
-            large = sum(self.facts.nbytes(value) for value in node.inputs if value is not None) > LARGE
-            if not (large and self.facts.learn_unread(node)):
+            inputs = self.facts.inputs(node)
+            large = sum(item.nbytes for item in inputs if item is not None) > LARGE
+            if not (large and self.facts.learn_unread(node, inputs)):
                 if large:
                     self.check_size(node)
-                self.facts.learn(node)
+                self.facts.learn(node, inputs)
         except (CannotEvaluateError, Declined) as reason:
             self.decline(node, str(reason))
             return False
         return True
-
-    def unknown(self, node: ir.Node) -> list[ir.Value]:
-        """The inputs that are not known at all."""
-        return [value for value in node.inputs if value is not None and not self.facts.has(value)]
 
     def check(self, node: ir.Node) -> None:
         """Raise `Declined` for a node whose inputs are all known, and which is not to be worked out."""
@@ -238,10 +241,6 @@ class _Folder:
 _OVERRIDABLE = (
     "an input is an initializer that is also a graph input (overridable; --freeze-initializers folds it)"
 )
-
-
-def _is_overridable(value: ir.Value) -> bool:
-    return value.is_initializer() and value.is_graph_input()
 
 
 def _used(node: ir.Node) -> list[ir.Value]:

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnxopt.claims import Kind, Pass
 from onnxopt.passes._functions import PARTS, ROWS
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseActivation"]
@@ -69,7 +69,8 @@ class FuseActivation(Pass):
         if match is None:
             missed = others.find(node, scope)
             if missed is not None:
-                raise Declined(missed.name)
+                op_type, _, opset = missed.name.partition(" ")
+                raise NewerOpset(op_type, int(opset)) if opset.isdigit() else Declined(missed.name)
             return None
         if not _holds(match):
             return None
@@ -90,7 +91,7 @@ _REASONS = {
 
 @functools.cache
 def _patterns(opset: int, contrib: bool, on: frozenset[str]) -> tuple[Patterns, Patterns]:
-    """Patterns by what they become; those that become nothing, by the reason."""
+    """Patterns by what they become; those that become nothing, by the reason, or operator and opset."""
     known, others = dict[str, list[str]](), dict[str, list[str]]()
     for row in ROWS:
         wanted = not row.option or row.option in on
@@ -99,7 +100,7 @@ def _patterns(opset: int, contrib: bool, on: frozenset[str]) -> tuple[Patterns, 
         elif contrib and row.contrib:
             known.setdefault(row.contrib, []).extend(row.patterns)
         else:
-            late = f"{row.result.partition('(')[0]} came with opset {row.opset}"
+            late = f"{row.result.partition('(')[0]} {row.opset}"
             reason = late if row.opset > opset else _REASONS[row.option]
             others.setdefault(reason, []).extend(row.patterns)
     return Patterns(known, PARTS), Patterns(others, PARTS)

@@ -31,7 +31,7 @@ from onnxopt.passes._chain import before
 from onnxopt.passes._layer import constant, require_sole_reader
 from onnxopt.passes._normalization import Pieces, layers, pieces_of
 from onnxopt.passes._weight import rounded
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseLayernorm"]
@@ -75,7 +75,7 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
         affine = (pieces.constant(edit, number, (channels,)) for number in (1, 0))
         normal = edit.op("InstanceNormalization", (pieces.source, *affine), {"epsilon": pieces.epsilon})
     elif scope.opset < 17:
-        raise Declined("LayerNormalization came with opset 17")
+        raise NewerOpset("LayerNormalization", 17)
     else:
         normal = pieces.operator(edit, "LayerNormalization")
     return edit.replace(node.outputs[0], pieces.rest(edit, normal))

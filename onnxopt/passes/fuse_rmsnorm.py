@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.passes._normalization import pieces_of, squares
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.rewrite import Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseRmsnorm"]
@@ -57,7 +57,7 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
     if pieces is None or _subtracts_mean(pieces.source.producer()):
         return None
     if scope.opset < 23:
-        raise Declined("RMSNormalization came with opset 23")
+        raise NewerOpset("RMSNormalization", 23)
     edit = Edit(node, scope)
     return edit.replace(node.outputs[0], pieces.rest(edit, pieces.operator(edit, "RMSNormalization")))
 

@@ -3,7 +3,7 @@
 Before: q = MatMul(x, A) + a; k = MatMul(x, B) + b; v = MatMul(x, C) + c
 After:  q, k, v = Split(MatMul(x, [A B C]) + [a b c])
 
-Before: y = Relu(Conv(x, v, a)); z = Relu(Conv(x, w, b))       kernel, strides, pads and dilations alike
+Before: y = Relu(Conv(x, v, a)); z = Relu(Conv(x, w, b))      kernel, strides, pads and dilations alike
 After:  y, z = Split(Relu(Conv(x, [v; w], [a; b])))
 
 Likewise for Gemm. An activation goes along where all branches begin with the same one.
@@ -38,9 +38,10 @@ from onnxopt.graph import (
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.passes._activation import Step, common_step, redone
 from onnxopt.passes._layer import Layer, layer_of
-from onnxopt.passes._weight import LARGE, Weight
+from onnxopt.passes._weight import Weight
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
+from onnxopt.streamed import LARGE, concatenated, is_on_disk
 
 __all__ = ["MergeParallel"]
 
@@ -113,7 +114,7 @@ class MergeParallel(Pass):
             raise Declined("a weight is shared and too large to duplicate")
         bias = np.concatenate([_bias(layer) for layer in group]) if biased else None
         edit = Edit(first.node, scope)
-        value = first.rebuilt(edit, first.source, _concatenated(weights), bias)
+        value = first.rebuilt(edit, first.source, _beside(weights), bias)
         for nodes in steps:
             value = redone(edit, nodes, value)
         for old, new in zip(ends, _split(edit, value, first, weights, scope), strict=True):
@@ -171,20 +172,11 @@ def _bias(layer: Layer) -> np.ndarray:
     return np.broadcast_to(array.reshape(-1), layer.weight().outputs)
 
 
-def _concatenated(weights: Sequence[Weight]) -> ir.TensorProtocol:
-    """The weights side by side; large ones that lie in files of their own are read when that is read."""
+def _beside(weights: Sequence[Weight]) -> ir.TensorProtocol:
+    """The weights side by side; those on disk stay there until the result is read."""
     tensors = [weight.tensor for weight in weights]
-    axis, dtype = int(weights[0].inputs_first), tensors[0].dtype
-    shape = list(weights[0].shape)
-    shape[axis] = sum(weight.outputs for weight in weights)
-
-    def joined() -> ir.TensorProtocol:
-        return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis), dtype=dtype)
-
-    on_disk = any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors)
-    if on_disk and sum(tensor.nbytes for tensor in tensors) > LARGE:
-        return ir.LazyTensor(joined, dtype, ir.Shape(shape))
-    return joined()
+    joined = concatenated(tensors, int(weights[0].inputs_first))
+    return joined if any(map(is_on_disk, tensors)) else ir.Tensor(joined.numpy(), dtype=joined.dtype)
 
 
 def _split(

@@ -148,6 +148,17 @@ def test_names_that_say_nothing_are_not_compared() -> None:
         assert shape[i] != shape[j]
 
 
+def test_what_nothing_else_is_known_of_has_its_name_on_record() -> None:
+    text = "agraph (float[B, S] x, int64[2] data) => (float y) { y = Reshape (x, data)\n z = Relu (x) }"
+    dims, values = dims_in(text)
+    values["y"].shape = ir.Shape(["B", "other"])
+    values["z"].shape = ir.Shape(["S", "B"])
+    shape = dims.of(values["y"])
+    assert shape is not None
+    assert (shape[0], dims.of(values["z"])) == (B, (B, S))
+    assert shape[1] not in (B, S, named("other"))
+
+
 def test_integers_that_are_data_are_unknown_but_the_same() -> None:
     text = "agraph (float[B, 8] x, int64[2] data) => (float y) { y = Reshape (x, data)\n z = Relu (y) }"
     dims, values = dims_in(text)

@@ -242,7 +242,10 @@ def test_tables_that_stay() -> None:
     kept(model, "the table is a graph input (overridable; --freeze-initializers folds it)")
     del model.graph.input[-1]
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.ones(300_000, np.float32), "t"))
-    kept(model, "the table is too large to scale")
+    assert run_pass(model, MergeAffine()).changes == 1
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["t"], ["r"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, [1]))
+    kept(model, "the table is shared and too large to duplicate")
 
 
 @pytest.mark.parametrize(
