@@ -22,9 +22,11 @@ from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
 from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_lstm import FuseLstm
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
+from onnxopt.passes.fuse_softmax import FuseSoftmax
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -77,7 +79,9 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeClip,
     MergePad,
     MergeQdq,
+    FuseMean,
     FuseActivation,
+    FuseSoftmax,
     FuseLayernorm,
     FuseLstm,
     FuseGru,
