@@ -214,21 +214,31 @@ def _graph_of(value: ir.Value) -> object:
 def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
     """Remove nodes whose outputs nobody reads, from `start` upwards; the nodes above that are still read."""
     work, above = deque(start), dict[ir.Node, None]()
+    unread: dict[ir.Node, ir.Graph] = {}
     while work:
         node = work.popleft()
-        if not isinstance(node.graph, ir.Graph):
+        if node in unread or not isinstance(node.graph, ir.Graph):
             continue
         if any(v.uses() or v.is_graph_output() for v in node.outputs):
             above[node] = None
             continue
+        unread[node] = node.graph
         work.extend(p for v in node.inputs if v is not None and (p := v.producer()))
+        detach(node)
         for inner in [inner for body in subgraphs_of(node) for inner in walk(body)]:
-            for position in range(len(inner.inputs)):
-                inner.replace_input_with(position, None)
+            detach(inner)
             if isinstance(inner.graph, ir.Graph):
                 inner.graph.remove(inner)
-        node.graph.remove(node, safe=True)
+    for graph in dict.fromkeys(unread.values()):
+        graph.remove([node for node in unread if unread[node] is graph])
     return [node for node in above if node.graph is not None]
+
+
+def detach(node: ir.Node) -> None:
+    """Let a node that goes away read nothing."""
+    for position, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(position, None)
 
 
 @dataclass(frozen=True)

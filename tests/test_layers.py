@@ -15,6 +15,7 @@ ROOT = Path(onnxopt.__file__).parent
 ENGINE = {
     "attempt",
     "claims",
+    "collector",
     "admission",
     "errors",
     "graph",
