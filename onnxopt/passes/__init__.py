@@ -18,8 +18,12 @@ from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse_attention import FuseAttention
+from onnxopt.passes.fuse_cache import FuseCache
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_projections import FuseProjections
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.fuse_rotary import FuseRotary
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -72,6 +76,10 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseLayernorm,
     FuseRmsnorm,
     MergeNormalization,
+    FuseRotary,
+    FuseAttention,
+    FuseCache,
+    FuseProjections,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
