@@ -27,6 +27,12 @@ from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
 from onnxopt.passes.fuse_softmax import FuseSoftmax
+from onnxopt.passes.fuse_attention import FuseAttention
+from onnxopt.passes.fuse_cache import FuseCache
+from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_projections import FuseProjections
+from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.fuse_rotary import FuseRotary
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -90,6 +96,10 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseSkipLayernorm,
     FuseBiasGelu,
     FuseEmbedLayernorm,
+    FuseRotary,
+    FuseAttention,
+    FuseCache,
+    FuseProjections,
     FoldBatchnorm,
     MergeAffine,
     MergeMatmul,
