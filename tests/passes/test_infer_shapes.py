@@ -94,8 +94,9 @@ def test_a_type_on_record_is_not_contradicted() -> None:
 def test_one_node_that_cannot_be_inferred_does_not_stop_the_rest() -> None:
     proto = text_model(
         """<ir_version: 10, opset_import: ["" : 17, "unknown" : 1]>
-        g (float[2, 3] x) => (float[?] y) {
-            a = unknown.Op(x)\n b = Transpose(x)\n c = MatMul(x, x)\n y = Sum(a, b, c) }"""
+        g (float[2, 3] x, int64[2] k) => (float[?] y, int64[?] z) {
+            a = unknown.Op(x)\n b = Transpose(x)\n c = MatMul(x, x)\n y = Sum(a, b, c)
+            d = HardSwish(k)\n z = Neg(d) }"""
     )
     found = record(run_pass(proto, InferShapes()).model)
     assert found["a"] == "None None"
