@@ -131,17 +131,21 @@ def _infer(
     """What onnx says of a node of this form with inputs of these types and contents."""
     node, opsets = form.node(), dict(form.opsets)
     sort_axes(node)
-    inferred = onnx.shape_inference.infer_node_outputs(
-        onnx.defs.get_schema(form.op_type, opsets[form.domain], form.domain),
-        node,
-        {f"i{number}": _type_proto(known) for number, known in enumerate(types) if known},
-        {
-            f"i{number}": onnx.TensorProto(data_type=known[0], dims=known[1], raw_data=known[2])
-            for number, known in enumerate(data)
-            if known
-        },
-        opset_imports=[onnx.OperatorSetIdProto(domain=key, version=opsets[key]) for key in opsets],
-    )
+    contents = {
+        f"i{number}": onnx.TensorProto(data_type=known[0], dims=known[1], raw_data=known[2])
+        for number, known in enumerate(data)
+        if known
+    }
+    try:
+        inferred = onnx.shape_inference.infer_node_outputs(
+            onnx.defs.get_schema(form.op_type, opsets[form.domain], form.domain),
+            node,
+            {f"i{number}": _type_proto(known) for number, known in enumerate(types) if known},
+            contents,
+            opset_imports=[onnx.OperatorSetIdProto(domain=key, version=opsets[key]) for key in opsets],
+        )
+    except onnx.checker.ValidationError as error:  # of a type that the operator does not take
+        raise onnx.shape_inference.InferenceError(str(error)) from None
     found = {name: type_from(proto) for name, proto in inferred.items()}
     return tuple([found.get(f"o{number}") for number in range(len(form.outputs))])
 
