@@ -35,9 +35,9 @@ _SMALL = 1024
 """Bytes of a constant, and elements of a result, that are looked at."""
 _NUMBERS = (ir.DataType.INT32, ir.DataType.INT64)
 _WHOLE = (*_NUMBERS, ir.DataType.BOOL)
+_MADE_UP = re.compile(r"%\d+(\*1)?")
 _NO_NAME = re.compile(r"\W*|none|unknown|dynamic|undefined", re.IGNORECASE)
 """What exporters write for sizes that have nothing to do with each other."""
-_UNNAMED = re.compile(r"%\d+\*1")
 
 
 class Dims:
@@ -151,7 +151,7 @@ class Dims:
         if record is None or len(record) != len(shape):
             return shape
         pairs = zip(record, shape, strict=True)
-        return tuple(a if isinstance(a, int) or _UNNAMED.fullmatch(str(b)) else b for a, b in pairs)
+        return tuple(a if isinstance(a, int) or (_is_new(b) and not _is_new(a)) else b for a, b in pairs)
 
     def _in_loop(self, value: ir.Value) -> bool:
         """Whether a Loop repeats it: what a Loop carries may change its shape, whatever is on record."""
@@ -203,6 +203,11 @@ class Dims:
             return np.asarray(evaluate(node, arrays, self._scope.opset)[0].astype(object))
         except CannotEvaluateError:
             return None
+
+
+def _is_new(dim: Dim) -> bool:
+    """Whether a size is one that got a name here, for want of one."""
+    return _MADE_UP.fullmatch(str(dim)) is not None
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

@@ -23,8 +23,10 @@ from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
 from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
 from onnxopt.passes.fuse_lstm import FuseLstm
+from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
+from onnxopt.passes.fuse_softmax import FuseSoftmax
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -34,6 +36,7 @@ from onnxopt.passes.merge_arithmetic import MergeArithmetic
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_distant_layout import MergeDistantLayout
 from onnxopt.passes.merge_gemm import MergeGemm
 from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
@@ -70,12 +73,15 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeSqueeze,
     MergeTranspose,
     MergeLayout,
+    MergeDistantLayout,
     MergeSlice,
     MergeConcat,
     MergeClip,
     MergePad,
     MergeQdq,
+    FuseMean,
     FuseActivation,
+    FuseSoftmax,
     FuseLayernorm,
     FuseLstm,
     FuseGru,
