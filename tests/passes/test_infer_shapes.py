@@ -110,6 +110,19 @@ def test_a_shape_that_can_be_overridden_is_unknown() -> None:
     assert record(run_pass(proto, InferShapes()).model)["a"] == "FLOAT [None]"
 
 
+@pytest.mark.parametrize("cut", ["k, four, zero", "zero, k, zero", "one, four, k", "zero, four, zero, k"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_shape_that_is_cut_where_the_user_says_is_unknown(cut: str, inside: bool) -> None:
+    constants = "<int64[1] zero = {0}, int64[1] one = {1}, int64[1] four = {4}>"
+    nodes, output = f"s = Shape(x) c = Slice(s, {cut}) a = Reshape(x, c) y = Neg(a)", "y"
+    if inside:
+        other = "e () => (float[A] v) { v = Neg(x) }"
+        nodes = f"z = If (b) <then_branch = t () => (float[A] y) {{ {nodes} }}, else_branch = {other}>"
+        output = "z"
+    text = f"g (float[2,3,4] x, int64[1] k, bool b) => (float[A] {output}) {constants} {{ {nodes} }}"
+    assert record(run_pass(text, InferShapes()).model)["a"] in ("None None", "FLOAT None")
+
+
 @pytest.mark.parametrize("lift", [False, True])
 def test_bodies_also_after_their_constants_were_lifted(lift: bool) -> None:
     proto = text_model(
