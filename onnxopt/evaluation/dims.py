@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.evaluator import MOVES, evaluate
 from onnxopt.evaluation.extents import ARITHMETIC, SHAPES, Shape
-from onnxopt.evaluation.sizes import Dim, named, product
+from onnxopt.evaluation.sizes import Dim, Size, named, product
 from onnxopt.graph import (
     constant_array,
     constant_of,
@@ -197,7 +197,7 @@ class Dims:
             if op == "Cast" and int_attr(node, "to", 0) not in [dtype.value for dtype in _NUMBERS]:
                 return None
             result: np.ndarray = np.asarray(np.frompyfunc(ARITHMETIC[op], len(known), 1)(*known), object)
-            return None if any(element is None for element in result.flat) else result
+            return result if all(_fits(element, node.outputs[0].dtype) for element in result.flat) else None
         try:
             arrays = [None if array is None else _narrowed(array) for array in inputs]
             return np.asarray(evaluate(node, arrays, self._scope.opset)[0].astype(object))
@@ -208,6 +208,13 @@ class Dims:
 def _is_new(dim: Dim) -> bool:
     """Whether a size is one that got a name here, for want of one."""
     return _MADE_UP.fullmatch(str(dim)) is not None
+
+
+def _fits(element: object, dtype: ir.DataType | None) -> bool:
+    """Whether a result is known, and did not wrap around on the way to its type."""
+    largest = np.iinfo(np.int64 if dtype == ir.DataType.INT64 else np.int32).max
+    numbers = [count for _, count in element.terms] if isinstance(element, Size) else [element]
+    return all(isinstance(number, int) and -largest - 1 <= number <= largest for number in numbers)
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:
