@@ -6,6 +6,7 @@ from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.dims import Dims, DimsOf
 from onnxopt.evaluation.evaluator import KERNELS, MOVES, evaluate
 from onnxopt.evaluation.facts import UNKNOWN, Facts
+from onnxopt.evaluation.known import known_array
 from onnxopt.evaluation.sizes import Dim, Size, divide, is_natural, named, product
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "divide",
     "evaluate",
     "is_natural",
+    "known_array",
     "named",
     "product",
 ]

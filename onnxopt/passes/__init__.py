@@ -26,6 +26,7 @@ from onnxopt.passes.merge_distant_layout import MergeDistantLayout
 from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge_pieces import MergePieces
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_squeeze import MergeSqueeze
@@ -50,6 +51,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeDistantLayout,
     MergeSlice,
     MergeConcat,
+    MergePieces,
     MergeClip,
     MergePad,
     FoldBatchnorm,
