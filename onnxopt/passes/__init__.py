@@ -9,6 +9,7 @@ from onnxopt.claims import Pass
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate_dead import EliminateDead
+from onnxopt.passes.eliminate_expand import EliminateExpand
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.fold_batchnorm import FoldBatchnorm
@@ -29,6 +30,7 @@ from onnxopt.passes.merge_pad import MergePad
 from onnxopt.passes.merge_pieces import MergePieces
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
+from onnxopt.passes.merge_split import MergeSplit
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 
@@ -42,6 +44,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     InferShapes,
     FoldConstants,
     FoldShapes,
+    EliminateExpand,
     EliminateNoop,
     MergeCast,
     MergeReshape,
@@ -52,6 +55,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeSlice,
     MergeConcat,
     MergePieces,
+    MergeSplit,
     MergeClip,
     MergePad,
     FoldBatchnorm,

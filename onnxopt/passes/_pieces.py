@@ -63,6 +63,12 @@ class Tracer:
         whole = [Piece(value, 0, size)]
         return whole if parts is None or len(parts) > _MOST else _coalesced(parts)
 
+    def cut(self, node: ir.Node) -> tuple[int, int] | None:
+        """From where to where of its source a Slice is, in steps of 1; None where that is not known."""
+        size = self.size(node.outputs[0])
+        start = None if size is None else self._start(node, node.outputs[0])
+        return None if size is None or start is None else (start, start + size)
+
     def _from(self, maker: ir.Node, value: ir.Value, size: int) -> list[Piece] | None:
         op, source = maker.op_type, maker.inputs[0]
         if source is None:
