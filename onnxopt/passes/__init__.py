@@ -9,6 +9,7 @@ from onnxopt.claims import Pass
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate_dead import EliminateDead
+from onnxopt.passes.eliminate_expand import EliminateExpand
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.eliminate_pairs import EliminatePairs
@@ -50,8 +51,10 @@ from onnxopt.passes.merge_normalization import MergeNormalization
 from onnxopt.passes.merge_pad import MergePad
 from onnxopt.passes.merge_parallel import MergeParallel
 from onnxopt.passes.merge_qdq import MergeQdq
+from onnxopt.passes.merge_pieces import MergePieces
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
+from onnxopt.passes.merge_split import MergeSplit
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
@@ -72,6 +75,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     InlineIf,
     UnrollLoop,
     FoldShapes,
+    EliminateExpand,
     EliminateNoop,
     EliminatePairs,
     MergeCast,
@@ -82,6 +86,8 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergeDistantLayout,
     MergeSlice,
     MergeConcat,
+    MergePieces,
+    MergeSplit,
     MergeClip,
     MergePad,
     MergeQdq,
