@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ROWS", "Row"]
+__all__ = ["PARTS", "ROWS", "Row"]
 
 
 @dataclass(frozen=True)
@@ -19,39 +19,44 @@ class Row:
 
 
 _GATE = "HardSigmoid(x, alpha=0.16666666666666666, beta=0.5)"
-_CLIP = "(Clip(Add(x, 3), 0, 6) | Clip(Add(x, 3), min=0, max=6))"
-_LINE = "Add(Mul(x, 'a'), 'b')"
-_ERF = "Erf(Mul(x, 0.7071067811865476))"
-_CUBE = "(Mul(0.044715, x, x, x) | Mul(0.044715, Pow(x, 3)) | Mul(0.044715, x, Pow(x, 2)))"
-_SQUARE = "(Mul(0.044715, x, x) | Mul(0.044715, Pow(x, 2)))"
-_OTHER = "(Mul(0.035677408136300125, x, x, x) | Mul(0.035677408136300125, Pow(x, 3)))"
-_TANH = f"""Tanh(Mul(0.7978845608028654, Add(x, {_CUBE})) | Add(Mul(0.7978845608028654, x), {_OTHER})
-    | Mul(0.7978845608028654, x, Add({_SQUARE}, 1)))"""
-_LOG = "Log(Add(Exp(x), 1))"
-_POSITIVE = "(Greater(x, 0) | GreaterOrEqual(x, 0))"
+
+PARTS = {
+    "Gate": _GATE,
+    "Six": "Clip(Add(x, 3), 0, 6) | Clip(Add(x, 3), min=0, max=6)",
+    "Line": "Add(Mul(x, 'a'), 'b')",
+    "Error": "Erf(Mul(x, 0.7071067811865476))",
+    "Cube": "Mul(0.044715, x, x, x) | Mul(0.044715, Pow(x, 3)) | Mul(0.044715, x, Pow(x, 2))",
+    "Square": "Mul(0.044715, x, x) | Mul(0.044715, Pow(x, 2))",
+    "Tangent": """Tanh(Mul(0.7978845608028654, Add(x, Cube)) | Mul(0.7978845608028654, x, Add(Square, 1))
+        | Add(Mul(0.7978845608028654, x),
+              Mul(0.035677408136300125, x, x, x) | Mul(0.035677408136300125, Pow(x, 3))))""",
+    "Logarithm": "Log(Add(Exp(x), 1))",
+    "Positive": "Greater(x, 0) | GreaterOrEqual(x, 0)",
+}
+"""What several patterns have in common."""
 
 ROWS = (
-    Row(14, "HardSwish(x)", (f"Mul(x, {_GATE})", f"Mul(x, {_CLIP}, 0.16666666666666666)")),
-    Row(6, f"Mul(x, {_GATE})", (f"Mul(x, {_CLIP}, 0.16666666666666666)",)),
-    Row(6, _GATE, (f"Mul({_CLIP}, 0.16666666666666666)",)),
-    Row(6, "HardSigmoid(x, alpha=a, beta=b)", (f"Clip({_LINE}, 0, 1)", f"Clip({_LINE}, min=0, max=1)")),
+    Row(14, "HardSwish(x)", ("Mul(x, Gate)", "Mul(x, Six, 0.16666666666666666)")),
+    Row(6, f"Mul(x, {_GATE})", ("Mul(x, Six, 0.16666666666666666)",)),
+    Row(6, _GATE, ("Mul(Six, 0.16666666666666666)",)),
+    Row(6, "HardSigmoid(x, alpha=a, beta=b)", ("Clip(Line, 0, 1)", "Clip(Line, min=0, max=1)")),
     Row(
         20,
         "Gelu(x)",
-        (f"Mul(x, 0.5, Add({_ERF}, 1))", f"Mul(x, Add(Mul({_ERF}, 0.5), 0.5))"),
+        ("Mul(x, 0.5, Add(Error, 1))", "Mul(x, Add(Mul(Error, 0.5), 0.5))"),
         "com_microsoft.Gelu(x)",
     ),
     Row(
         20,
         "Gelu(x, approximate='tanh')",
         (
-            f"Mul(x, 0.5, Add({_TANH}, 1))",
-            f"Mul(x, Add(Mul({_TANH}, 0.5), 0.5))",
-            f"Mul(x, Sigmoid(Mul(1.5957691216057308, Add(x, {_CUBE}))))",
+            "Mul(x, 0.5, Add(Tangent, 1))",
+            "Mul(x, Add(Mul(Tangent, 0.5), 0.5))",
+            "Mul(x, Sigmoid(Mul(1.5957691216057308, Add(x, Cube))))",
         ),
         "com_microsoft.FastGelu(x)",
     ),
-    Row(18, "Mish(x)", ("Mul(x, Tanh(Softplus(x)))", f"Mul(x, Tanh({_LOG}))")),
+    Row(18, "Mish(x)", ("Mul(x, Tanh(Softplus(x)))", "Mul(x, Tanh(Logarithm))")),
     Row(
         24,
         "Swish(x)",
@@ -68,20 +73,20 @@ ROWS = (
     ),
     Row(6, "Sigmoid(x)", ("Div(1, Add(Exp(Neg(x)), 1))", "Reciprocal(Add(Exp(Neg(x)), 1))")),
     Row(1, "Softplus(x)", ("Add(Relu(x) | Max(x, 0), Log(Add(Exp(Neg(Abs(x))), 1)))",)),
-    Row(1, "Softplus(x)", (_LOG,), option="stable"),
+    Row(1, "Softplus(x)", ("Logarithm",), option="stable"),
     Row(1, "Softsign(x)", ("Div(x, Add(Abs(x), 1))",)),
     Row(
         6,
         "LeakyRelu(x, alpha=alpha)",
         (
-            f"Where({_POSITIVE}, x, Mul(x, 'alpha'))",
+            "Where(Positive, x, Mul(x, 'alpha'))",
             "Where(Less(x, 0) | LessOrEqual(x, 0), Mul(x, 'alpha'), x)",
             "PRelu(x, 'alpha')",
         ),
     ),
     Row(6, "LeakyRelu(x, alpha=fraction)", ("Max(x, Mul(x, 'fraction'))",)),
-    Row(6, "Elu(x)", (f"Where({_POSITIVE}, x, Sub(Exp(x), 1))",)),
-    Row(6, "Elu(x, alpha=alpha)", (f"Where({_POSITIVE}, x, Mul(Sub(Exp(x), 1), 'alpha'))",)),
+    Row(6, "Elu(x)", ("Where(Positive, x, Sub(Exp(x), 1))",)),
+    Row(6, "Elu(x, alpha=alpha)", ("Where(Positive, x, Mul(Sub(Exp(x), 1), 'alpha'))",)),
     Row(6, "Selu(x)", ("Mul(Elu(x, alpha=1.6732632423543772), 1.0507009873554805)",)),
     Row(6, "Relu(x)", ("Max(x, 0)",)),
 )

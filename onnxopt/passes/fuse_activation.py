@@ -23,7 +23,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.passes._functions import ROWS
+from onnxopt.passes._functions import PARTS, ROWS
 from onnxopt.pattern import Match, Patterns
 from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
@@ -80,7 +80,7 @@ class FuseActivation(Pass):
 
 @functools.cache
 def _all() -> Patterns:
-    return Patterns({str(i): row.patterns for i, row in enumerate(ROWS)})
+    return Patterns({str(i): row.patterns for i, row in enumerate(ROWS)}, PARTS)
 
 
 _REASONS = {
@@ -103,7 +103,7 @@ def _patterns(opset: int, contrib: bool, on: frozenset[str]) -> tuple[Patterns, 
             late = f"{row.result.partition('(')[0]} {row.opset}"
             reason = late if row.opset > opset else _REASONS[row.option]
             others.setdefault(reason, []).extend(row.patterns)
-    return Patterns(known), Patterns(others)
+    return Patterns(known, PARTS), Patterns(others, PARTS)
 
 
 def _holds(match: Match) -> bool:

@@ -46,9 +46,9 @@ class FuseSkipLayernorm(Pass):
         sum = Add(x, skip)
         y = LayerNormalization(sum, gamma)
     }"""
-    pattern: ClassVar[
-        str
-    ] = """agraph (float[batch_1, length_128, 384] x) => (float[batch_1, length_128, 384] y)
+    pattern: ClassVar[str] = """
+    agraph (float[batch_1, length_128, 384] x)
+        => (float[batch_1, length_128, 384] y, float[batch_1, length_128, 384] sum)
         <float[384, 384] weight, float[384] bias, float[384] gamma, float[384] beta,
          float[batch_1, length_128, 384] product, float[batch_1, length_128, 384] biased> {
         product = MatMul(x, weight)
