@@ -20,10 +20,11 @@ from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse_groupnorm import FuseGroupnorm
 from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
-from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_lstm import FuseLstm
+from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
 from onnxopt.passes.fuse_softmax import FuseSoftmax
@@ -84,6 +85,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseLstm,
     FuseGru,
     FuseRmsnorm,
+    FuseGroupnorm,
     MergeNormalization,
     FuseSkipLayernorm,
     FuseBiasGelu,
