@@ -185,7 +185,8 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     for name, attr in node.attributes.items():
         if name == "value":
-            return attr.as_tensor()
+            tensor: ir.TensorProtocol = attr.value  # `as_tensor` looks long at what it is
+            return tensor
         if name in ("value_float", "value_floats"):
             return ir.Tensor(np.array(attr.value, np.float32))
         if name in ("value_int", "value_ints"):

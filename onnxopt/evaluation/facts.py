@@ -7,7 +7,7 @@ that only move elements, and a little arithmetic, carry it on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.evaluator import MOVES, evaluate
 from onnxopt.evaluation.streaming import stream
-from onnxopt.graph import constant_of, has_reference
+from onnxopt.graph import constant_of, has_reference, nbytes
 
 __all__ = ["UNKNOWN", "Facts"]
 
@@ -72,13 +72,25 @@ class Facts:
         """Whether the value is no constant in the graph, but known in full."""
         return value in self._known
 
+    def learned_any(self, values: Iterable[ir.Value | None]) -> bool:
+        """Whether one of the values was learned in full."""
+        return not self._known.keys().isdisjoint(values)
+
+    def record(self, values: Iterable[ir.Value | None]) -> None:
+        """Put on record the shapes of values that were learned in full, where none is, and the types."""
+        for value in values:
+            if value is not None and value in self._known and (value.shape is None or value.type is None):
+                tensor = self.tensor(value)
+                value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+
     def in_part(self, node: ir.Node) -> bool:
         """Whether an input is known in part only."""
         return bool(self._partial) and any(value in self._partial for value in node.inputs)
 
     def nbytes(self, value: ir.Value) -> int:
         """Bytes of a value that is known."""
-        return self._find(value).nbytes
+        found = self._find(value)
+        return found.nbytes if isinstance(found, np.ndarray) else nbytes(found)
 
     def inputs(self, node: ir.Node) -> list[Found | None]:
         """The inputs of a node, which are known: arrays, but for weights that would have to be read."""

@@ -21,6 +21,7 @@ reads them that is not folded itself; of a shape that is known in part, that par
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -95,12 +96,11 @@ class _Folder:
                 self.walk(body)
             if self.work_out(node, nested=bool(bodies)):
                 continue
-            for value in node.inputs:
-                self.settle(value)
+            if self.facts.learned_any(node.inputs):
+                self.settle(node.inputs)
             if not self.refined.isdisjoint(node.inputs) and graph not in self.facts.loose:
                 self.refined.update(refine(node, self.scope.graph.opset_imports))
-        for value in graph.outputs:
-            self.settle(value)
+        self.settle(graph.outputs)
 
     def work_out(self, node: ir.Node, *, nested: bool) -> bool:
         """Find the outputs of a node; False where it stays because they are not known in full."""
@@ -142,6 +142,7 @@ class _Folder:
 
     def check_size(self, node: ir.Node) -> None:
         """Raise `Declined` for a node that is refused later, before a large weight is read."""
+        self.facts.record(node.inputs)
         refine(node, self.scope.graph.opset_imports)
         size = 0
         for value in _used(node):
@@ -173,11 +174,10 @@ class _Folder:
                     work.append(producer)
         return total
 
-    def settle(self, read: ir.Value | None) -> None:
-        """Put a value in place that a node which stays reads; where that is refused, what it is made from."""
-        if not self.facts.learned(read):
-            return
-        work = [read]
+    def settle(self, read: Iterable[ir.Value | None]) -> None:
+        """Put values in place that a node which stays reads; where that is refused, what they come from."""
+        work = [*read]
+        work.reverse()
         while work:
             value = work.pop()
             producer = value.producer() if value is not None and self.facts.learned(value) else None

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.graph import nbytes, tensor_bytes, walk
-from onnxopt.inference import Type, form_of, infer_outputs, sort_axes, type_from
+from onnxopt.inference import Type, form_of, hide_misread, infer_outputs, sort_axes, type_from
 from onnxopt.ledger import Ledger
 from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 
@@ -124,6 +124,7 @@ def _question(model: ir.Model) -> onnx.ModelProto:
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     _prepare_nodes(proto.graph, fixed)
+    hide_misread(proto.graph)
     return proto
 
 

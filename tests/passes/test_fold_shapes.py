@@ -229,3 +229,19 @@ def test_any_order_of_sizes(order: list[str], perm: list[int], keep: int, allowz
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([number]), name))
     done = run_pass(proto, FoldShapes())
     assert_equivalent(proto, done.model, feeds(proto))
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64"])
+def test_integers_that_wrap_around_are_not_followed(kind: str) -> None:
+    large = np.iinfo(kind).max
+    proto = text_model(
+        f"""agraph (float[2,3] x) => ({kind}[2] y) <{kind} large = {{{large}}}, {kind} two = {{2}}> {{
+            s = Shape(x)
+            t = Cast<to = {6 if kind == "int32" else 7}>(s)
+            a = Add(large, t)
+            b = Div(a, two)
+            y = Add(b, t)
+        }}"""
+    )
+    after = run_pass(proto, FoldShapes()).model
+    assert_equivalent(proto, after)
