@@ -23,6 +23,7 @@ from onnxopt.passes.fuse_attention import FuseAttention
 from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_cache import FuseCache
 from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse_groupnorm import FuseGroupnorm
 from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
 from onnxopt.passes.fuse_lstm import FuseLstm
@@ -96,6 +97,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseLstm,
     FuseGru,
     FuseRmsnorm,
+    FuseGroupnorm,
     MergeNormalization,
     FuseSkipLayernorm,
     FuseBiasGelu,
