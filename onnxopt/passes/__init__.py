@@ -16,6 +16,7 @@ from onnxopt.passes.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold_constants import FoldConstants
 from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
+from onnxopt.passes.fuse_space_to_depth import FuseSpaceToDepth
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants
@@ -33,6 +34,7 @@ from onnxopt.passes.merge_slice import MergeSlice
 from onnxopt.passes.merge_split import MergeSplit
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.retarget_einsum import RetargetEinsum
 
 __all__ = ["BUILTIN"]
 
@@ -47,12 +49,14 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateExpand,
     EliminateNoop,
     MergeCast,
+    RetargetEinsum,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
     MergeLayout,
     MergeDistantLayout,
     MergeSlice,
+    FuseSpaceToDepth,
     MergeConcat,
     MergePieces,
     MergeSplit,

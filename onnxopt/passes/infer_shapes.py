@@ -12,6 +12,7 @@ are taken for unknown values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import nodes, tensor_bytes
+from onnxopt.graph import nodes, tensor_bytes, walk
 from onnxopt.inference import sort_axes
 from onnxopt.ledger import Ledger
 from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
@@ -60,6 +61,7 @@ class InferShapes(Pass):
         shapes = [value.shape for value in model.graph.inputs if value.shape is not None]
         names = {size.value for shape in shapes for size in shape.dims if isinstance(size, ir.SymbolicDim)}
         found = list(_compare(model.graph, inferred.graph, names - {None}, set(model.graph.outputs)))
+        found += _only_types(model.graph, {refined.value for refined in found})
         if found and ledger.claim(_RULE, ""):
             for refined in found:
                 refined.value.type, refined.value.shape = refined.type, refined.shape
@@ -114,6 +116,24 @@ def _compare(
             elif attr.type == onnx.AttributeProto.GRAPHS:
                 for body, other in zip(node.attributes[attr.name].as_graphs(), attr.graphs, strict=True):
                     yield from _compare(body, other, names, fixed)
+
+
+def _only_types(graph: ir.Graph, found: set[ir.Value]) -> Iterator[_Refined]:
+    """Values without a type whose operator can give one type only, as many of ai.onnx.ml can."""
+    for node in walk(graph):
+        version = graph.opset_imports.get(node.domain, 0)
+        missing = [
+            value for value in node.outputs if value.type is None and value.name and value not in found
+        ]
+        if not missing or not onnx.defs.has(node.op_type, version, node.domain):
+            continue
+        formal = onnx.defs.get_schema(node.op_type, version, node.domain).outputs
+        for value, output in zip(node.outputs, formal, strict=False):
+            kind = re.fullmatch(
+                r"tensor\((\w+)\)", next(iter(output.types)) if len(output.types) == 1 else ""
+            )
+            if value in missing and kind is not None:
+                yield _Refined(value, ir.TensorType(ir.DataType[kind[1].upper()]), value.shape)
 
 
 def _refine(value: ir.Value, proto: onnx.TypeProto, names: set[str | None]) -> _Refined | None:

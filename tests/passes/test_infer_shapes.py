@@ -192,3 +192,14 @@ def test_axes_of_a_squeeze_in_any_order() -> None:
     result = run_pass(proto, InferShapes())
     assert record(result.model)["a"] == "FLOAT [5]"
     assert_equivalent(proto, result.model)
+
+
+def test_operators_that_give_one_type_only() -> None:
+    """onnx's inference passes over most of ai.onnx.ml."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 1]>
+    g (float[N, 3] x) => (float[A, B] y) {
+      s = ai.onnx.ml.Scaler <offset = [0.0], scale = [2.0]> (x)
+      y = Neg (s)
+    }"""
+    result = run_pass(text, InferShapes())
+    assert record(result.model)["s"] == "FLOAT None"
