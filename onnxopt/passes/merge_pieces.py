@@ -63,6 +63,12 @@ def _merge(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
         return None
     parts = dict.fromkeys(p for p in pieces if picked or p.stop - p.start != tracer.size(p.value))
     made = len(parts) + sum(len(one or ()) > 1 for one in lists)
+    if (
+        made
+        and not node.op_type.startswith("Scatter")
+        and all(piece.value in node.inputs for piece in pieces)
+    ):
+        return None
     freed = freed_by(node, {piece.value for piece in pieces})
     early = made == freed and tracer.joined and len(pieces) == 1
     if made >= freed and not early:
