@@ -12,26 +12,17 @@ are taken for unknown values.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import itertools
-from collections.abc import Container, Iterator, Mapping
-=======
 import re
-from collections.abc import Iterator, Mapping
->>>>>>> shapes
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-<<<<<<< HEAD
 from onnxopt.graph import nbytes, tensor_bytes, walk
 from onnxopt.inference import Type, form_of, hide_misread, infer_outputs, sort_axes, type_from
-=======
-from onnxopt.graph import nodes, tensor_bytes, walk
-from onnxopt.inference import sort_axes
->>>>>>> shapes
 from onnxopt.ledger import Ledger
 from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 
@@ -65,22 +56,15 @@ agraph (float[N, 2] x) => (float[N, 1] y) <float[2, 1] w = {1, 2}> {
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         shapes = [value.shape for value in model.graph.inputs if value.shape is not None]
-<<<<<<< HEAD
         sizes = [size for shape in shapes for size in shape.dims if isinstance(size, ir.SymbolicDim)]
         names, claimed = {size.value: size for size in sizes if size.value is not None}, False
-        for found in itertools.chain(_node_by_node(model, names), _as_a_whole(model, names, ledger)):
+        for found in itertools.chain(
+            _node_by_node(model, names), _as_a_whole(model, names, ledger), _only_types(model.graph)
+        ):
             claimed = claimed or ledger.claim(_RULE, "")
             if not claimed:
                 return
             found.value.type, found.value.shape = found.type, found.shape
-=======
-        names = {size.value for shape in shapes for size in shape.dims if isinstance(size, ir.SymbolicDim)}
-        found = list(_compare(model.graph, inferred.graph, names - {None}, set(model.graph.outputs)))
-        found += _only_types(model.graph, {refined.value for refined in found})
-        if found and ledger.claim(_RULE, ""):
-            for refined in found:
-                refined.value.type, refined.value.shape = refined.type, refined.shape
->>>>>>> shapes
 
 
 def _node_by_node(model: ir.Model, names: _Names) -> Iterator[_Refined]:
@@ -176,29 +160,21 @@ def _compare(
                     yield from _compare(body, other, names, fixed)
 
 
-<<<<<<< HEAD
-def _refine(value: ir.Value, inferred: Type, names: _Names) -> _Refined | None:
-=======
-def _only_types(graph: ir.Graph, found: set[ir.Value]) -> Iterator[_Refined]:
+def _only_types(graph: ir.Graph) -> Iterator[_Refined]:
     """Values without a type whose operator can give one type only, as many of ai.onnx.ml can."""
     for node in walk(graph):
         version = graph.opset_imports.get(node.domain, 0)
-        missing = [
-            value for value in node.outputs if value.type is None and value.name and value not in found
-        ]
+        missing = [value for value in node.outputs if value.type is None and value.name]
         if not missing or not onnx.defs.has(node.op_type, version, node.domain):
             continue
         formal = onnx.defs.get_schema(node.op_type, version, node.domain).outputs
         for value, output in zip(node.outputs, formal, strict=False):
-            kind = re.fullmatch(
-                r"tensor\((\w+)\)", next(iter(output.types)) if len(output.types) == 1 else ""
-            )
+            kind = re.fullmatch(r"tensor\((\w+)\)", "".join(output.types))
             if value in missing and kind is not None:
                 yield _Refined(value, ir.TensorType(ir.DataType[kind[1].upper()]), value.shape)
 
 
-def _refine(value: ir.Value, proto: onnx.TypeProto, names: set[str | None]) -> _Refined | None:
->>>>>>> shapes
+def _refine(value: ir.Value, inferred: Type, names: _Names) -> _Refined | None:
     """The value's type and shape with what was inferred; None if that adds nothing or contradicts."""
     if isinstance(inferred, bytes):
         found = ir.serde.deserialize_type_proto_for_type(onnx.TypeProto.FromString(inferred))

@@ -216,7 +216,6 @@ def test_axes_of_a_squeeze_in_any_order() -> None:
     assert_equivalent(proto, result.model)
 
 
-<<<<<<< HEAD
 def test_onnx_is_asked_once_about_nodes_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
@@ -260,7 +259,8 @@ def test_node_by_node_loses_nothing_that_the_whole_graph_tells(seed: int, steps:
             assert have.shape is not None
             known = [(a, b) for a, b in zip(have.shape, want.shape, strict=True) if b != ir.SymbolicDim(None)]
             assert all(a == b for a, b in known)
-=======
+
+
 def test_operators_that_give_one_type_only() -> None:
     """onnx's inference passes over most of ai.onnx.ml."""
     text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 1]>
@@ -270,4 +270,3 @@ def test_operators_that_give_one_type_only() -> None:
     }"""
     result = run_pass(text, InferShapes())
     assert record(result.model)["s"] == "FLOAT None"
->>>>>>> shapes
