@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.evaluation import Dim, Dims, divide, product
+from onnxopt.evaluation import BROADCAST, Dim, Dims, divide, product
 from onnxopt.graph import has_reference, int_attr
 from onnxopt.passes._layout import Axes, Layout, Shape
 from onnxopt.rewrite import AttributeValue, Edit
@@ -19,10 +19,6 @@ _UNARY = str.split(
     "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu"
     " HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink"
     " Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
-)
-_NARY = str.split(
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max"
-    " Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
 )
 _REDUCE = tuple(f"Reduce{kind}" for kind in ("L1", "L2", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"))
 
@@ -84,7 +80,7 @@ def moves(node: ir.Node, index: int, layout: Layout, dims: Dims, opset: int) -> 
     family = MOVABLE.get(node.op_type)
     if family is None or node.domain or has_reference(node) or opset < 7:
         return
-    if index == 0 or node.op_type in (*_NARY, "Concat"):
+    if index == 0 or node.op_type in (*BROADCAST, "Concat"):
         yield from family(_Seen(node, index, layout.coarse(), dims, opset))
 
 
@@ -231,7 +227,7 @@ _Family = Callable[[_Seen], Iterator[Move]]
 
 MOVABLE: dict[str, _Family] = {
     **dict.fromkeys(_UNARY, _unary),
-    **dict.fromkeys(_NARY, _nary),
+    **dict.fromkeys(BROADCAST, _nary),
     **dict.fromkeys(_REDUCE, _reduce),
     **dict.fromkeys(("Hardmax", "LogSoftmax", "Softmax"), _along),
     "Concat": _concat,

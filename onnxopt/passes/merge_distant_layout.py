@@ -8,6 +8,8 @@ Before: y = Concat[axis=3](Transpose(a), Transpose(b))
 After:  y = Transpose(Concat[axis=1](a, b))
 Before: y = Unsqueeze(ReduceSum[keepdims=0](x))
 After:  y = ReduceSum[keepdims=1](x)
+Before: a, b = Split(x); c = Transpose(a); d = Transpose(b)
+After:  c, d = Split(Transpose(x))
 Declines: a Reshape would be needed whose shape cannot be written down.
 
 What is crossed: element-wise ops, Reduce, Softmax, Concat, Slice, Pad, Gather, and MatMul with a matrix, as
@@ -26,11 +28,11 @@ import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.evaluation import DimsOf
-from onnxopt.graph import sole_user
+from onnxopt.graph import has_reference, int_attr, sole_user
 from onnxopt.passes._moves import MOVABLE
 from onnxopt.passes._plan import DEEPEST, Planner, cheapest
-from onnxopt.passes._steps import LAYOUT_OPS, PLAIN
-from onnxopt.rewrite import Edit, Rule
+from onnxopt.passes._steps import LAYOUT_OPS, PLAIN, layout_of, steps_for, take
+from onnxopt.rewrite import AttributeValue, Edit, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["MergeDistantLayout"]
@@ -53,7 +55,11 @@ class MergeDistantLayout(Pass):
 
     def rules(self) -> Sequence[Rule]:
         ops = (*LAYOUT_OPS, *(op for op in MOVABLE if op not in LAYOUT_OPS))
-        return (Rule("changes of layout apart from each other", ops, functools.partial(_merge, DimsOf())),)
+        dims_of = DimsOf()
+        return (
+            Rule("changes of layout apart from each other", ops, functools.partial(_merge, dims_of)),
+            Rule("Split in front of changes of layout", ("Split",), functools.partial(_split, dims_of)),
+        )
 
 
 def _merge(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
@@ -77,3 +83,35 @@ def _leads(node: ir.Node) -> bool:
             return reader is not None and reader.op_type in PLAIN
         node = reader
     return False
+
+
+def _split(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
+    """Where each result has the same change of layout behind it, it can as well be in front of the Split."""
+    dims, readers = dims_of(scope), [sole_user(value) for value in node.outputs]
+    shapes = [dims.of(value) for value in node.outputs]
+    layouts = [layout.coarse() for reader in readers if (layout := layout_of(reader, dims)) is not None]
+    if node.domain or has_reference(node) or scope.opset < 7 or len(layouts) < len(readers):
+        return None
+    axis = int_attr(node, "axis", 0) % len(layouts[0].source)
+    first = next(
+        (layout for layout in layouts if layout.source[axis]), layouts[0]
+    )  # one that is longer than 1
+    own = first.source[axis]
+    if len(own) != 1 or own not in first.target:
+        return None
+    parts = [shape[axis] for shape in shapes if shape is not None]
+    if any(one != first.resized({own[0]: part}).coarse() for one, part in zip(layouts, parts, strict=True)):
+        return None
+    steps = steps_for(first.resized({own[0]: sum(parts[1:], parts[0])}))
+    source = node.inputs[0]
+    if steps is None or len(steps) >= len(readers) or source is None:
+        return None
+    edit = Edit(node, scope)
+    values = take(edit, source, steps, scope.opset), *node.inputs[1:]
+    attributes: dict[str, AttributeValue] = {**node.attributes, "axis": first.target.index(own)}
+    for reader, value in zip(
+        readers, edit.ops("Split", values, attributes, outputs=len(readers)), strict=True
+    ):
+        assert reader is not None  # it has a layout
+        edit.replace(reader.outputs[0], value)
+    return edit

@@ -7,9 +7,9 @@ Before: y = Relu(Conv(x, v, a)); z = Relu(Conv(x, w, b))      kernel, strides, p
 After:  y, z = Split(Relu(Conv(x, [v; w], [a; b])))
 
 Likewise for Gemm. An activation goes along where all branches begin with the same one.
-The Split copies what the layer gives, so that narrow layers gain and wide ones lose. ONNX Runtime 1.31 on a
-CPU with AVX-512 takes 0.54 to 0.93 of the time for Convs of up to 16 channels a branch and 0.87 to 1.11
-beyond; 0.88 to 1.0 for three products of up to 32 rows, 1.02 to 1.07 for more.
+The Split copies what the layer gives, so that narrow layers gain and wide ones lose. On a CPU with AVX-512,
+ONNX Runtime 1.31 takes 0.54 to 1.02 of the time for Convs of up to 16 channels a branch, 0.68 to 1.11 beyond;
+0.88 to 1.04 for three products of up to 32 rows, 0.98 to 1.07 for more.
 Declines: a weight or a bias is no constant; a Gemm's bias differs by row; a shared weight above 1 MiB;
     more channels or rows than the options allow, or an unknown number of rows. Left alone: grouped Convs,
     and what would leave no fewer nodes.

@@ -1,0 +1,81 @@
+"""Operands of attention before their heads are split, and its output after they are put together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.evaluation import Dims
+from onnxopt.graph import sole_user
+from onnxopt.passes._heads import Heads, Operand
+from onnxopt.passes._layout import Layout, flat
+from onnxopt.passes._steps import layout_of, written
+from onnxopt.rewrite import Edit
+
+__all__ = ["joined", "joined_again", "keep_shape", "reshaped"]
+
+_NAME = re.compile(r"[\w.]+")
+
+
+def joined(edit: Edit, operands: Sequence[Heads], opset: int) -> list[Operand] | None:
+    """The operands as [batch, length, heads * size]; None where one is not made of such a value."""
+    places = [place for operand in operands if (place := operand.joint) is not None]
+    if len(places) < len(operands):
+        return None
+    wide: dict[ir.Value, ir.Value] = {}
+    parts: dict[ir.Value, Sequence[ir.Value]] = {}
+    found = []
+    for operand, (stage, sizes) in zip(operands, places, strict=True):
+        value = wide[stage.value] = wide.get(stage.value) or reshaped(edit, stage.value, sizes)
+        if stage.pick is not None:
+            if value not in parts:
+                parts[value] = _split(edit, value, [operand.count * operand.size] * stage.picks, opset)
+            value = parts[value][stage.pick]
+        found.append((value, stage.scale))
+    return found
+
+
+def _split(edit: Edit, value: ir.Value, sizes: list[int], opset: int) -> Sequence[ir.Value]:
+    if opset < 13:
+        return edit.ops("Split", (value,), {"axis": 2, "split": sizes}, outputs=len(sizes))
+    constant = edit.constant(np.array(sizes, np.int64), "sizes")
+    return edit.ops("Split", (value, constant), {"axis": 2}, outputs=len(sizes))
+
+
+def joined_again(value: ir.Value, dims: Dims) -> tuple[ir.Value, tuple[int, ...]] | None:
+    """What [batch, heads, length, size] ends up as: [batch, length, heads * size].
+
+    With sizes, it is a Reshape of that to these.
+    """
+    shape, found = dims.of(value), None
+    layout = Layout.identity(shape) if shape is not None and len(shape) == 4 else None
+    while layout is not None:
+        batch, heads, length, size = layout.source
+        wanted = batch, length, (*heads, *size)
+        if layout.target == wanted:
+            return value, ()
+        if flat(layout.target) == flat(wanted):
+            sizes = written(layout.target_shape, layout.shape_of(wanted))
+            found = (value, tuple(sizes)) if sizes is not None else found
+        node = sole_user(value)
+        moves = layout_of(node, dims)
+        layout = None if moves is None else layout.then(moves)
+        value = value if node is None else node.outputs[0]
+    return found
+
+
+def keep_shape(new: ir.Value, old: ir.Value, dims: Dims) -> ir.Value:
+    """Put on record of a new value what is worked out of the one it stands for, where that has names."""
+    names = [str(size).removesuffix("*1") for size in dims.of(old) or ()]
+    if names:
+        sizes = [int(name) if name.isdigit() else name if _NAME.fullmatch(name) else None for name in names]
+        new.shape = ir.Shape(sizes)
+    return new
+
+
+def reshaped(edit: Edit, value: ir.Value, sizes: Sequence[int]) -> ir.Value:
+    """The value reshaped to sizes; as it is where there are none."""
+    return edit.op("Reshape", (value, edit.constant(np.array(sizes, np.int64), "shape"))) if sizes else value
