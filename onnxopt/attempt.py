@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxopt.claims import KINDS, Kind, Pass, kind_of, pass_name
-from onnxopt.graph import graphs, nodes, tensor_bytes, tensors
+from onnxopt.graph import nodes, tensors
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.protobuf import skeleton
 from onnxopt.structure import Signature, find_problem, signature_of
@@ -76,7 +76,7 @@ def attempt(
         watch: look at the whole graph around each pass, and stop where one changed it without leave.
     """
     done = Attempt(passes, model, ledger, [Tally() for _ in passes])
-    signature, size, quiet = signature_of(model), _size(model), 0
+    signature, size, quiet = signature_of(model), ledger.index(model).size, 0
     for number, (one, tally) in enumerate(_turns(passes, done.tallies, rounds)):
         done.rounds = number // len(passes) + 1
         ledger.pass_name, done.first, done.blamed = pass_name(one), len(ledger.granted), one
@@ -98,7 +98,7 @@ def attempt(
             done.problem = "it changed the graph without the ledger's leave"
             return done
         if changes:
-            signature, old, size = signature_of(done.model), size, _size(done.model)
+            signature, old, size = signature_of(done.model), size, ledger.index(done.model).size
             tally.changes += changes
             tally.nodes += size[0] - old[0]
             tally.bytes += size[1] - old[1]
@@ -118,10 +118,6 @@ def _turns(
         yield from zip(passes, tallies, strict=True)
 
 
-def _size(model: ir.Model) -> tuple[int, int]:
-    return sum(map(len, graphs(model))), tensor_bytes(model)
-
-
 def _problem(
     one: ir.passes.PassBase, done: Attempt, signature: Signature, tolerated: Callable[[], Container[str]]
 ) -> str | None:
@@ -139,7 +135,8 @@ def _apply(one: ir.passes.PassBase, model: ir.Model, ledger: Ledger) -> ir.Model
     if ledger.leaves_out(Rewrite(ledger.pass_name, WHOLE, "")):
         return model
     if isinstance(one, Pass):
-        one.apply(model, ledger)
+        if not one.operators or ledger.index(model).has(one.operators):
+            one.apply(model, ledger)
         return model
     if not ledger.claim(WHOLE, ""):
         return model

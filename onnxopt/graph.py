@@ -33,6 +33,7 @@ __all__ = [
     "subgraphs_of",
     "tensor_bytes",
     "tensors",
+    "tensors_of",
     "uses_external_data",
     "value_names",
     "walk",
@@ -108,7 +109,12 @@ def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                 yield value.const_value
         for node in graph:
             if node.attributes.data:
-                yield from _held(node, _TENSOR, _TENSORS)
+                yield from tensors_of(node)
+
+
+def tensors_of(node: ir.Node) -> Sequence[ir.TensorProtocol]:
+    """The tensors that a node holds in its attributes."""
+    return _held(node, _TENSOR, _TENSORS)
 
 
 def _held(node: ir.Node, one: ir.AttributeType, many: ir.AttributeType) -> tuple[Any, ...]:
@@ -179,7 +185,8 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     for name, attr in node.attributes.items():
         if name == "value":
-            return attr.as_tensor()
+            tensor: ir.TensorProtocol = attr.value  # `as_tensor` looks long at what it is
+            return tensor
         if name in ("value_float", "value_floats"):
             return ir.Tensor(np.array(attr.value, np.float32))
         if name in ("value_int", "value_ints"):
@@ -222,25 +229,25 @@ def has_reference(node: ir.Node) -> bool:
 
 def int_attr(node: ir.Node, name: str, default: int) -> int:
     """An int attribute, or the default where it is absent."""
-    attr = node.attributes.get(name)
+    attr = node.attributes.data.get(name)
     return default if attr is None else attr.as_int()
 
 
 def float_attr(node: ir.Node, name: str, default: float) -> float:
     """A float attribute, or the default where it is absent."""
-    attr = node.attributes.get(name)
+    attr = node.attributes.data.get(name)
     return default if attr is None else attr.as_float()
 
 
 def str_attr(node: ir.Node, name: str, default: str) -> str:
     """A string attribute, or the default where it is absent."""
-    attr = node.attributes.get(name)
+    attr = node.attributes.data.get(name)
     return default if attr is None else attr.as_string()
 
 
 def ints_attr(node: ir.Node, name: str) -> tuple[int, ...] | None:
     """A list-of-int attribute, or None where it is absent."""
-    attr = node.attributes.get(name)
+    attr = node.attributes.data.get(name)
     return None if attr is None else tuple(attr.as_ints())
 
 

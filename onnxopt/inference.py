@@ -11,7 +11,10 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_of, nbytes
 
-__all__ = ["REMEMBERED", "Form", "Type", "form_of", "infer_outputs", "refine", "sort_axes", "type_from"]
+__all__ = [
+    *("REMEMBERED", "Form", "Type", "form_of", "hide_misread", "infer_outputs", "refine", "sort_axes"),
+    "type_from",
+]
 
 REMEMBERED = 1 << 13
 """Answers that are kept: graphs repeat their layers."""
@@ -21,6 +24,7 @@ _READABLE = 4096
 _SHORT = frozenset({(), *((size,) for size in range(9))})
 """Shapes of other constants that it is shown: scales, one for each axis, and single numbers."""
 
+_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _TENSOR, _GRAPHS = ir.AttributeType.TENSOR, (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _SCALARS = (ir.AttributeType.FLOAT, ir.AttributeType.INT, ir.AttributeType.STRING)
 _LISTS = (ir.AttributeType.FLOATS, ir.AttributeType.INTS, ir.AttributeType.STRINGS)
@@ -131,17 +135,21 @@ def _infer(
     """What onnx says of a node of this form with inputs of these types and contents."""
     node, opsets = form.node(), dict(form.opsets)
     sort_axes(node)
-    inferred = onnx.shape_inference.infer_node_outputs(
-        onnx.defs.get_schema(form.op_type, opsets[form.domain], form.domain),
-        node,
-        {f"i{number}": _type_proto(known) for number, known in enumerate(types) if known},
-        {
-            f"i{number}": onnx.TensorProto(data_type=known[0], dims=known[1], raw_data=known[2])
-            for number, known in enumerate(data)
-            if known
-        },
-        opset_imports=[onnx.OperatorSetIdProto(domain=key, version=opsets[key]) for key in opsets],
-    )
+    contents = {
+        f"i{number}": onnx.TensorProto(data_type=known[0], dims=known[1], raw_data=known[2])
+        for number, known in enumerate(data)
+        if known
+    }
+    try:
+        inferred = onnx.shape_inference.infer_node_outputs(
+            onnx.defs.get_schema(form.op_type, opsets[form.domain], form.domain),
+            node,
+            {f"i{number}": _type_proto(known) for number, known in enumerate(types) if known},
+            contents,
+            opset_imports=[onnx.OperatorSetIdProto(domain=key, version=opsets[key]) for key in opsets],
+        )
+    except onnx.checker.ValidationError as error:  # of a type that the operator does not take
+        raise onnx.shape_inference.InferenceError(str(error)) from None
     found = {name: type_from(proto) for name, proto in inferred.items()}
     return tuple([found.get(f"o{number}") for number in range(len(form.outputs))])
 
@@ -183,6 +191,30 @@ def sort_axes(node: onnx.NodeProto) -> None:
     if node.op_type == "Squeeze" and not node.domain:
         for attr in node.attribute:
             attr.ints.sort()
+
+
+def hide_misread(
+    graph: onnx.GraphProto, constants: set[str] | None = None, types: dict[str, onnx.TypeProto] | None = None
+) -> None:
+    """Hide Slices of lists by what is no constant from onnx: following shapes, it takes such an end for 0.
+
+    Args:
+        graph: with the graphs in its nodes; changed in place.
+        constants, types: of the graphs around it; added to.
+    """
+    constants, types = set() if constants is None else constants, {} if types is None else types
+    types.update((info.name, info.type) for info in (*graph.input, *graph.value_info))
+    constants.difference_update(name for node in graph.node for name in node.output)
+    constants.update(name for node in graph.node if node.op_type == "Constant" for name in node.output)
+    constants.update(tensor.name for tensor in graph.initializer)
+    for node in graph.node:
+        if node.op_type == "Slice" and not constants.issuperset(filter(None, node.input[1:])):
+            tensor = types.get(node.input[0], onnx.TypeProto()).tensor_type
+            if tensor.elem_type in (0, *_INTEGERS) and len(tensor.shape.dim) < 2:
+                node.op_type = "?"
+        for attr in node.attribute:
+            for body in (attr.g, *attr.graphs) if attr.type in _BODIES else ():
+                hide_misread(body, constants, types)
 
 
 def _complete(value: ir.Value, inferred: Type) -> bool:

@@ -48,10 +48,12 @@ class Ledger:
     pass_name: str = ""
     granted: list[Rewrite] = field(default_factory=list)
     declined: dict[Rewrite, str] = field(default_factory=dict)
+    opsets_wanted: set[int] = field(default_factory=set)
+    """The opsets that declined rewrites would have needed."""
     touched: dict[ir.Node, None] = field(default_factory=dict)
     visiting: Rewrite | None = None
     """The rule that raised at a place, so that it can be named."""
-    _index: tuple[int, Index] | None = None
+    _index: Index | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -64,9 +66,9 @@ class Ledger:
 
     def index(self, model: ir.Model) -> Index:
         """The model's nodes by operator; all passes share it until the next change."""
-        if self._index is None or self._index[0] != len(self.granted) or self._index[1].model is not model:
-            self._index = len(self.granted), Index(model)
-        return self._index[1]
+        if self._index is None or self._index.model is not model:
+            self._index = Index(model)
+        return self._index
 
     def claim(self, rule: str, site: str) -> bool:
         """Ask for leave before a change; False: leave the graph as it is there."""
@@ -78,6 +80,7 @@ class Ledger:
             self.declined[rewrite] = vetoed
             return False
         self.granted.append(rewrite)
+        self._index = None
         if self.declined:
             self.declined.pop(rewrite, None)
         return True
@@ -89,3 +92,4 @@ class Ledger:
     def touch(self, nodes: Iterable[ir.Node]) -> None:
         """Record nodes that are new or have new inputs, so that they are checked."""
         self.touched.update(dict.fromkeys(nodes))
+        self._index = None

@@ -103,8 +103,8 @@ def _replace_tensors(
             for name, attr in node.attributes.items():
                 if attr.is_ref() or attr.type != ir.AttributeType.TENSOR:
                     continue
-                new = attribute(attr.as_tensor())
-                if new is not attr.as_tensor():
+                new = attribute(attr.value)
+                if new is not attr.value:
                     node.attributes[name] = ir.AttrTensor(name, new, attr.doc_string)
 
 

@@ -115,20 +115,25 @@ class Match:
 class Patterns:
     """Patterns to look for at once, found by the operator they end in; the first one in order wins."""
 
-    def __init__(self, texts: Mapping[str, str | Sequence[str]]) -> None:
+    def __init__(
+        self, texts: Mapping[str, str | Sequence[str]], parts: Mapping[str, str] | None = None
+    ) -> None:
         """Read the patterns.
 
         Args:
             texts: name -> pattern, or several that go by one name.
+            parts: name -> pattern, which the name stands for in the texts and in the parts after it.
 
         Raises:
             ValueError: a text is no pattern.
         """
         self._index: dict[Key, list[tuple[str, Op, tuple[frozenset[Key], ...]]]] = {}
+        known: dict[str, Piece] = {}
+        for name, text in (parts or {}).items():
+            known[name] = _parsed(text, known)
         for name, given in texts.items():
             for text in (given,) if isinstance(given, str) else given:
-                part = _read(ast.parse(text.strip(), mode="eval").body)
-                for root in part.ops():
+                for root in _parsed(text, known).ops():
                     if root is None:
                         raise ValueError(f"a pattern has to end in an operator: {text}")
                     self._index.setdefault(root.key, []).append((name, root, root.needed()))
@@ -138,8 +143,10 @@ class Patterns:
         """The operators that the patterns end in, as a `Rule` takes them."""
         return tuple(f"{domain}::{op_type}" if domain else op_type for domain, op_type in self._index)
 
-    def find(self, node: ir.Node, scope: Scope) -> Match | None:
+    def find(self, node: ir.Node, scope: Scope, *, shared: bool = False) -> Match | None:
         """The first pattern that ends in this node, and whose inner values nobody else reads.
+
+        shared: it does not matter who reads them.
 
         Raises:
             Declined: the only ones there are have inner values that others read.
@@ -155,7 +162,8 @@ class Patterns:
             for found in root.at_node(node, Found({}, ())):
                 match = Match(name, found.values, found.nodes)
                 try:
-                    match.require_inner()
+                    if not shared:
+                        match.require_inner()
                 except Declined as reason:
                     refusal = refusal or reason
                     continue
@@ -165,8 +173,12 @@ class Patterns:
         return None
 
 
-def _read(tree: ast.expr) -> Piece:
-    """The pattern that an expression spells."""
+def _parsed(text: str, parts: Mapping[str, Piece]) -> Piece:
+    return _read(ast.parse(f"({text})", mode="eval").body, parts)
+
+
+def _read(tree: ast.expr, parts: Mapping[str, Piece]) -> Piece:
+    """The pattern that an expression spells; names of parts stand for them."""
     number = _number(tree)
     if number is not None:
         return Number(number)
@@ -174,19 +186,19 @@ def _read(tree: ast.expr) -> Piece:
         case ast.Name(id="_"):
             return Any(None)
         case ast.Name(id=name):
-            return Any(name)
+            return parts.get(name, Any(name))
         case ast.Constant(value=None):
             return Missing()
         case ast.Constant(value=str() as name):
             return Number(None, name)
         case ast.NamedExpr(target=ast.Name(id=name), value=inner):
-            return Named(name, _read(inner))
+            return Named(name, _read(inner, parts))
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
-            return Either((_read(left), _read(right)))
+            return Either((_read(left, parts), _read(right, parts)))
         case ast.Subscript(value=ast.Call() as call, slice=ast.Constant(value=int() as output)):
-            return _call(call, output)
+            return _call(call, output, parts)
         case ast.Call():
-            return _call(tree, 0)
+            return _call(tree, 0, parts)
     raise ValueError(f"no pattern: {ast.unparse(tree)}")
 
 
@@ -199,10 +211,10 @@ def _number(tree: ast.expr) -> float | None:
     return None
 
 
-def _call(tree: ast.Call, output: int) -> Piece:
+def _call(tree: ast.Call, output: int, known: Mapping[str, Piece]) -> Piece:
     inputs = list(tree.args)
     is_open = bool(inputs) and isinstance(inputs[-1], ast.Constant) and inputs[-1].value is ...
-    parts = tuple(_read(one) for one in (inputs[:-1] if is_open else inputs))
+    parts = tuple(_read(one, known) for one in (inputs[:-1] if is_open else inputs))
     attributes = {str(word.arg): _number(word.value) for word in tree.keywords}
     numbers = {name: number for name, number in attributes.items() if number is not None}
     if numbers != attributes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxopt import collector
 from onnxopt.attempt import WHOLE, Attempt, attempt
 from onnxopt.claims import Kind, kind_of, pass_name
 from onnxopt.graph import function_name, value_names
@@ -107,10 +108,11 @@ class Pipeline:
             return checker_complaint(open_model()) is None
 
         def run(limit: int | None, *, watch: bool = False) -> Attempt:
-            model, ledger = open_model(), Ledger(limit, frozenset(left_out), veto)
-            return attempt(
-                self.passes, self.rounds, model, ledger, tolerated=tolerated, on_pass=on_pass, watch=watch
-            )
+            with collector.put_off():
+                model, ledger = open_model(), Ledger(limit, frozenset(left_out), veto)
+                return attempt(
+                    self.passes, self.rounds, model, ledger, tolerated=tolerated, on_pass=on_pass, watch=watch
+                )
 
         def judge(done: Attempt) -> str | None:
             if done.problem is None and done.ledger.granted:

@@ -21,7 +21,7 @@ from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["AttributeValue", "Declined", "Edit", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -37,6 +37,14 @@ _SCALARS = (
 
 class Declined(Exception):  # noqa: N818 - a decision, not an error
     """The pattern is there, but the rewrite is not safe; the message says why."""
+
+
+class NewerOpset(Declined):
+    """The pattern is there, but the operator it would become is only in a newer opset."""
+
+    def __init__(self, op_type: str, opset: int) -> None:
+        super().__init__(f"{op_type} came with opset {opset}")
+        self.opset = opset
 
 
 class UnendingError(OnnxoptError):
@@ -102,15 +110,16 @@ class Edit:
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, AttributeValue] | None = None,
         *,
-        outputs: int,
+        outputs: int | Sequence[bool],
         domain: str = "",
         name: str | None = None,
     ) -> tuple[ir.Value, ...]:
-        """A new node with several outputs; the outputs."""
+        """A new node with several outputs, so many or those that are wanted of them; the outputs."""
         attrs = [_attribute(name, value) for name, value in (attributes or {}).items()]
-        values = tuple(ir.Value() for _ in range(outputs))
+        wanted = [True] * outputs if isinstance(outputs, int) else outputs
+        values = tuple(ir.Value() if one else ir.Value(name="") for one in wanted)
         base = self._anchor.outputs[0].name or op_type
-        self._named.update(dict.fromkeys(values, base))
+        self._named.update({value: base for value in values if value.name is None})
         node_name = name or (None if self._named_after_anchor else self._anchor.name)
         self._named_after_anchor |= node_name == self._anchor.name
         self._planned.append(_Planned(domain, op_type, tuple(inputs), attrs, values, node_name))
@@ -186,8 +195,8 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
     """Let all that read `old` read `new`; where `old` is a graph output, `new` takes its place and name."""
     if new.type is None:
         new.type = old.type
-    if new.shape is None and old.shape is not None:
-        new.shape = old.shape.copy()
+    if new.shape is None and old.shape is not None and _graph_of(new) is _graph_of(old):
+        new.shape = old.shape.copy()  # what is known in a branch holds where the branch runs only
     if old.is_graph_output():
         if old.name is not None:
             name, old.name = old.name, None
@@ -197,24 +206,39 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def _graph_of(value: ir.Value) -> object:
+    producer = value.producer()
+    return value.graph if producer is None else producer.graph
+
+
 def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
     """Remove nodes whose outputs nobody reads, from `start` upwards; the nodes above that are still read."""
     work, above = deque(start), dict[ir.Node, None]()
+    unread: dict[ir.Node, ir.Graph] = {}
     while work:
         node = work.popleft()
-        if not isinstance(node.graph, ir.Graph):
+        if node in unread or not isinstance(node.graph, ir.Graph):
             continue
         if any(v.uses() or v.is_graph_output() for v in node.outputs):
             above[node] = None
             continue
+        unread[node] = node.graph
         work.extend(p for v in node.inputs if v is not None and (p := v.producer()))
+        detach(node)
         for inner in [inner for body in subgraphs_of(node) for inner in walk(body)]:
-            for position in range(len(inner.inputs)):
-                inner.replace_input_with(position, None)
+            detach(inner)
             if isinstance(inner.graph, ir.Graph):
                 inner.graph.remove(inner)
-        node.graph.remove(node, safe=True)
+    for graph in dict.fromkeys(unread.values()):
+        graph.remove([node for node in unread if unread[node] is graph])
     return [node for node in above if node.graph is not None]
+
+
+def detach(node: ir.Node) -> None:
+    """Let a node that goes away read nothing."""
+    for position, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(position, None)
 
 
 @dataclass(frozen=True)
@@ -272,6 +296,8 @@ def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -
             edit.check()
         except Declined as reason:
             ledger.decline(rule.name, site_of(node), str(reason))
+            if isinstance(reason, NewerOpset):
+                ledger.opsets_wanted.add(reason.opset)
             continue
         except Exception:
             ledger.visiting = Rewrite(ledger.pass_name, rule.name, site_of(node))

@@ -195,7 +195,7 @@ def commit(staged: Staged, target: Path) -> Path:
 
 
 def _move_data(staged: Staged, place: Path) -> None:
-    """Move the data file; where the model in memory may read from what stands there, only if that is equal."""
+    """Move the data file; where the model in memory may read what stands there, that has to be equal."""
     assert staged.data_file is not None
     if not place.exists() or (staged.sources is not None and place not in staged.sources):
         os.replace(staged.data_file, place)
@@ -247,7 +247,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write_data(model: ir.Model, file: Path, digest: hashlib._Hash) -> dict[int, int]:
-    """Stream the large weights into one file, and what tells them apart into `digest`; offsets by tensor's id."""
+    """Stream the large weights into one file, and what tells them apart into `digest`; offsets by id."""
     offsets: dict[int, int] = {}
     with file.open("wb") as stream:
         for tensor in _large_weights(model):

@@ -6,7 +6,7 @@ The contract: graph inputs and outputs keep their names, order, types and shapes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -82,48 +82,57 @@ def _problems(model: ir.Model, touched: Iterable[ir.Node]) -> Iterator[str]:
 
 
 def _walk(graph: ir.Graph, defined: set[ir.Value | None], names: dict[str, ir.Value]) -> Iterator[str]:
-    """Problems of a graph.
+    """Problems of a graph, and of those nested in it.
 
     Args:
-        graph: to walk, with all that is nested in it.
-        defined: None, and the values that may be read where the graph stands.
-        names: what those are called. Both are left as they were.
+        graph: to walk.
+        defined: None, and the values that may be read where the graph stands; its own are added.
+        names: what those are called; likewise.
     """
-    ports = (*graph.inputs, *graph.initializers.data.values())
-    own = [value for value in dict.fromkeys(ports) if value not in defined]
-    defined.update(own)
-    yield from _ill_named(own, names)
+    for ports in (graph.inputs, graph.initializers.data.values()):
+        defined.update(ports)
+        yield from _misnamed(ports, names)
     for node in graph:
         if not defined.issuperset(node.inputs):
-            who = f"node {node.name!r} ({node.op_type})"
-            unknown = [value.name for value in node.inputs if value is not None and value not in defined]
-            yield from (f"{who} reads {name!r}, which nothing before it defines" for name in unknown)
+            yield from _undefined(node, defined)
         for body in subgraphs_of(node):
             yield from _walk(body, defined, names)
-        own += node.outputs
+            _forget(body, defined, names)
         defined.update(node.outputs)
-        yield from _ill_named(node.outputs, names)
+        for value in node.outputs:
+            name = value.name
+            if not name or names.setdefault(name, value) is not value:
+                yield from _misnamed([value], names)
     for output in graph.outputs:
         if output not in defined:
             yield f"graph output {output.name!r} is defined nowhere"
         elif not output.name:
             yield "a graph output has no name"
-    defined.difference_update(own)
-    for value in own:
+
+
+def _forget(body: ir.Graph, defined: set[ir.Value | None], names: dict[str, ir.Value]) -> None:
+    """Take out the values of a graph: those beside it do not see them."""
+    outputs = (value for node in body for value in node.outputs)
+    for value in (*body.inputs, *body.initializers.values(), *outputs):
+        defined.discard(value)
         if value.name and names.get(value.name) is value:
             del names[value.name]
 
 
-def _ill_named(values: Iterable[ir.Value], names: dict[str, ir.Value]) -> Sequence[str]:
-    """Add values to those that have a name where they stand; what is wrong with their names."""
-    wrong = []
+def _undefined(node: ir.Node, defined: set[ir.Value | None]) -> Iterator[str]:
+    for value in node.inputs:
+        if value is not None and value not in defined:
+            who = f"node {node.name!r} ({node.op_type})"
+            yield f"{who} reads {value.name!r}, which nothing before it defines"
+
+
+def _misnamed(values: Iterable[ir.Value], names: dict[str, ir.Value]) -> Iterator[str]:
     for value in values:
         if value.name:
             if names.setdefault(value.name, value) is not value:
-                wrong.append(f"two values are named {value.name!r}")
-        elif (node := value.producer()) and (value.uses() or value.is_graph_output()):
-            wrong.append(f"an output of node {node.name!r} ({node.op_type}) is read and has no name")
-    return wrong
+                yield f"two values are named {value.name!r}"
+        elif (node := value.producer()) is not None and (value.uses() or value.is_graph_output()):
+            yield f"an output of node {node.name!r} ({node.op_type}) is read and has no name"
 
 
 def _node_problem(node: ir.Node, opsets: Mapping[str, int], ir_version: int) -> str | None:

@@ -13,7 +13,9 @@ from onnxopt.graph import constant_of, has_reference
 __all__ = ["Any", "Either", "Found", "Key", "Missing", "Named", "Number", "Op", "Piece", "combined"]
 
 _COMMUTATIVE = frozenset({"Add", "And", "Equal", "Max", "Min", "Mul", "Or", "Sum", "Xor"})
-
+_BROADCASTING = _COMMUTATIVE | frozenset(
+    ("Div", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mod", "PRelu", "Pow", "Sub", "Where")
+)
 
 Key = tuple[str, str]
 _EPS = {
@@ -167,7 +169,7 @@ class Op:
 
     def _keeps_rank(self, inputs: Sequence[ir.Value | None]) -> bool:
         """Whether the constants that are matched as numbers leave the rank of the other operands as it is."""
-        if not any(isinstance(part, Number) for part in self.inputs):
+        if self.op_type not in _BROADCASTING or not any(isinstance(part, Number) for part in self.inputs):
             return True
         tensors = [constant_of(value) for value in inputs]
         most = max((len(tensor.shape) for tensor in tensors if tensor is not None), default=0)

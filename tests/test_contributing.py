@@ -12,12 +12,12 @@ PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 def test_the_example_pass_and_its_tests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_pass, tests = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    module = tmp_path / "merge_neg_example.py"
+    module = tmp_path / "fuse_sine_example.py"
     module.write_text(f"{one_pass}\n\n{tests}", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    import merge_neg_example as example  # type: ignore[import-not-found]
+    import fuse_sine_example as example  # type: ignore[import-not-found]
 
-    for length in (1, 2, 3, 4):
-        example.test_pairs_cancel(length)
-    example.test_a_graph_output_keeps_its_name()
-    assert str(example.MergeNeg()) == "merge-neg"
+    for spelling in ("Add(q, one)", "Add(one, q)"):
+        example.test_the_parts_become_a_sine(spelling)
+    example.test_a_value_in_between_that_is_an_output_stays()
+    assert str(example.FuseSine()) == "fuse-sine"

@@ -183,3 +183,19 @@ def test_nodes_without_names_and_functions_of_the_model() -> None:
     after = rewritten(before, "default").model
     assert [node.op_type for node in nodes(after)] == ["Mul"]
     assert_equivalent(before, after, feeds_of(before), kind="reorder")
+
+
+def test_a_shape_that_holds_in_a_branch_is_not_the_value_s_own() -> None:
+    before = hazard("""(float[2,3] x, bool c) => (float y) <int64[1] z = {0}, int64 two = {2}> {
+        u = If (c) < then_branch = a () => (float[2,3] p) { p = Neg(x) },
+                     else_branch = b () => (float[1,2,3] q) { q = Unsqueeze(x, z) } >
+        s = Shape(u) n = Size(s) flat = Equal(n, two)
+        v = If (flat) < then_branch = d () => (float[2,3] r) { i = Identity(u) r = Exp(i) },
+                        else_branch = e () => (float[1,2,3] w) { w = Abs(u) } >
+        y = ReduceSum<keepdims = 0>(v)
+    }""")
+    body = before.graph.node[4].attribute[0].g
+    body.value_info.append(onnx.helper.make_tensor_value_info("i", onnx.TensorProto.FLOAT, [2, 3]))
+    after = rewritten(before, "default").model
+    x = np.full((2, 3), 2, np.float32)
+    assert_equivalent(before, after, [{"x": x, "c": np.array(c)} for c in (True, False)], kind="reorder")

@@ -15,7 +15,9 @@ ROOT = Path(onnxopt.__file__).parent
 ENGINE = {
     "attempt",
     "claims",
+    "collector",
     "admission",
+    "boxes",
     "errors",
     "graph",
     "index",

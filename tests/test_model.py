@@ -213,6 +213,22 @@ def test_fingerprint_sees_weights_and_graph(tmp_path: Path) -> None:
     assert fingerprint(proto) == fingerprint(proto.SerializeToString(deterministic=True))
 
 
+def test_fingerprint_of_large_weights_reads_pages_of_them(tmp_path: Path) -> None:
+    path, seen = weighted(tmp_path), set()
+    with (tmp_path / "m.data").open("rb+") as file:
+        file.truncate(1 << 30)
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.initializer[0].dims[:] = [1 << 18, 1 << 10]
+    del proto.graph.initializer[0].external_data[1:]
+    path.write_bytes(proto.SerializeToString())
+    for place in (0, (1 << 30) - 4, (1 << 29) - 4):
+        with (tmp_path / "m.data").open("rb+") as file:
+            file.seek(place)
+            file.write(b"\1\2\3\4")
+        seen |= {fingerprint(path), fingerprint(load(path))}
+    assert len(seen) == 4  # the last place is on no page that is read
+
+
 def test_materialize_gives_what_a_runtime_opens(tmp_path: Path) -> None:
     path = weighted(tmp_path)
     with materialize(path) as opened:

@@ -191,3 +191,20 @@ def test_an_attribute_is_built_from_a_number_that_was_found() -> None:
     edit.commit()
     made = model.graph[0]
     assert (made.op_type, made.attributes["alpha"].as_float()) == ("LeakyRelu", 0.25)
+
+
+def test_a_part_is_written_once_and_stands_in_several_places() -> None:
+    parts = {
+        "Gate": "Sigmoid(x) | HardSigmoid(x)",
+        "Product": """Mul(x, Gate)
+        | Mul(Gate, Neg(x))""",
+    }
+    patterns = Patterns({"it": "Add(Product, Gate)"}, parts)
+    model = ir.from_proto(
+        text_model("""agraph (float[2] x) => (float[2] y) {
+            s = Sigmoid(x) p = Mul(s, x) h = HardSigmoid(x) y = Add(h, p)
+        }""")
+    )
+    found = patterns.find(model.graph[3], next(scopes(model)))
+    assert found is not None
+    assert len(found.nodes) == 4

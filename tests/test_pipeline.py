@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxopt.claims import Kind, Pass
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.model import opener
+from onnxopt.passes.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
 from onnxopt.rewrite import Declined, Edit, Rule
@@ -425,3 +428,49 @@ def test_a_veto_keeps_a_pass_from_rewriting_and_is_said() -> None:
     assert [step.changes for step in outcome.steps] == [0, 1]
     assert outcome.steps[0].declined == {"it does not pay": ("b", "d", "y")}
     assert set(asked) == {"neg-to-minus", "eliminate-identity"}
+
+
+def test_weights_that_go_are_freed_without_the_collector() -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+
+    @dataclass(frozen=True)
+    class Again(Pass):
+        """Makes a weight for each node, and then another one instead."""
+
+        name = "again"
+
+        def rules(self) -> Sequence[Rule]:
+            return (Rule("Neg or Mul", ("Neg", "Mul"), self.apply_to),)
+
+        def apply_to(self, node: ir.Node, scope: Scope) -> Edit | None:
+            assert not gc.isenabled()
+            if len(made) == 40:
+                return None
+            weight = np.full(3, -1, np.float32)
+            made.append(weakref.ref(weight))
+            edit = Edit(node, scope)
+            return edit.replace(node.outputs[0], edit.op("Mul", [node.inputs[0], edit.constant(weight, "w")]))
+
+    gc.disable()
+    try:
+        outcome = Pipeline((Again(), EliminateDead())).run(opener(text_model(CHAIN)))
+        assert sum(weight() is not None for weight in made) == len(outcome.model.graph.initializers) == 3
+    finally:
+        gc.enable()
+    assert len(made) == 40
+    assert_equivalent(text_model(CHAIN), outcome.model)
+
+
+def test_the_collector_is_left_as_it_was_found() -> None:
+    def wrong() -> ir.Model:
+        assert not gc.isenabled()
+        raise RuntimeError("cannot be read")
+
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with pytest.raises(RuntimeError, match="cannot be read"):
+                Pipeline((EliminateIdentity(),)).run(wrong)
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()

@@ -206,6 +206,69 @@ def test_links_to_nowhere_are_refused_before_the_work(tmp_path: Path) -> None:
         check_target(far)
 
 
+def stored(folder: Path, *values: float) -> ir.Model:
+    """A model of two external weights, one value each, which are multiplied with x in turn."""
+    model = load(text_model("agraph (float[65536] x) => (float[65536] y) { a = Neg(x)\n y = Neg(a) }"))
+    for node, value, name in zip(model.graph, values, "wv", strict=True):
+        array = np.full(65536, value, np.float32)
+        array[2000] = 7  # not on any page that is sampled
+        weight = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        model.graph.register_initializer(weight)
+        node.op_type = "Mul"
+        node.resize_inputs(2)
+        node.replace_input_with(1, weight)
+    return load(save(model, folder / "m.onnx", external_data=True))
+
+
+def test_copied_data_is_named_alike_wherever_it_comes_from(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    model = stored(tmp_path / "a", 1.0, 2.0)
+    for folder in ("b", "c"):
+        save(model, tmp_path / folder / "n.onnx")
+    names = [sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("b", "c")]
+    assert names[0] == names[1]
+    again = load(tmp_path / "b" / "n.onnx")
+    save(again, tmp_path / "b" / "n.onnx")
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == names[0]
+    for name, value in (("w", 1.0), ("v", 2.0)):
+        tensor = again.graph.initializers[name].const_value
+        assert tensor is not None
+        assert tensor.numpy()[0] == value
+
+
+def test_data_that_the_model_in_memory_reads_is_not_replaced_by_other_data(tmp_path: Path) -> None:
+    """Two weights change places that differ nowhere where they are sampled: the name does not show it."""
+    first = stored(tmp_path, 1.0, 1.0)
+    path = save(first, tmp_path / "n.onnx")
+    model = load(path)
+    w, v = model.graph.initializers["w"], model.graph.initializers["v"]
+    assert isinstance(w.const_value, ir.ExternalTensor)
+    with open(w.const_value.path, "rb+") as file:
+        file.seek((w.const_value.offset or 0) + 4 * 2000)
+        file.write(np.float32(8).tobytes())
+    w.const_value, v.const_value = v.const_value, w.const_value
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ModelError, match="the model in memory reads its weights from this file"):
+        save(model, path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    save(model, tmp_path / "other.onnx")
+    swapped = load(tmp_path / "other.onnx").graph.initializers["v"].const_value
+    assert swapped is not None
+    assert swapped.numpy()[2000] == 8
+
+
+def test_only_what_replaces_a_model_is_forced_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[storage.Staged] = []
+    monkeypatch.setattr(storage, "_sync", synced.append)
+    save(weighted(1.0), tmp_path / "m.onnx", external_data=True)
+    assert not synced
+    save(weighted(2.0), tmp_path / "m.onnx", external_data=True)
+    assert len(synced) == 1
+
+
 def test_data_of_branches_is_replaced_too(tmp_path: Path) -> None:
     text = """agraph (bool c, float[4096] x) => (float[4096] y) {
         y = If(c) <then_branch = t () => (float[4096] p) { p = Neg(x) },

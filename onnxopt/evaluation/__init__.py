@@ -5,10 +5,13 @@ from __future__ import annotations
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.dims import Dims, DimsOf
 from onnxopt.evaluation.evaluator import KERNELS, MOVES, evaluate
+from onnxopt.evaluation.extents import BROADCAST, broadcast
 from onnxopt.evaluation.facts import UNKNOWN, Facts
+from onnxopt.evaluation.known import known_array
 from onnxopt.evaluation.sizes import Dim, Size, divide, is_natural, named, product
 
 __all__ = [
+    "BROADCAST",
     "KERNELS",
     "MOVES",
     "UNKNOWN",
@@ -18,9 +21,11 @@ __all__ = [
     "DimsOf",
     "Facts",
     "Size",
+    "broadcast",
     "divide",
     "evaluate",
     "is_natural",
+    "known_array",
     "named",
     "product",
 ]

@@ -67,6 +67,8 @@ class Call:
     def room_for_broadcast(self) -> None:
         """Refuse what the inputs give when they are broadcast to each other, if it would be too large."""
         arrays = self.present()
+        if all(array.shape == arrays[0].shape for array in arrays):
+            return
         shape = np.broadcast_shapes(*(array.shape for array in arrays))
         self.room(shape, max(array.dtype.itemsize for array in arrays))
 

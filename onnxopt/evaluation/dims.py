@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.evaluator import MOVES, evaluate
 from onnxopt.evaluation.extents import ARITHMETIC, SHAPES, Shape
-from onnxopt.evaluation.sizes import Dim, named, product
+from onnxopt.evaluation.sizes import Dim, Size, named, product
 from onnxopt.graph import (
     constant_array,
     constant_of,
@@ -27,6 +27,7 @@ from onnxopt.graph import (
     subgraphs_of,
     walk,
 )
+from onnxopt.index import operator_of
 from onnxopt.scope import Scope
 
 __all__ = ["Dims", "DimsOf"]
@@ -35,9 +36,9 @@ _SMALL = 1024
 """Bytes of a constant, and elements of a result, that are looked at."""
 _NUMBERS = (ir.DataType.INT32, ir.DataType.INT64)
 _WHOLE = (*_NUMBERS, ir.DataType.BOOL)
+_MADE_UP = re.compile(r"%\d+(\*1)?")
 _NO_NAME = re.compile(r"\W*|none|unknown|dynamic|undefined", re.IGNORECASE)
 """What exporters write for sizes that have nothing to do with each other."""
-_UNNAMED = re.compile(r"%\d+\*1")
 
 
 class Dims:
@@ -115,18 +116,18 @@ class Dims:
         return value.dtype is not None and (value.dtype not in _WHOLE or len(value.shape) > 1)
 
     def _work_out(self, node: ir.Node) -> None:
-        if node.domain or has_reference(node) or any(True for _ in subgraphs_of(node)):
+        if has_reference(node) or any(True for _ in subgraphs_of(node)):
             return
         for value, shape in zip(node.outputs, self._shapes_from(node), strict=False):
             if shape is not None:
                 self._shapes[value] = self._with_record(value, shape)
-        if len(node.outputs) == 1 and node.outputs[0].dtype in (None, *_WHOLE):
+        if not node.domain and len(node.outputs) == 1 and node.outputs[0].dtype in (None, *_WHOLE):
             content = self._content(node)
             if content is not None and content.size <= _SMALL:
                 self._contents[node.outputs[0]] = content
 
     def _shapes_from(self, node: ir.Node) -> Sequence[Shape | None]:
-        rule = SHAPES.get(node.op_type)
+        rule = SHAPES.get(operator_of(node))
         try:
             return rule(self, node) if rule is not None else ()
         except (ArithmeticError, LookupError, RuntimeError, ValueError):  # malformed: it says nothing
@@ -151,7 +152,7 @@ class Dims:
         if record is None or len(record) != len(shape):
             return shape
         pairs = zip(record, shape, strict=True)
-        return tuple(a if isinstance(a, int) or _UNNAMED.fullmatch(str(b)) else b for a, b in pairs)
+        return tuple(a if isinstance(a, int) or (_is_new(b) and not _is_new(a)) else b for a, b in pairs)
 
     def _in_loop(self, value: ir.Value) -> bool:
         """Whether a Loop repeats it: what a Loop carries may change its shape, whatever is on record."""
@@ -197,12 +198,24 @@ class Dims:
             if op == "Cast" and int_attr(node, "to", 0) not in [dtype.value for dtype in _NUMBERS]:
                 return None
             result: np.ndarray = np.asarray(np.frompyfunc(ARITHMETIC[op], len(known), 1)(*known), object)
-            return None if any(element is None for element in result.flat) else result
+            return result if all(_fits(element, node.outputs[0].dtype) for element in result.flat) else None
         try:
             arrays = [None if array is None else _narrowed(array) for array in inputs]
             return np.asarray(evaluate(node, arrays, self._scope.opset)[0].astype(object))
         except CannotEvaluateError:
             return None
+
+
+def _is_new(dim: Dim) -> bool:
+    """Whether a size is one that got a name here, for want of one."""
+    return _MADE_UP.fullmatch(str(dim)) is not None
+
+
+def _fits(element: object, dtype: ir.DataType | None) -> bool:
+    """Whether a result is known, and did not wrap around on the way to its type."""
+    largest = np.iinfo(np.int64 if dtype == ir.DataType.INT64 else np.int32).max
+    numbers = [count for _, count in element.terms] if isinstance(element, Size) else [element]
+    return all(isinstance(number, int) and -largest - 1 <= number <= largest for number in numbers)
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

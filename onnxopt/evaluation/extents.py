@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation.sizes import Dim, divide, is_natural, named, product
 from onnxopt.graph import int_attr, ints_attr, str_attr
 
-__all__ = ["ARITHMETIC", "SHAPES", "Shape", "broadcast"]
+__all__ = ["ARITHMETIC", "BROADCAST", "SHAPES", "Shape", "broadcast"]
 
 Shape = tuple[Dim, ...]
 
-_END = np.iinfo(np.int32).max
+_END = 2**31 - 1
 """A Slice that ends here or later takes all of an axis, by the ONNX text."""
+_MOST = 2**44
+"""More elements than this no tensor has."""
 _SAME = str.split(
     "Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh"
     " CumSum DequantizeLinear Dropout Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid HardSwish Hardmax"
@@ -27,7 +29,7 @@ _SAME = str.split(
     " ThresholdedRelu Trilu"
 )
 """The first output has the shape of the first input."""
-_BROADCAST = str.split(
+BROADCAST = str.split(
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max"
     " Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
 )
@@ -204,18 +206,20 @@ def _slice(known: Known, node: ir.Node, source: Shape) -> Shape | None:
     for start, end, axis, step in zip(starts, ends, axes or range(count), steps or [1] * count, strict=True):
         if not isinstance(axis, int):
             return None
-        kept = _kept(source[axis], start, end, step)
+        kept = _kept(source, axis, start, end, step)
         shape[axis] = known.unknown() if kept is None else kept
     return tuple(shape)
 
 
-def _kept(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
+def _kept(source: Shape, axis: int, start: Dim, end: Dim, step: Dim) -> Dim | None:
     """How much of an axis a Slice keeps."""
+    size = source[axis]
     if isinstance(size, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int):
         return len(range(*slice(start, end, step).indices(size))) if step > 0 else None
     if (start, step) != (0, 1):
         return None
-    if end == size or (isinstance(end, int) and end >= _END):
+    elements = end * math.prod(s for s in source if isinstance(s, int)) if isinstance(end, int) else 0
+    if end == size or elements > _MOST or (isinstance(end, int) and end >= _END):
         return size
     if not is_natural(end) or size == 0:
         return None
@@ -225,6 +229,18 @@ def _kept(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
 def _gather(known: Known, node: ir.Node, source: Shape) -> Shape | None:
     indices, axis = known.of(node.inputs[1]), int_attr(node, "axis", 0) % max(len(source), 1)
     return None if indices is None else (*source[:axis], *indices, *source[axis + 1 :])
+
+
+def _gather_elements(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    return (known.of(node.inputs[1]),)
+
+
+def _gather_nd(known: Known, node: ir.Node, source: Shape) -> Shape | None:
+    indices = known.of(node.inputs[1])
+    depth = indices[-1] if indices else None
+    if indices is None or not isinstance(depth, int):
+        return None
+    return (*indices[:-1], *source[int_attr(node, "batch_dims", 0) + depth :])
 
 
 def _expand(known: Known, node: ir.Node, source: Shape) -> Shape | None:
@@ -294,9 +310,32 @@ def _window(known: Known, node: ir.Node, source: Shape) -> Shape | None:
     return (source[0], source[1] if weight is None else weight[0], *spatial)
 
 
+def _embedded(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    ids, table = known.of(node.inputs[0]), known.of(node.inputs[2])
+    return () if ids is None or table is None else ((*ids, table[-1]),)
+
+
+def _attention(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    """Of ONNX's domain; of the runtime's with a query, a key and a value of rank 3 each."""
+    query, value = known.of(node.inputs[0]), known.of(node.inputs[2])
+    if query is None or value is None or len(query) != len(value) or len(query) not in (3, 4):
+        return ()
+    if len(query) == 4:
+        return ((*query[:3], value[-1]),)
+    heads, groups = int_attr(node, "q_num_heads", 1), int_attr(node, "kv_num_heads", 1)
+    width = _quotient(value[-1] * heads, groups)
+    return () if width is None else ((*query[:2], width),)
+
+
+_CONTRIB = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "RotaryEmbedding")
+"""Operators of the runtime whose output has the shape of the first input."""
+
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys(_BROADCAST, _elementwise),
+    **{f"com.microsoft::{op_type}": _same for op_type in (*_CONTRIB, "SkipSimplifiedLayerNormalization")},
+    "com.microsoft::EmbedLayerNormalization": _embedded,
+    **dict.fromkeys(("Attention", "com.microsoft::MultiHeadAttention"), _attention),
+    **dict.fromkeys(BROADCAST, _elementwise),
     **dict.fromkeys(("ArgMax", "ArgMin", *(f"Reduce{kind}" for kind in _REDUCED)), _moved(_reduce)),
     **dict.fromkeys(("AveragePool", "Conv", "MaxPool"), _moved(_window)),
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _moved(_global_pool)),
@@ -305,6 +344,8 @@ SHAPES: dict[str, Rule] = {
     "Expand": _moved(_expand),
     "Flatten": _moved(_flatten),
     "Gather": _moved(_gather),
+    "GatherElements": _gather_elements,
+    "GatherND": _moved(_gather_nd),
     "Gemm": _moved(_gemm),
     "MatMul": _moved(_matmul),
     "Reshape": _moved(_reshape),

@@ -7,7 +7,7 @@ that only move elements, and a little arithmetic, carry it on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.evaluator import MOVES, evaluate
 from onnxopt.evaluation.streaming import stream
-from onnxopt.graph import constant_of, has_reference
+from onnxopt.graph import constant_of, has_reference, nbytes
 
 __all__ = ["UNKNOWN", "Facts"]
 
@@ -32,6 +32,9 @@ _VIEWS = MOVES - {"Concat", "Expand", "Gather"}
 
 Found = np.ndarray | ir.TensorProtocol
 """Elements in memory, or a tensor that may lie elsewhere."""
+
+
+_AWAY = (ir.ExternalTensor, ir.LazyTensor)
 
 
 class _Unknown:
@@ -69,13 +72,30 @@ class Facts:
         """Whether the value is no constant in the graph, but known in full."""
         return value in self._known
 
+    def learned_any(self, values: Iterable[ir.Value | None]) -> bool:
+        """Whether one of the values was learned in full."""
+        return not self._known.keys().isdisjoint(values)
+
+    def record(self, values: Iterable[ir.Value | None]) -> None:
+        """Put on record the shapes of values that were learned in full, where none is, and the types."""
+        for value in values:
+            if value is not None and value in self._known and (value.shape is None or value.type is None):
+                tensor = self.tensor(value)
+                value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+
     def in_part(self, node: ir.Node) -> bool:
         """Whether an input is known in part only."""
         return bool(self._partial) and any(value in self._partial for value in node.inputs)
 
     def nbytes(self, value: ir.Value) -> int:
         """Bytes of a value that is known."""
-        return self._find(value).nbytes
+        found = self._find(value)
+        return found.nbytes if isinstance(found, np.ndarray) else nbytes(found)
+
+    def inputs(self, node: ir.Node) -> list[Found | None]:
+        """The inputs of a node, which are known: arrays, but for weights that would have to be read."""
+        found = [None if value is None else self._find(value) for value in node.inputs]
+        return [item if isinstance(item, _AWAY) else _array(item) for item in found]
 
     def tensor(self, value: ir.Value) -> ir.TensorProtocol:
         """A value that is known in full, with memory of its own where it is in memory."""
@@ -85,28 +105,27 @@ class Facts:
         own = found.base is None and found.flags.c_contiguous
         return ir.Tensor(found if own else np.array(found, order="C"))
 
-    def learn(self, node: ir.Node) -> None:
-        """Evaluate a deterministic node whose inputs are known.
+    def learn(self, node: ir.Node, inputs: Sequence[Found | None] | None = None) -> None:
+        """Evaluate a deterministic node whose inputs are known; `inputs` saves looking them up again.
 
         Raises:
             CannotEvaluateError: with the reason.
         """
-        inputs = [None if value is None else _array(self._find(value)) for value in node.inputs]
-        room = _ROOM + sum(array.nbytes for array in inputs if array is not None)
-        self._known.update(zip(node.outputs, evaluate(node, inputs, self.opset, room), strict=False))
+        arrays = [_array(item) for item in (self.inputs(node) if inputs is None else inputs)]
+        room = _ROOM + sum(array.nbytes for array in arrays if array is not None)
+        self._known.update(zip(node.outputs, evaluate(node, arrays, self.opset, room), strict=False))
 
-    def learn_unread(self, node: ir.Node) -> bool:
+    def learn_unread(self, node: ir.Node, inputs: Sequence[Found | None]) -> bool:
         """Evaluate such a node if that takes no memory and reads no weight from its file; whether it does.
 
         Raises:
             CannotEvaluateError: with the reason.
         """
-        found = [None if value is None else self._find(value) for value in node.inputs]
-        outputs = stream(node, found, self.opset)
+        outputs = stream(node, inputs, self.opset)
         if outputs is not None:
             self._known.update(zip(node.outputs, outputs, strict=False))
-        elif node.op_type in _VIEWS and not isinstance(found[0], ir.LazyTensor):
-            self.learn(node)
+        elif node.op_type in _VIEWS and not isinstance(inputs[0], ir.LazyTensor):
+            self.learn(node, inputs)
         else:
             return False
         return True

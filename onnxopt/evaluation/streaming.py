@@ -5,7 +5,9 @@ Only for operators whose outcome does not depend on the elements: they fail, if 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -64,10 +66,6 @@ def _shown(tensor: ir.TensorProtocol) -> np.ndarray:
     return tensor.numpy()
 
 
-def _identity(call: Call, tensors: Tensors) -> Tensors:
-    return (tensors[0],)
-
-
 def _reshaped(call: Call, tensors: Tensors) -> Tensors | None:
     if not is_on_disk(tensors[0]):
         return None
@@ -88,7 +86,7 @@ def _split(call: Call, tensors: Tensors) -> Tensors:
     points = [0, *split_points(call, shape[axis]), shape[axis]]
     whole = [slice(None)] * len(shape)
     parts = []
-    for start, stop in zip(points, points[1:], strict=False):
+    for start, stop in pairwise(points):
         whole[axis] = slice(start, stop)
         parts.append(cropped(tensors[0], whole))
     return parts
@@ -128,7 +126,7 @@ _STREAMERS: dict[str, Callable[[Call, Tensors], Tensors | None]] = {
     "Concat": _concatenated,
     "Flatten": _reshaped,
     "Gather": _taken,
-    "Identity": _identity,
+    "Identity": lambda _, tensors: (copy.copy(tensors[0]),),
     "Reshape": _reshaped,
     "Slice": _cropped,
     "Split": _split,

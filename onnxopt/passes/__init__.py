@@ -9,6 +9,7 @@ from onnxopt.claims import Pass
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate_dead import EliminateDead
+from onnxopt.passes.eliminate_expand import EliminateExpand
 from onnxopt.passes.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate_noop import EliminateNoop
 from onnxopt.passes.eliminate_pairs import EliminatePairs
@@ -19,11 +20,20 @@ from onnxopt.passes.fold_shapes import FoldShapes
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.fuse_activation import FuseActivation
 from onnxopt.passes.fuse_attention import FuseAttention
+from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_cache import FuseCache
+from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse_groupnorm import FuseGroupnorm
+from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse_lstm import FuseLstm
+from onnxopt.passes.fuse_mean import FuseMean
 from onnxopt.passes.fuse_projections import FuseProjections
 from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_rotary import FuseRotary
+from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
+from onnxopt.passes.fuse_softmax import FuseSoftmax
+from onnxopt.passes.fuse_space_to_depth import FuseSpaceToDepth
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -33,19 +43,24 @@ from onnxopt.passes.merge_arithmetic import MergeArithmetic
 from onnxopt.passes.merge_cast import MergeCast
 from onnxopt.passes.merge_clip import MergeClip
 from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge_distant_layout import MergeDistantLayout
 from onnxopt.passes.merge_gemm import MergeGemm
 from onnxopt.passes.merge_layout import MergeLayout
 from onnxopt.passes.merge_matmul import MergeMatmul
 from onnxopt.passes.merge_normalization import MergeNormalization
 from onnxopt.passes.merge_pad import MergePad
 from onnxopt.passes.merge_parallel import MergeParallel
+from onnxopt.passes.merge_pieces import MergePieces
 from onnxopt.passes.merge_qdq import MergeQdq
 from onnxopt.passes.merge_reshape import MergeReshape
 from onnxopt.passes.merge_slice import MergeSlice
+from onnxopt.passes.merge_split import MergeSplit
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
+from onnxopt.passes.retarget_einsum import RetargetEinsum
 from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -56,26 +71,41 @@ BUILTIN: tuple[type[Pass], ...] = (
     LiftConstants,
     EliminateIdentity,
     InferShapes,
+    RetargetOpset,
     FoldConstants,
     InlineIf,
     UnrollLoop,
     FoldShapes,
+    EliminateExpand,
     EliminateNoop,
     EliminatePairs,
     MergeCast,
+    RetargetEinsum,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
     MergeLayout,
+    MergeDistantLayout,
     MergeSlice,
+    FuseSpaceToDepth,
     MergeConcat,
+    MergePieces,
+    MergeSplit,
     MergeClip,
     MergePad,
     MergeQdq,
+    FuseMean,
     FuseActivation,
+    FuseSoftmax,
     FuseLayernorm,
+    FuseLstm,
+    FuseGru,
     FuseRmsnorm,
+    FuseGroupnorm,
     MergeNormalization,
+    FuseSkipLayernorm,
+    FuseBiasGelu,
+    FuseEmbedLayernorm,
     FuseRotary,
     FuseAttention,
     FuseCache,

@@ -17,7 +17,7 @@ from onnxopt.passes._layer import Layer, require_sole_reader
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope
 
-__all__ = ["Place", "outputs_scaled", "scale_inputs", "scale_outputs"]
+__all__ = ["Place", "inputs_scaled", "outputs_scaled", "scale_inputs", "scale_outputs"]
 
 Place = tuple[ir.Node, int]
 """A node, and which of its inputs is meant."""
@@ -69,6 +69,17 @@ def scale_inputs(
     Raises:
         Declined: the layer cannot take them.
     """
+    edit = Edit(layer.end, scope)
+    for node, place in way:
+        inputs = (*node.inputs[:place], source, *node.inputs[place + 1 :])
+        source = edit.op(node.op_type, inputs, node.attributes, name=node.name or "")
+    return edit.replace(layer.end.outputs[0], inputs_scaled(layer, scale, shift, source, edit, scope))
+
+
+def inputs_scaled(
+    layer: Layer, scale: np.ndarray, shift: np.ndarray, source: ir.Value, edit: Edit, scope: Scope
+) -> ir.Value:
+    """The layer anew, reading `source` for scale * source + shift; as `scale_inputs`, in an edit."""
     weight, bias = layer.weight(), None
     _check(layer, scale, shift, weight.inputs, scope)
     if shift.any():
@@ -77,11 +88,7 @@ def scale_inputs(
         if layer.node.op_type == "Conv" and not _unpadded(layer, weight.shape[2:]):
             raise Declined("the padding of the Conv would need the shift")
         bias = layer.bias_array() + float_attr(layer.node, "alpha", 1.0) * weight.times(shift)
-    tensor, edit = weight.scaled(scale, outputs=False), Edit(layer.end, scope)
-    for node, place in way:
-        inputs = (*node.inputs[:place], source, *node.inputs[place + 1 :])
-        source = edit.op(node.op_type, inputs, node.attributes, name=node.name or "")
-    return edit.replace(layer.end.outputs[0], layer.rebuilt(edit, source, tensor, bias))
+    return layer.rebuilt(edit, source, weight.scaled(scale, outputs=False), bias)
 
 
 def _check(layer: Layer, scale: np.ndarray, shift: np.ndarray, channels: int, scope: Scope) -> None:

@@ -15,7 +15,7 @@ from onnxopt.passes._padding import ZERO, fill_of, pads_of, require_constant_mod
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope
 
-__all__ = ["joined_axis", "mapped", "passed", "require_passage", "sections_of"]
+__all__ = ["across", "joined_axis", "passed", "require_passage", "sections_of"]
 
 Dim = int | ir.SymbolicDim
 Spread = Callable[[np.ndarray], np.ndarray]
@@ -37,7 +37,7 @@ def passed(node: ir.Node) -> Sequence[ir.Value | None]:
     return node.inputs[:1] if node.op_type in _MOVES else ()
 
 
-def mapped(node: ir.Node, axis: int | None, *, up: bool) -> tuple[int | None, Spread]:
+def across(node: ir.Node, axis: int | None, *, up: bool) -> tuple[int | None, Spread]:
     """The axis on the other side of a node, and how what runs along the one runs along the other.
 
     Args:

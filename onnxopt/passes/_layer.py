@@ -8,6 +8,7 @@ other readers; one above 1 MiB is not duplicated that way.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -133,6 +134,10 @@ class Layer:
         Raises:
             Declined: it is no constant, or of a form that is not handled.
         """
+        return self._weight
+
+    @cached_property
+    def _weight(self) -> Weight:
         if has_reference(self.node):
             raise Declined("an attribute of the layer is a parameter of the function")
         value, op_type = self.node.inputs[1], self.node.op_type
@@ -178,7 +183,7 @@ class Layer:
         Raises:
             Declined: the bias does not fit the weight's type, or would be larger than the weight.
         """
-        old, bias_value, attributes = self.weight(), self.bias, dict(self.node.attributes)
+        old, bias_value, attributes = self.weight(), self.bias, dict(self.node.attributes.data)
         if bias is not None and (bias_value is not None or bias.any()):
             like = f"{old.value.name}_bias" if bias_value is None else bias_value.name
             bias_value = edit.constant(self._bias_tensor(bias, replace(old, tensor=tensor)), like)

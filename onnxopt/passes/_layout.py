@@ -7,7 +7,7 @@ order and group them into other axes. An axis of size 1 has none.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxopt.evaluation import Dim, divide, product
@@ -90,18 +90,22 @@ class Layout:
         return None if whole is None else whole.coarse()
 
     def coarse(self) -> Layout:
-        """The same with leaves joined that stay beside each other within an axis on both sides."""
-        sizes, follows = list(self.sizes), _pairs(self.source) & _pairs(self.target)
-        after = dict(follows)
-        for last in [b for _, b in follows if b not in after]:
-            row = [last]
-            while (before := next((a for a, b in follows if b == row[0]), None)) is not None:
-                row.insert(0, before)
-            sizes[row[0]] = product(sizes[leaf] for leaf in row)
-        gone = {b for _, b in follows}
-        return Layout(tuple(sizes), *(_without(axes, gone) for axes in (self.source, self.target)))
+        """The same with leaves joined that stay beside each other within an axis on both sides, in order."""
+        after = dict(_pairs(self.source) & _pairs(self.target))
+        joined, sizes = set(after.values()), list[Dim]()
+        numbers: dict[int, int] = {}
+        for leaf in flat(self.source):
+            if leaf in joined:
+                continue
+            row = [leaf]
+            while row[-1] in after:
+                row.append(after[row[-1]])
+            numbers[leaf] = len(sizes)
+            sizes.append(product(self.sizes[part] for part in row))
+        sides = (self.source, self.target)
+        return Layout(tuple(sizes), *(_renumbered(_without(axes, joined), numbers) for axes in sides))
 
-    def resized(self, sizes: dict[int, Dim]) -> Layout:
+    def resized(self, sizes: Mapping[int, Dim]) -> Layout:
         """The same where some leaves have other sizes; those of size 1 go."""
         new = tuple(sizes.get(leaf, size) for leaf, size in enumerate(self.sizes))
         ones = {leaf for leaf, size in enumerate(new) if size == 1}
@@ -119,6 +123,10 @@ def flat(axes: Axes) -> list[int]:
 
 def _pairs(axes: Axes) -> set[tuple[int, int]]:
     return {pair for axis in axes for pair in itertools.pairwise(axis)}
+
+
+def _renumbered(axes: Axes, numbers: Mapping[int, int]) -> Axes:
+    return tuple(tuple(numbers[leaf] for leaf in axis) for axis in axes)
 
 
 def _without(axes: Axes, gone: Iterable[int]) -> Axes:

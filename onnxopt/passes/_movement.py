@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from onnxopt.graph import has_reference, int_attr, sole_user
 from onnxopt.passes._affine import Place, outputs_scaled
-from onnxopt.passes._axes import joined_axis, mapped, passed, require_passage, sections_of
+from onnxopt.passes._axes import across, joined_axis, passed, require_passage, sections_of
 from onnxopt.passes._chain import normalised, rank_of
 from onnxopt.passes._layer import FLOATS, Layer, constant, is_stored, layer_of
-from onnxopt.passes._weight import LARGE, rounded
+from onnxopt.passes._weight import rounded
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope
+from onnxopt.streamed import LARGE, is_on_disk, mapped
 
 __all__ = ["carried_down", "comes_from_layers", "scaled_above", "sources"]
 
@@ -69,7 +70,7 @@ def scaled_above(value: ir.Value, axis: int | None, scope: Scope) -> Plan:
         return _in_parts(node, axis, scope)
     source = node.inputs[0]
     assert source is not None
-    inner_axis, spread = mapped(node, axis, up=True)
+    inner_axis, spread = across(node, axis, up=True)
     inner = scaled_above(source, inner_axis, scope)
 
     def build(edit: Edit, scale: np.ndarray, shift: np.ndarray) -> ir.Value:
@@ -98,16 +99,26 @@ def _in_table(node: ir.Node, axis: int | None) -> Plan:
     place = len(tensor.shape) - (rank - axis) if axis is not None and rank is not None else None
     if axis is not None and (place is None or place <= looked_up):
         raise Declined("the constant does not run along the entries of the table")
-    if tensor.nbytes > LARGE:
-        raise Declined("the table is too large to scale")
+    if table is None or (tensor.nbytes > LARGE and len(table.uses()) > 1):
+        raise Declined("the table is shared and too large to duplicate")
 
     def build(edit: Edit, scale: np.ndarray, shift: np.ndarray) -> ir.Value:
-        behind = (-1,) + (1,) * (len(tensor.shape) - 1 - place) if place is not None else ()
-        array = tensor.numpy().astype(np.float64) * scale.reshape(behind) + shift.reshape(behind)
-        entries = edit.constant(rounded(array, tensor.dtype), table.name if table is not None else None)
+        ends = (1,) * (len(tensor.shape) - 1 - place) if place is not None else ()
+        shape = () if place is None else (-1, *ends)
+        factors = [ir.Tensor(vector.reshape(shape)) for vector in (scale, shift)]
+        product = mapped(_times_plus, (tensor, *factors), tensor.dtype)
+        scaled = product if is_on_disk(tensor) else rounded(product.numpy(), tensor.dtype)
+        entries = edit.constant(scaled, table.name)
         return edit.op("Gather", (entries, indices), node.attributes, name=node.name or "")
 
     return build
+
+
+def _times_plus(entries: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """In float64, rounded once to the type of the entries."""
+    with np.errstate(over="ignore"):
+        result: np.ndarray = (entries * scale + shift).astype(entries.dtype)
+        return result
 
 
 def _in_parts(node: ir.Node, axis: int | None, scope: Scope) -> Plan:
@@ -160,7 +171,7 @@ def carried_down(
             axis, (scale, shift) = joined, full
             continue
         require_passage(node, axis, scale, shift, scope)
-        axis, spread = mapped(node, axis, up=False)
+        axis, spread = across(node, axis, up=False)
         scale, shift = spread(scale), spread(shift)
     return axis, scale, shift
 

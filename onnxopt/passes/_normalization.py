@@ -2,71 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import int_attr
-from onnxopt.passes._chain import axes_of, normalised
+from onnxopt.graph import constant_of, static_shape
+from onnxopt.passes._reduction import common_axes, kept
 from onnxopt.pattern import Match, Patterns
 from onnxopt.rewrite import Declined, Edit
-from onnxopt.scope import Scope
 
-__all__ = ["FLOATS", "Pieces", "layers", "pieces_of", "squares"]
+__all__ = ["FLOATS", "Pieces", "layers", "of_one_shape", "pieces_of", "shape_of", "squares"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Types that are normalized in float32; pieces in float64 are more precise than the operators."""
 
-# The mean may be computed twice, once for each difference, or once; equal names stand for equal values only.
-_DIFFERENCE = "Sub(x, ReduceMean(x, ...))"
-_SQUARE = "(Pow({0}, 2) | Mul({0}, {0}))"
-_SPREAD = f"ReduceMean({_SQUARE}, ...)"
-_VARIANCE = _SPREAD.format(_DIFFERENCE)
-_MOMENTS = f"Sub({_SPREAD.format('x')}, {_SQUARE.format('ReduceMean(x, ...)')})"
-_SAFE = f"({_VARIANCE} | {_MOMENTS} | Relu({_MOMENTS}) | Max({_MOMENTS}, 0))"
-
-
-def _forms(value: str, spread: str) -> dict[str, Sequence[str]]:
-    """Spellings of `value` over the root of `spread`: alone, and with a factor in the denominator."""
-    root = f"(Sqrt(Add({spread}, 'epsilon')) | Pow(Add({spread}, 'epsilon'), 0.5))"
-    inverse = f"(Reciprocal({root}) | Div(1, {root}) | Pow(Add({spread}, 'epsilon'), -0.5))"
-    return {
-        "x": (f"Div({value}, {root})", f"Mul({value}, {inverse})"),
-        "Mul(x, gamma)": (f"Mul({value}, Mul({inverse}, gamma))",),
-        "inverse": (inverse,),
-    }
+# The mean may be computed once, or anew for each difference: only equal names stand for equal values.
+_LAYER = {
+    "Mean": "ReduceMean(x, ...)",
+    "KeptMean": kept("Mean"),
+    "Difference": "Sub(x, KeptMean)",
+    "Moments": "Sub(ReduceMean(Pow(x, 2) | Mul(x, x), ...), Pow(Mean, 2) | Mul(Mean, Mean))",
+    "Spread": """ReduceMean(Pow(Difference, 2) | Mul(Difference, Difference), ...)
+        | Moments | Relu(Moments) | Max(Moments, 0)""",
+}
+_SQUARE = {"Difference": "x", "Spread": "ReduceMean(Pow(x, 2) | Mul(x, x), ...)"}
+_QUOTIENT = {
+    "Sum": f"Add({kept('Spread')}, 'epsilon')",
+    "Root": "Sqrt(Sum) | Pow(Sum, 0.5)",
+    "Inverse": "Reciprocal(Root) | Div(1, Root) | Pow(Sum, -0.5)",
+    "Factor": "Mul(Inverse, gamma) | Div(gamma, Root)",
+}
+_FORMS = {
+    "x": ("Div(Difference, Root)", "Mul(Difference, Inverse)"),
+    "Mul(x, gamma)": "Mul(Difference, Factor)",
+}
+_MOVED = {
+    "Add(Mul(x, gamma), beta)": "Add(Mul(x, (factor := Factor)), Sub(beta, Mul((mean := Mean), factor)))"
+}
 
 
 def layers() -> Patterns:
     """Patterns with the mean subtracted, by what is left to do with the normalized x."""
-    forms = _forms(_DIFFERENCE, _SAFE)
-    (inverse,) = forms.pop("inverse")
-    factor = f"(factor := Mul({inverse}, gamma))"
-    return Patterns(
-        {
-            **forms,
-            "Add(Mul(x, gamma), beta)": f"Add(Mul(x, {factor}), Sub(beta, Mul(ReduceMean(x, ...), factor)))",
-        }
-    )
+    return Patterns({**_FORMS, **_MOVED}, {**_LAYER, **_QUOTIENT})
 
 
 def squares() -> Patterns:
     """Patterns without a mean, by what is left to do with the normalized x."""
-    forms = _forms("x", _SPREAD.format("x"))
-    del forms["inverse"]
-    return Patterns(forms)
+    return Patterns(_FORMS, {**_SQUARE, **_QUOTIENT})
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A normalization that was found: of `source` along the last axes from `axis` (negative) on."""
+    """A normalization that was found: of `source` along axes that are counted from the front, in order."""
 
     match: Match
     source: ir.Value
-    axis: int
+    axes: tuple[int, ...]
     epsilon: float
+
+    @property
+    def rank(self) -> int:
+        """The number of axes of the source."""
+        assert self.source.shape is not None
+        return len(self.source.shape)
 
     def constant(self, edit: Edit, number: float, sizes: Sequence[int]) -> ir.Value:
         """A constant that is this number everywhere, in the type of the source."""
@@ -76,16 +76,26 @@ class Pieces:
     def operator(self, edit: Edit, op_type: str) -> ir.Value:
         """The normalized source by a LayerNormalization or RMSNormalization.
 
+        They go along the last axes. One that is not the last is brought there, and back.
+
         Raises:
-            Declined: the size of a normalized axis is not known.
+            Declined: the size of a normalized axis is not known, or several are not the last.
         """
-        attributes = {"axis": self.axis, "epsilon": self.epsilon}
-        return edit.op(op_type, (self.source, self.constant(edit, 1, self._sizes)), attributes)
+        others = [axis for axis in range(self.rank) if axis not in self.axes]
+        order, moved = [*others, *self.axes], self.axes[-1] != self.rank - 1
+        if len(self.axes) > 1 and order != sorted(order):
+            raise Declined("it goes along several axes that are not the last")
+        ones = self.constant(edit, 1, self._sizes)
+        source = edit.op("Transpose", (self.source,), {"perm": order}) if moved else self.source
+        attributes = {"axis": -len(self.axes), "epsilon": self.epsilon}
+        normal = edit.op(op_type, (source, ones), attributes)
+        back = [order.index(axis) for axis in range(self.rank)]
+        return edit.op("Transpose", (normal,), {"perm": back}) if moved else normal
 
     @property
     def _sizes(self) -> tuple[int, ...]:
         assert self.source.shape is not None
-        sizes = tuple(self.source.shape.dims[self.axis :])
+        sizes = [self.source.shape[axis] for axis in self.axes]
         if not all(isinstance(size, int) for size in sizes):
             raise Declined("the size of a normalized axis is not known")
         return tuple(size for size in sizes if isinstance(size, int))
@@ -96,33 +106,38 @@ class Pieces:
         return replace(self.match, values=values).build(edit, self.match.name)
 
 
-def pieces_of(patterns: Patterns, node: ir.Node, scope: Scope) -> Pieces | None:
-    """The normalization that ends in this node.
+def pieces_of(match: Match) -> Pieces:
+    """The normalization that a match of these patterns is.
 
     Raises:
-        Declined: it is not along the last axes, or of another type.
+        Declined: its axes are not known, or its type is one of which the operators know less.
     """
-    match = patterns.find(node, scope)
-    if match is None:
-        return None
     source = match["x"]
     if source.dtype not in FLOATS:
         raise Declined("its type is unknown" if source.dtype is None else f"its type is {source.dtype.name}")
-    rank = len(source.shape) if source.shape is not None else None
-    means = [one for one in match.nodes if one.op_type == "ReduceMean"]
-    found = {_axes(one, rank) for one in means}
-    if len(found) > 1:
-        raise Declined("mean and variance are taken along different axes")
-    axes = found.pop()
-    if rank is None:
-        raise Declined("its number of axes is not known")
-    if axes != tuple(range(rank - len(axes), rank)):
-        raise Declined("it does not normalize along the last axes")
-    return Pieces(match, source, -len(axes), match.number("epsilon"))
+    return Pieces(match, source, common_axes(match, source, _operands(match)), match.number("epsilon"))
 
 
-def _axes(node: ir.Node, rank: int | None) -> tuple[int, ...]:
-    axes = axes_of(node)
-    if not axes or not int_attr(node, "keepdims", 1):
-        raise Declined("a mean is taken along all axes, or drops them")
-    return tuple(sorted(normalised(axes, rank)))
+def _operands(match: Match) -> Iterator[ir.Value | None]:
+    """What meets x, or the epsilon, element by element."""
+    for node in match.nodes:
+        if node.op_type == "Sub" and node.inputs[0] is match["x"]:
+            yield node.inputs[1]
+        elif node.op_type == "Add" and match["epsilon"] in node.inputs:
+            yield from (value for value in node.inputs if value is not match["epsilon"])
+    if "mean" in match.values:
+        yield match["mean"]
+
+
+def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape as integers, where it is on record or the value is a constant."""
+    tensor = constant_of(value)
+    return static_shape(value) if tensor is None else tuple(tensor.shape.numpy())
+
+
+def of_one_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether two values surely have the same shape."""
+    if one is None or other is None or one.shape is None or other.shape is None:
+        return False
+    known = all(isinstance(dim, int) or dim.value is not None for dim in one.shape.dims)
+    return known and one.shape.dims == other.shape.dims

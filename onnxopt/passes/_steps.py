@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,15 @@ from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr
 from onnxopt.passes._layout import Layout, Shape, flat, layout_between
 from onnxopt.rewrite import Edit
 
-__all__ = ["LAYOUT_OPS", "Step", "cost", "layout_of", "steps_for", "take", "written"]
+__all__ = ["LAYOUT_OPS", "PLAIN", "Step", "apply_steps", "cost", "layout_of", "steps_for", "take", "written"]
 
 _VIEWS = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
-LAYOUT_OPS = ("Transpose", *_VIEWS, "Gather")
-"""The ops that can be a change of layout; Gather is one where it takes the only element of an axis."""
+_TRIVIAL = ("Gather", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum")
+"""What takes or reduces the only element of an axis changes the layout."""
+PLAIN = ("Transpose", *_VIEWS)
+"""The ops that are nothing but a change of layout."""
+LAYOUT_OPS = (*PLAIN, *_TRIVIAL)
+"""The ops that can be one."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,8 @@ def layout_of(node: ir.Node | None, dims: Dims) -> Layout | None:
     """What a node does, if it only changes the layout of its first input, which is not known to be empty."""
     if node is None or node.domain or node.op_type not in LAYOUT_OPS or has_reference(node):
         return None
-    if node.op_type == "Gather" and not _takes_all(node, dims):
-        return None
     source = dims.of(node.inputs[0])
-    if source is None or 0 in source:
+    if source is None or 0 in source or (node.op_type in _TRIVIAL and not _is_trivial(node, source, dims)):
         return None
     if node.op_type == "Transpose":
         perm = ints_attr(node, "perm") or tuple(reversed(range(len(source))))
@@ -170,13 +172,16 @@ def layout_of(node: ir.Node | None, dims: Dims) -> Layout | None:
     return None if target is None else layout_between(source, target)
 
 
-def _takes_all(node: ir.Node, dims: Dims) -> bool:
-    """Whether a Gather takes the one element of an axis, once."""
-    index = constant_array(node.inputs[1], 64)
-    if index is None or index.size != 1 or int(index.flat[0]) not in (0, -1):
-        return False
-    source, axis = dims.of(node.inputs[0]), int_attr(node, "axis", 0)
-    return bool(source) and -len(source or ()) <= axis < len(source or ()) and (source or ())[axis] == 1
+def _is_trivial(node: ir.Node, source: Shape, dims: Dims) -> bool:
+    """Whether all axes that a Gather or Reduce goes along have size 1; a Gather takes the element once."""
+    if node.op_type == "Gather":
+        axes: list[int] | None = [int_attr(node, "axis", 0)]
+        index = constant_array(node.inputs[1], 64)
+        if index is None or index.size != 1 or int(index.flat[0]) not in (0, -1):
+            return False
+    else:
+        axes = dims.ints(node, "axes", 1)
+    return bool(axes) and all(source[axis : axis + 1 or None] == (1,) for axis in axes or ())
 
 
 def weight_of(node: ir.Node) -> int:
@@ -189,7 +194,22 @@ def cost(steps: Sequence[Step]) -> tuple[int, int]:
     return len(steps), sum(step.weight for step in steps)
 
 
-def take(edit: Edit, value: ir.Value | None, steps: Sequence[Step], opset: int) -> ir.Value | None:
+def apply_steps(steps: Iterable[Step], array: np.ndarray) -> np.ndarray:
+    """The same to a constant."""
+    for step in steps:
+        if step.op_type == "Transpose":
+            array = array.transpose(step.numbers)
+        elif step.op_type == "Reshape":
+            array = array.reshape(
+                [array.shape[i] if size == 0 else size for i, size in enumerate(step.numbers)]
+            )
+        else:
+            change = np.squeeze if step.op_type == "Squeeze" else np.expand_dims
+            array = np.asarray(change(array, step.numbers))
+    return np.ascontiguousarray(array)
+
+
+def take(edit: Edit, value: ir.Value, steps: Sequence[Step], opset: int) -> ir.Value:
     """New nodes that change the layout of a value; what comes out."""
     for step in steps:
         numbers = np.array(step.numbers, np.int64)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.graph import nbytes
 from onnxopt.rewrite import Declined
 from onnxopt.streamed import LARGE, is_on_disk, mapped, read
 
@@ -30,7 +32,7 @@ class Weight:
     groups: int
     inputs_first: bool
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The stored shape."""
         return tuple(self.tensor.shape.numpy())
@@ -69,22 +71,25 @@ class Weight:
         """
         if (scale == 1).all():
             return self.tensor
-        large = self.tensor.nbytes > LARGE
+        large = nbytes(self.tensor) > LARGE
         if large and len(self.value.uses()) > 1:
             raise Declined("the weight is shared and too large to duplicate")
-        product = mapped(_product, (self.tensor, self._along(scale, outputs)), self.tensor.dtype)
+        factors = self._along(scale, outputs)
+        if not isinstance(self.tensor, ir.ExternalTensor | ir.LazyTensor):
+            return _finite(ir.Tensor(_product(self.tensor.numpy(), factors)))
+        product = mapped(_product, (self.tensor, ir.Tensor(factors)), self.tensor.dtype)
         return product if is_on_disk(self.tensor) else _finite(ir.Tensor(product.numpy()))
 
-    def _along(self, scale: np.ndarray, outputs: bool) -> ir.TensorProtocol:
+    def _along(self, scale: np.ndarray, outputs: bool) -> np.ndarray:
         """A float64 factor a channel, of such a shape that it broadcasts to the weight."""
         first, second = self.shape[:2]
         factors = np.broadcast_to(scale, self.outputs if outputs else self.inputs).astype(np.float64)
         ends = (1,) * self.trailing
         if outputs != self.inputs_first:
-            return ir.Tensor(factors.reshape(first, 1, *ends))
+            return factors.reshape(first, 1, *ends)
         if self.groups > 1:
             factors = factors.reshape(self.groups, second).repeat(first // self.groups, 0)
-        return ir.Tensor(factors.reshape(-1, second, *ends))
+        return factors.reshape(-1, second, *ends)
 
     def times(self, vector: np.ndarray) -> np.ndarray:
         """W x for an x that is the same at every position: float64, one number an output channel."""
@@ -111,7 +116,8 @@ def _product(weight: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """In float64, rounded once to the type of the weight."""
     with np.errstate(over="ignore"):
         result = np.empty(weight.shape, weight.dtype)
-        return np.multiply(weight, factors, out=result, dtype=np.float64, casting="unsafe")
+        np.multiply(weight, factors, out=result, dtype=np.float64, casting="unsafe")
+    return result
 
 
 def rounded(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import function_name, graphs, has_reference, int_attr, nodes, roots, subgraphs_of, walk
 from onnxopt.ledger import Ledger, site_of
+from onnxopt.rewrite import detach
 
 __all__ = ["EliminateDead"]
 
@@ -69,12 +70,13 @@ def _remove(node: ir.Node, graph: ir.Graph, present: set[ir.Node]) -> None:
     inside = [inner for body in subgraphs_of(node) for inner in walk(body)]
     for gone in (node, *inside):
         present.discard(gone)
-        for index in range(len(gone.inputs)):
-            gone.replace_input_with(index, None)
+        detach(gone)
     graph.remove(node)
 
 
 def _drop_outputs(node: ir.Node, opsets: dict[str, int], present: set[ir.Node], ledger: Ledger) -> None:
+    if len(node.outputs) < 2:
+        return
     unread = [v for v in node.outputs if v.name and not _is_read(v, present)]
     optional = _optional_outputs(node, opsets) if unread else ()
     dropped = False

@@ -5,12 +5,12 @@ After:  y = Gelu(x)                                        opset 20
         y = com.microsoft.Gelu(x)                          with contrib, before opset 20
 
 Likewise HardSigmoid, HardSwish (14), Swish (24; contrib QuickGelu), Gelu by tanh (20; contrib FastGelu), Mish
-    (18), Softplus, Sigmoid, Softsign, LeakyRelu, Elu, Selu and Relu: a row each in the table below. Before
+    (18), Softplus, Sigmoid, Softsign, LeakyRelu, Elu, Selu and Relu: a row each in `_functions.py`. Before
     opset 14 a HardSwish becomes x * HardSigmoid(x).
     Products and sums are found in any order and nesting. Numbers are compared to the rounding of their type.
 Declines: the operator came with a later opset; a value inside is read elsewhere, or is a graph output; the
     type is none of float32 and float16, for which runtimes have the operators; log(1 + exp(x)), which is
-    infinite where exp(x) is, and Softplus is not (`stable` allows it).
+    infinite where exp(x) is, and Softplus is not (`stable` allows it); Swish (`swish` allows it).
 """
 
 from __future__ import annotations
@@ -23,89 +23,12 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
+from onnxopt.passes._functions import PARTS, ROWS
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseActivation"]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What the patterns become, from an opset on; `contrib` before that; `stable`: only if asked for."""
-
-    opset: int
-    result: str
-    patterns: tuple[str, ...]
-    contrib: str = ""
-    stable: bool = False
-
-
-_GATE = "HardSigmoid(x, alpha=0.16666666666666666, beta=0.5)"
-_CLIP = "(Clip(Add(x, 3), 0, 6) | Clip(Add(x, 3), min=0, max=6))"
-_LINE = "Add(Mul(x, 'a'), 'b')"
-_ERF = "Erf(Mul(x, 0.7071067811865476))"
-_CUBE = "(Mul(0.044715, x, x, x) | Mul(0.044715, Pow(x, 3)) | Mul(0.044715, x, Pow(x, 2)))"
-_SQUARE = "(Mul(0.044715, x, x) | Mul(0.044715, Pow(x, 2)))"
-_OTHER = "(Mul(0.035677408136300125, x, x, x) | Mul(0.035677408136300125, Pow(x, 3)))"
-_TANH = f"""Tanh(Mul(0.7978845608028654, Add(x, {_CUBE})) | Add(Mul(0.7978845608028654, x), {_OTHER})
-    | Mul(0.7978845608028654, x, Add({_SQUARE}, 1)))"""
-_LOG = "Log(Add(Exp(x), 1))"
-_POSITIVE = "(Greater(x, 0) | GreaterOrEqual(x, 0))"
-
-_ROWS = (
-    _Row(14, "HardSwish(x)", (f"Mul(x, {_GATE})", f"Mul(x, {_CLIP}, 0.16666666666666666)")),
-    _Row(6, f"Mul(x, {_GATE})", (f"Mul(x, {_CLIP}, 0.16666666666666666)",)),
-    _Row(6, _GATE, (f"Mul({_CLIP}, 0.16666666666666666)",)),
-    _Row(6, "HardSigmoid(x, alpha=a, beta=b)", (f"Clip({_LINE}, 0, 1)", f"Clip({_LINE}, min=0, max=1)")),
-    _Row(
-        20,
-        "Gelu(x)",
-        (f"Mul(x, 0.5, Add({_ERF}, 1))", f"Mul(x, Add(Mul({_ERF}, 0.5), 0.5))"),
-        "com_microsoft.Gelu(x)",
-    ),
-    _Row(
-        20,
-        "Gelu(x, approximate='tanh')",
-        (
-            f"Mul(x, 0.5, Add({_TANH}, 1))",
-            f"Mul(x, Add(Mul({_TANH}, 0.5), 0.5))",
-            f"Mul(x, Sigmoid(Mul(1.5957691216057308, Add(x, {_CUBE}))))",
-        ),
-        "com_microsoft.FastGelu(x)",
-    ),
-    _Row(18, "Mish(x)", ("Mul(x, Tanh(Softplus(x)))", f"Mul(x, Tanh({_LOG}))")),
-    _Row(
-        24,
-        "Swish(x)",
-        ("Mul(x, Sigmoid(x))", "Div(x, Add(Exp(Neg(x)), 1))"),
-        "com_microsoft.QuickGelu(x, alpha=1.0)",
-    ),
-    _Row(
-        24,
-        "Swish(x, alpha=alpha)",
-        ("Mul(x, Sigmoid(Mul(x, 'alpha')))",),
-        "com_microsoft.QuickGelu(x, alpha=alpha)",
-    ),
-    _Row(6, "Sigmoid(x)", ("Div(1, Add(Exp(Neg(x)), 1))", "Reciprocal(Add(Exp(Neg(x)), 1))")),
-    _Row(1, "Softplus(x)", ("Add(Relu(x) | Max(x, 0), Log(Add(Exp(Neg(Abs(x))), 1)))",)),
-    _Row(1, "Softplus(x)", (_LOG,), stable=True),
-    _Row(1, "Softsign(x)", ("Div(x, Add(Abs(x), 1))",)),
-    _Row(
-        6,
-        "LeakyRelu(x, alpha=alpha)",
-        (
-            f"Where({_POSITIVE}, x, Mul(x, 'alpha'))",
-            "Where(Less(x, 0) | LessOrEqual(x, 0), Mul(x, 'alpha'), x)",
-            "PRelu(x, 'alpha')",
-        ),
-    ),
-    _Row(6, "LeakyRelu(x, alpha=fraction)", ("Max(x, Mul(x, 'fraction'))",)),
-    _Row(6, "Elu(x)", (f"Where({_POSITIVE}, x, Sub(Exp(x), 1))",)),
-    _Row(6, "Elu(x, alpha=alpha)", (f"Where({_POSITIVE}, x, Mul(Sub(Exp(x), 1), 'alpha'))",)),
-    _Row(6, "Selu(x)", ("Mul(Elu(x, alpha=1.6732632423543772), 1.0507009873554805)",)),
-    _Row(6, "Relu(x)", ("Max(x, 0)",)),
-)
 
 
 @dataclass(frozen=True)
@@ -113,7 +36,8 @@ class FuseActivation(Pass):
     """Make one operator of the parts of an activation function.
 
     contrib: use operators of com.microsoft where the opset of the model has none. stable: also where the
-    parts overflow to infinity and the operator does not.
+    parts overflow to infinity and the operator does not. swish: also Swish, which ONNX Runtime 1.31 takes
+    apart again, to run twice as long as what it makes of the parts themselves.
     """
 
     name: ClassVar[str] = "fuse-activation"
@@ -132,18 +56,21 @@ class FuseActivation(Pass):
 
     contrib: bool = False
     stable: bool = False
+    swish: bool = False
 
     def rules(self) -> Sequence[Rule]:
         op_types = _all().op_types
         return (Rule("parts of an activation", op_types, self._fuse),)
 
     def _fuse(self, node: ir.Node, scope: Scope) -> Edit | None:
-        known, others = _patterns(scope.opset, self.contrib, self.stable)
+        on = [name for name in _REASONS if getattr(self, name)]
+        known, others = _patterns(scope.opset, self.contrib, frozenset(on))
         match = known.find(node, scope)
         if match is None:
             missed = others.find(node, scope)
             if missed is not None:
-                raise Declined(missed.name)
+                op_type, _, opset = missed.name.partition(" ")
+                raise NewerOpset(op_type, int(opset)) if opset.isdigit() else Declined(missed.name)
             return None
         if not _holds(match):
             return None
@@ -153,24 +80,30 @@ class FuseActivation(Pass):
 
 @functools.cache
 def _all() -> Patterns:
-    return Patterns({str(i): row.patterns for i, row in enumerate(_ROWS)})
+    return Patterns({str(i): row.patterns for i, row in enumerate(ROWS)}, PARTS)
+
+
+_REASONS = {
+    "stable": "the parts are infinite where they overflow, the operator is not (stable=true allows it)",
+    "swish": "Swish runs slower than its parts in ONNX Runtime 1.31 (swish=true allows it)",
+}
 
 
 @functools.cache
-def _patterns(opset: int, contrib: bool, stable: bool) -> tuple[Patterns, Patterns]:
-    """Patterns by what they become; those that become nothing, by the reason."""
+def _patterns(opset: int, contrib: bool, on: frozenset[str]) -> tuple[Patterns, Patterns]:
+    """Patterns by what they become; those that become nothing, by the reason, or operator and opset."""
     known, others = dict[str, list[str]](), dict[str, list[str]]()
-    for row in _ROWS:
-        if row.stable and not stable:
-            reason = "the parts are infinite where they overflow, the operator is not (stable=true allows it)"
-            others.setdefault(reason, []).extend(row.patterns)
-        elif row.opset <= opset or (contrib and row.contrib):
-            result = row.result if row.opset <= opset else row.contrib
-            known.setdefault(result, []).extend(row.patterns)
+    for row in ROWS:
+        wanted = not row.option or row.option in on
+        if wanted and row.opset <= opset:
+            known.setdefault(row.result, []).extend(row.patterns)
+        elif contrib and row.contrib:
+            known.setdefault(row.contrib, []).extend(row.patterns)
         else:
-            op_type = row.result.partition("(")[0]
-            others.setdefault(f"{op_type} came with opset {row.opset}", []).extend(row.patterns)
-    return Patterns(known), Patterns(others)
+            late = f"{row.result.partition('(')[0]} {row.opset}"
+            reason = late if row.opset > opset else _REASONS[row.option]
+            others.setdefault(reason, []).extend(row.patterns)
+    return Patterns(known, PARTS), Patterns(others, PARTS)
 
 
 def _holds(match: Match) -> bool:

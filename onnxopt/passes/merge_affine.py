@@ -6,6 +6,9 @@ After:  y = Conv(x, w * c, b * c + d)
 Before: y = Conv(Mul(x, c), w, b)
 After:  y = Conv(x, w * c, b)
 
+Before: y = Conv[pads=1](Add(Mul(x, c), d), w)
+After:  y = Conv[pads=1](Add(x, d / c), w * c)
+
 Before: z = Add(Concat(Conv(x, v), Transpose(Conv(y, w))), c)
 After:  z = Concat(Conv(x, v, c'), Transpose(Conv(y, w, c")))
 
@@ -29,7 +32,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.passes._affine import scale_inputs, scale_outputs
+from onnxopt.passes._affine import inputs_scaled, scale_inputs, scale_outputs
 from onnxopt.passes._arithmetic import (
     ARITHMETIC,
     Affine,
@@ -39,8 +42,9 @@ from onnxopt.passes._arithmetic import (
     size_of,
     vectors_of,
 )
-from onnxopt.passes._layer import LAYERS, along, constant, layer_of, require_sole_reader
+from onnxopt.passes._layer import LAYERS, Layer, along, constant, layer_of, require_sole_reader
 from onnxopt.passes._movement import carried_down, comes_from_layers, scaled_above, sources
+from onnxopt.passes._weight import rounded
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -65,6 +69,7 @@ agraph (float[2, 2] x) => (float[2, 1] y) <float[2, 1] w = {1, 2}, float[1] b = 
             Rule("arithmetic after a layer", ARITHMETIC, _after),
             Rule("arithmetic before a layer", (*LAYERS, "Add"), _before),
             Rule("arithmetic far before a layer", (*LAYERS, "Add"), _far_before),
+            Rule("scale before a shift before a layer", ("Conv", "ConvTranspose"), _past_shift),
         )
 
 
@@ -100,6 +105,11 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     require_sole_reader(affine.node)
     if ends_block(affine, scope):
         raise Declined("it ends a normalization or activation, which runtimes know as a whole")
+    return scale_inputs(layer, *_on_inputs(layer, affine), affine.source, scope)
+
+
+def _on_inputs(layer: Layer, affine: Affine) -> tuple[np.ndarray, np.ndarray]:
+    """What the node does to each input channel of the layer, in float64."""
     weight = layer.weight()
     rank = len(affine.source.shape) if affine.source.shape is not None else None
     trailing = 1 if layer.transposes else weight.trailing
@@ -108,7 +118,33 @@ def _before(node: ir.Node, scope: Scope) -> Edit | None:
     scale, shift = _scale_and_shift(affine, weight.inputs, rank, trailing)
     if max(scale.size, shift.size) > 1 and size_of(affine.source, -1 - trailing) != weight.inputs:
         raise Declined("the layer's input is not known to have as many channels as the constant")
-    return scale_inputs(layer, scale, shift, affine.source, scope)
+    return scale, shift
+
+
+def _past_shift(node: ir.Node, scope: Scope) -> Edit | None:
+    """W (s x + t) is (W s) (x + t / s), where a layer cannot take the shift."""
+    layer = layer_of(node)
+    after = affine_of(layer.source.producer(), scope) if layer is not None else None
+    before = affine_of(after.source.producer(), scope) if after is not None and after.shifts else None
+    if layer is None or after is None or before is None or before.shifts or not layer.stored:
+        return None
+    if ends_block(after, scope):
+        return None
+    require_sole_reader(before.node)
+    require_sole_reader(after.node)
+    sign, shift = _on_inputs(layer, after)
+    scale = _on_inputs(layer, before)[0] * sign
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        array = shift / scale
+    weight = layer.weight()
+    if array.size > 1:
+        array = array.reshape(-1, *(1,) * weight.trailing)
+    edit = Edit(node, scope)
+    moved = edit.constant(
+        rounded(array, weight.tensor.dtype), after.other.name if after.other is not None else None
+    )
+    source = edit.op("Add", [before.source, moved], name=after.node.name or "")
+    return edit.replace(node.outputs[0], inputs_scaled(layer, scale, np.zeros(()), source, edit, scope))
 
 
 def _far_before(node: ir.Node, scope: Scope) -> Edit | None:

@@ -1,10 +1,13 @@
 """Let a Gemm do the transposition, the scale and the sum beside it.
 
-Before: y = Gemm(Transpose(x), w)              After: y = Gemm[transA=1](x, w)
-Before: y = Mul(Gemm(a, b, c), 0.5)            After: y = Gemm[alpha=0.5, beta=0.5](a, b, c)
-Before: y = Gemm(Div(a, 2), b)                 After: y = Gemm[alpha=0.5](a, b)
-Before: y = Add(Gemm(a, b), c)                 After: y = Gemm(a, b, c)
-Before: y = Add(Gemm(a, b, MatMul(d, e)), c)   After: y = Gemm(a, b, Gemm(d, e, c))
+Before: y = Add(Mul(Gemm(Transpose(x), w), 0.5), c)
+After:  y = Gemm[transA=1, alpha=0.5](x, w, c)
+
+Before: y = Gemm(Div(a, 2), b)
+After:  y = Gemm[alpha=0.5](a, b)
+
+Before: y = Add(Gemm(a, b, MatMul(d, e)), c)
+After:  y = Gemm(a, b, Gemm(d, e, c))
 
 A scale beside a constant weight is left to merge-affine, which puts it into the weight.
 Declines: another node, graph or the user reads what lies between; what is added may be larger than the

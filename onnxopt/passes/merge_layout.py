@@ -22,15 +22,12 @@ import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.evaluation import DimsOf
-from onnxopt.graph import sole_user
-from onnxopt.passes._steps import LAYOUT_OPS, Step, cost, layout_of, steps_for, take, weight_of
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.passes._plan import Planner, cheapest
+from onnxopt.passes._steps import LAYOUT_OPS
+from onnxopt.rewrite import Edit, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["MergeLayout"]
-
-_LONGEST = 12
-"""Ops in a row that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +47,8 @@ class MergeLayout(Pass):
 
 
 def _merge(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
-    """Try rows that end in this node; each one op longer than the last."""
-    dims = dims_of(scope)
-    whole = layout_of(node, dims)
-    if whole is None or scope.opset < 5:
-        return None
-    # Runtimes have DepthToSpace and SpaceToDepth for few other types.
-    modes = ("DCR", "CRD")[: 1 + (scope.opset >= 11)] if node.outputs[0].dtype == ir.DataType.FLOAT else ()
-    best: tuple[tuple[int, int], ir.Value | None, list[Step]] | None = None
-    first, freed, stays, unwritten = node, (1, weight_of(node)), False, False
-    for length in range(1, _LONGEST + 1):
-        steps = steps_for(whole, modes)
-        unwritten |= steps is None and length > 1
-        if steps is not None:
-            count, weight = cost(steps)
-            gain = freed[0] - count, freed[1] - weight
-            if gain > max((0, 0), best[0] if best else (0, 0)):
-                best = gain, first.inputs[0], steps
-        source = first.inputs[0]
-        before = None if source is None else source.producer()
-        layout = layout_of(before, dims)
-        joined = None if layout is None else layout.then(whole)
-        if source is None or before is None or joined is None:
-            break
-        stays |= sole_user(source) is not first
-        freed = freed if stays else (freed[0] + 1, freed[1] + weight_of(before))
-        first, whole = before, joined
-    if best is None:
-        if unwritten:
-            raise Declined("the shape of the Reshape that would be needed cannot be written down")
-        return None
-    edit = Edit(node, scope)
-    value = take(edit, best[1], best[2], scope.opset)
-    assert value is not None  # what a change of layout reads is there
-    return edit.replace(node.outputs[0], value)
+    return (
+        cheapest(Planner(dims_of(scope), scope.opset, through=False), node, scope)
+        if scope.opset >= 5
+        else None
+    )

@@ -3,13 +3,13 @@
 Before: q = MatMul(x, A) + a; k = MatMul(x, B) + b; v = MatMul(x, C) + c
 After:  q, k, v = Split(MatMul(x, [A B C]) + [a b c])
 
-Before: y = Relu(Conv(x, v, a)); z = Relu(Conv(x, w, b))       kernel, strides, pads and dilations alike
+Before: y = Relu(Conv(x, v, a)); z = Relu(Conv(x, w, b))      kernel, strides, pads and dilations alike
 After:  y, z = Split(Relu(Conv(x, [v; w], [a; b])))
 
 Likewise for Gemm. An activation goes along where all branches begin with the same one.
-The Split copies what the layer gives, so that narrow layers gain and wide ones lose. ONNX Runtime 1.31 on a
-CPU with AVX-512 takes 0.54 to 0.93 of the time for Convs of up to 16 channels a branch and 0.87 to 1.11
-beyond; 0.88 to 1.0 for three products of up to 32 rows, 1.02 to 1.07 for more.
+The Split copies what the layer gives, so that narrow layers gain and wide ones lose. On a CPU with AVX-512,
+ONNX Runtime 1.31 takes 0.54 to 1.02 of the time for Convs of up to 16 channels a branch, 0.68 to 1.11 beyond;
+0.88 to 1.04 for three products of up to 32 rows, 0.98 to 1.07 for more.
 Declines: a weight or a bias is no constant; a Gemm's bias differs by row; a shared weight above 1 MiB;
     more channels or rows than the options allow, or an unknown number of rows. Left alone: grouped Convs,
     and what would leave no fewer nodes.
@@ -38,9 +38,10 @@ from onnxopt.graph import (
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.passes._activation import Step, common_step, redone
 from onnxopt.passes._layer import Layer, layer_of
-from onnxopt.passes._weight import LARGE, Weight
+from onnxopt.passes._weight import Weight
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
+from onnxopt.streamed import LARGE, concatenated, is_on_disk
 
 __all__ = ["MergeParallel"]
 
@@ -57,6 +58,7 @@ class MergeParallel(Pass):
 
     name: ClassVar[str] = "merge-parallel"
     kind: ClassVar[Kind] = "reorder"
+    operators = ("Conv", "Gemm", "MatMul")
     example: ClassVar[str] = """
         agraph (float[1,2] x) => (float[1,2] q, float[1,2] k, float[1,2] v)
         <float[2,2] A = {1, 2, 3, 4}, float[2,2] B = {5, 6, 7, 8}, float[2,2] C = {9, 10, 11, 12}>
@@ -113,7 +115,7 @@ class MergeParallel(Pass):
             raise Declined("a weight is shared and too large to duplicate")
         bias = np.concatenate([_bias(layer) for layer in group]) if biased else None
         edit = Edit(first.node, scope)
-        value = first.rebuilt(edit, first.source, _concatenated(weights), bias)
+        value = first.rebuilt(edit, first.source, _beside(weights), bias)
         for nodes in steps:
             value = redone(edit, nodes, value)
         for old, new in zip(ends, _split(edit, value, first, weights, scope), strict=True):
@@ -171,20 +173,11 @@ def _bias(layer: Layer) -> np.ndarray:
     return np.broadcast_to(array.reshape(-1), layer.weight().outputs)
 
 
-def _concatenated(weights: Sequence[Weight]) -> ir.TensorProtocol:
-    """The weights side by side; large ones that lie in files of their own are read when that is read."""
+def _beside(weights: Sequence[Weight]) -> ir.TensorProtocol:
+    """The weights side by side; those on disk stay there until the result is read."""
     tensors = [weight.tensor for weight in weights]
-    axis, dtype = int(weights[0].inputs_first), tensors[0].dtype
-    shape = list(weights[0].shape)
-    shape[axis] = sum(weight.outputs for weight in weights)
-
-    def joined() -> ir.TensorProtocol:
-        return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis), dtype=dtype)
-
-    on_disk = any(isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) for tensor in tensors)
-    if on_disk and sum(tensor.nbytes for tensor in tensors) > LARGE:
-        return ir.LazyTensor(joined, dtype, ir.Shape(shape))
-    return joined()
+    joined = concatenated(tensors, int(weights[0].inputs_first))
+    return joined if any(map(is_on_disk, tensors)) else ir.Tensor(joined.numpy(), dtype=joined.dtype)
 
 
 def _split(

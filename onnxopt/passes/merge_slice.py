@@ -1,7 +1,9 @@
-"""Merge two Slices in a row.
+"""Merge two Slices in a row, and a Slice of one element with the Squeeze that takes its axis away.
 
 Before: z = Slice(Slice(x, starts, ends, axes, steps), starts', ends', axes', steps')
 After:  z = one Slice of x, with a start, end and step for each axis that either of the two cuts
+Before: z = Squeeze(Slice(x, [i], [i + 1], [axis]), [axis])
+After:  z = Gather[axis](x, i)
 Declines: an axis that both cut, unless its size is known, or all steps are 1 and nothing counts from the
     end; a negative step whose end is the largest integer; starts, ends, axes or steps that are no
     constants; the value in between is read elsewhere too.
@@ -42,7 +44,10 @@ agraph (float[9] x) => (float[4] y)
     """
 
     def rules(self) -> Sequence[Rule]:
-        return (Rule("Slice after Slice", ("Slice",), _slice),)
+        return (
+            Rule("Slice after Slice", ("Slice",), _slice),
+            Rule("Squeeze after Slice of one element", ("Squeeze",), _one),
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,23 @@ def _slice(node: ir.Node, scope: Scope) -> Edit | None:
     for axis, cut in outer.items():
         cuts[axis] = _composed(inner[axis], cut, _size(source, axis)) if axis in inner else cut
     return _sliced(node, scope, source, cuts)
+
+
+def _one(node: ir.Node, scope: Scope) -> Edit | None:
+    first = before(node.inputs[0], node, ("Slice",))
+    if first is None:
+        return None
+    require_alone(first, node)
+    rank, cuts, gone = rank_of(*first.inputs[:1], *first.outputs), _cuts(first, scope.opset), axes_of(node)
+    if gone is None or len(cuts) != 1 or normalised(tuple(cuts), rank) != normalised(gone, rank):
+        return None
+    (cut,) = cuts.values()
+    last = cut.start == -1 and cut.end in _OPEN_ENDS and scope.opset >= 11
+    if cut.step != 1 or not (last or 0 <= cut.start == cut.end - 1):
+        return None
+    edit = Edit(node, scope)
+    index = edit.constant(np.array(cut.start, np.int64), "index")
+    return edit.replace(node.outputs[0], edit.op("Gather", (first.inputs[0], index), {"axis": gone[0]}))
 
 
 def _sliced(node: ir.Node, scope: Scope, source: ir.Value | None, cuts: dict[int, _Cut]) -> Edit:

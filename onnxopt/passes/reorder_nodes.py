@@ -45,25 +45,26 @@ class ReorderNodes(Pass):
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for graph in graphs(model):
+            constants = [node for node in graph if node.op_type == "Constant"]
             schedule = _Schedule(graph, self.symbol)
-            now, better = list(graph), schedule.greedy()
-            if schedule.peak(better) >= schedule.peak(now):
+            better = schedule.greedy()
+            if schedule.peak(better) >= schedule.peak(schedule.nodes):
                 continue
             if ledger.claim("lower peak", graph.name or ""):
-                for node in better:
+                for node in (*constants, *better):
                     graph.remove(node)
                     graph.append(node)
                 ledger.touch(better)
 
 
 class _Schedule:
-    """What each node of a graph adds to and takes from memory."""
+    """What each node of a graph, but for Constants, adds to and takes from memory."""
 
     def __init__(self, graph: ir.Graph, symbol: int) -> None:
         self._symbol = symbol
-        self._nodes = list(graph)
-        self._place = {node: place for place, node in enumerate(self._nodes)}
-        self._reads = {node: self._activations(graph, node) for node in self._nodes}
+        self.nodes = [node for node in graph if node.op_type != "Constant"]
+        self._place = {node: place for place, node in enumerate(self.nodes)}
+        self._reads = {node: self._activations(graph, node) for node in self.nodes}
         self._readers: dict[ir.Value, list[ir.Node]] = {}
         for node, values in self._reads.items():
             for value in values:
@@ -76,7 +77,7 @@ class _Schedule:
         live = sum(self._bytes(value) for value in left if value.producer() is None)
         most = live
         for node in order:
-            live += sum(map(self._bytes, node.outputs)) if node.op_type != "Constant" else 0
+            live += sum(map(self._bytes, node.outputs))
             most = max(most, live)
             for value in self._reads[node]:
                 left[value] -= 1
@@ -92,7 +93,7 @@ class _Schedule:
         heapq.heapify(ready)
         order: dict[ir.Node, None] = {}
         while ready:
-            node = self._nodes[heapq.heappop(ready)[1]]
+            node = self.nodes[heapq.heappop(ready)[1]]
             if node in order:
                 continue
             order[node] = None

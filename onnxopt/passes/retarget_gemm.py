@@ -1,10 +1,13 @@
 """Say a product of two matrices and its bias as Gemm, or as MatMul and Add.
 
-form=gemm (one node less; consumers that know no MatMul of matrices with a bias know Gemm)
-    Before: y = Add(MatMul(x, w), b)           After: y = Gemm(x, w, b)         x and w of rank 2
-    Before: y = MatMul(x, Transpose(w))        After: y = Gemm[transB=1](x, w)
-form=matmul (quantizers that know MatMul only take it)
-    Before: y = Gemm[transB=1](x, w, b)        After: y = Add(MatMul(x, w'), b) w' = transpose of w
+Before: y = Add(MatMul(x, w), b)               form=gemm, the default; x and w have rank 2
+After:  y = Gemm(x, w, b)
+
+Before: y = MatMul(x, Transpose(w))            form=gemm
+After:  y = Gemm[transB=1](x, w)
+
+Before: y = Gemm[transB=1](x, w, b)            form=matmul, for quantizers that know no other product
+After:  y = Add(MatMul(x, w'), b)              w' is the transpose of w
 
 ONNX Runtime computes both in the same time (it makes the Gemm itself at load).
 Declines: another node, graph or the user reads the product; what is added may be larger than it; other types
@@ -24,9 +27,10 @@ from onnxopt.claims import Kind, Pass
 from onnxopt.graph import constant_of
 from onnxopt.passes._gemm import gemm, product_of, sum_as_gemm, untransposed
 from onnxopt.passes._layer import constant
-from onnxopt.passes._weight import LARGE, rounded
+from onnxopt.passes._weight import rounded
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
+from onnxopt.streamed import LARGE, is_on_disk, mapped, transposed
 
 __all__ = ["RetargetGemm"]
 
@@ -92,14 +96,10 @@ def _as_matmul(node: ir.Node, scope: Scope) -> Edit | None:
 
 
 def _changed(tensor: ir.TensorProtocol, scale: float, transpose: bool) -> ir.TensorProtocol:
-    """The tensor scaled and transposed; a large one in a file of its own is read when the result is."""
-
-    def computed() -> ir.TensorProtocol:
-        array = tensor.numpy().T if transpose else tensor.numpy()
-        if scale == 1:
-            return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype)
-        return rounded(array.astype(np.float64) * scale, tensor.dtype)
-
-    if tensor.nbytes > LARGE and isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) and scale == 1:
-        return ir.LazyTensor(computed, tensor.dtype, ir.Shape(tensor.shape.numpy()[::-1]))
-    return computed()
+    """The tensor scaled and transposed; one on disk stays there until the result is read."""
+    result = transposed(tensor, (1, 0)) if transpose else tensor
+    if scale != 1:
+        result = mapped(lambda array: array.astype(np.float64) * scale, [result], tensor.dtype)
+    if is_on_disk(tensor):
+        return result
+    return rounded(result.numpy(), tensor.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -13,8 +15,10 @@ import pytest
 from onnxopt.graph import tensors
 from onnxopt.ledger import Ledger
 from onnxopt.model import load
+from onnxopt.passes import dedupe_initializers
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.storage import save
+from onnxopt.streamed import pieces
 from tests.support import assert_equivalent, run_pass, text_model
 
 
@@ -131,6 +135,26 @@ def test_external_data_is_read_in_pieces_and_stays_external(tmp_path: Path) -> N
     DedupeInitializers().apply(model, Ledger(pass_name="dedupe-initializers"))
     assert list(model.graph.initializers) == ["w0", "w1"]
     assert all(isinstance(tensor, ir.ExternalTensor) for tensor in tensors(model))
+
+
+def test_weights_are_read_no_further_than_to_where_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 1 << 18
+    arrays = [np.zeros(size, np.float32) for _ in range(5)]
+    arrays[0][0] = arrays[1][100_000] = arrays[2][100_000] = arrays[3][size - 1] = 1
+    save(load(model_of(*arrays)), tmp_path / "m.onnx", external_data=True)
+    model, read = load(tmp_path / "m.onnx"), Counter[str]()
+
+    def counted(tensor: ir.TensorProtocol, chunk: int) -> Iterator[bytes | memoryview]:
+        for piece in pieces(tensor, chunk):
+            read[tensor.name or ""] += len(piece)
+            yield piece
+
+    monkeypatch.setattr(dedupe_initializers, "pieces", counted)
+    DedupeInitializers().apply(model, Ledger(pass_name="dedupe-initializers"))
+    assert list(model.graph.initializers) == ["w0", "w1", "w3", "w4"]
+    assert read["w0"] < read["w1"] == read["w3"] == size * 4
 
 
 def test_weights_that_cannot_be_equal_are_not_read() -> None:

@@ -435,3 +435,40 @@ def test_random_graphs_keep_their_numbers(data: st.DataObject) -> None:
     )
     after = run_pass(model, FoldConstants())
     assert_equivalent(model, after.model, kind="reorder")
+
+
+def slices(kept: str) -> onnx.ModelProto:
+    """Four readers of four slices of a weight of 8 kB; `kept` reads the weight itself."""
+    weight = ", ".join(["3"] * 2048)
+    lines = [f"s{i} = Slice(w, i{i}, i{i + 1}) y{i} = Add(x, s{i})" for i in range(4)]
+    numbers = ", ".join(f"int64[1] i{i} = {{{i}}}" for i in range(5))
+    outputs = ", ".join(f"float[1, 512] y{i}" for i in range(4))
+    return inferred(
+        f"g (float[1, 512] x) => ({outputs}, float[4, 512] z) <float[4, 512] w = {{{weight}}},"
+        f" int64[2] n = {{4, 512}}, {numbers}> {{ " + " ".join(lines) + f" {kept} }}"
+    )
+
+
+def test_slices_of_one_weight_are_judged_together() -> None:
+    model = slices("z = Expand(x, n)")
+    after = run_pass(model, FoldConstants(max_growth=1000))
+    assert after.op_types == ["Add"] * 4 + ["Expand"]
+    assert after.declined == ()
+    assert_equivalent(model, after.model)
+
+
+def test_slices_of_a_weight_that_stays_are_not_stored_beside_it() -> None:
+    model = slices("z = Add(x, w)")
+    after = run_pass(model, FoldConstants(max_growth=1000))
+    assert after.count("Slice") == 4
+    assert set(after.declined) == {"it would add 2 kB to the model (max_growth=1000)"}
+
+
+def test_folds_that_are_judged_together_are_granted_one_by_one() -> None:
+    model = slices("z = Expand(x, n)")
+    for limit in range(5):
+        graph, ledger = ir.from_proto(model), Ledger(limit=limit)
+        FoldConstants(max_growth=1000).apply(graph, ledger)
+        assert len(ledger.granted) == limit
+        assert find_problem(graph, ledger.touched) is None
+        assert_equivalent(model, graph)

@@ -82,7 +82,7 @@ def numbers(dtype: type = np.float32, largest: float = 60) -> Feeds:
 def test_parts_become_one_operator(result: str, opset: int, spelling: str) -> None:
     spelling = spelling.replace("[0.25]", "0.25")
     model = expression_model(spelling, opset=opset)
-    done = run_pass(model, FuseActivation())
+    done = run_pass(model, FuseActivation(swish=True))
     assert (done.op_types, done.declined) == ([result], ())
     assert_equivalent(model, done.model, numbers(), kind="reorder")
 
@@ -118,6 +118,17 @@ def test_contrib_operators_are_used_only_when_asked_for(spelling: str, opset: in
     assert done.op_types == [contrib]
     assert done.model.graph[0].domain == "com.microsoft"
     assert_equivalent(model, done.model, numbers(), kind="reorder")
+
+
+@pytest.mark.parametrize("alpha", [None, 1.702])
+def test_swish_of_the_standard_only_when_asked_for(alpha: float | None) -> None:
+    gate = "Sigmoid(x)" if alpha is None else f"Sigmoid(Mul(x, {alpha}))"
+    model = expression_model(f"Mul(x, {gate})", opset=24)
+    kept = run_pass(model, FuseActivation())
+    assert kept.changes == 0
+    assert "runs slower than its parts" in kept.declined[0]
+    assert run_pass(model, FuseActivation(contrib=True)).op_types == ["QuickGelu"]
+    assert run_pass(model, FuseActivation(swish=True)).op_types == ["Swish"]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -182,7 +193,9 @@ def test_softplus_that_overflows_only_when_asked_for() -> None:
     ],
 )
 def test_what_is_something_else_stays(spelling: str) -> None:
-    done = run_pass(expression_model(spelling, opset=24), FuseActivation(contrib=True, stable=True))
+    done = run_pass(
+        expression_model(spelling, opset=24), FuseActivation(contrib=True, stable=True, swish=True)
+    )
     assert (done.changes, done.declined) == (0, ())
 
 
@@ -197,7 +210,9 @@ def test_a_value_inside_that_is_a_graph_output(kept: str) -> None:
 def test_a_value_inside_that_is_read_elsewhere() -> None:
     model = text_model("""<ir_version: 10, opset_import: ["" : 24]>
         agraph (float[2] x) => (float[2] y, float[2] z) { s = Sigmoid(x) y = Mul(x, s) z = Neg(s) }""")
-    assert run_pass(model, FuseActivation()).declined == ("the output of its Sigmoid is also read elsewhere",)
+    assert run_pass(model, FuseActivation(swish=True)).declined == (
+        "the output of its Sigmoid is also read elsewhere",
+    )
 
 
 def test_two_on_one_input_and_a_constant_that_they_share() -> None:
@@ -249,7 +264,7 @@ def test_subgraphs_and_functions(place: str) -> None:
             <domain: "local", opset_import: ["" : 17]>
             Half (x) => (y) { z = Constant<value_float=0.0>() y = Max(x, z) }""")
         feeds = [{"x": np.array([1, -2], np.float32)}]
-    done = run_pass(model, FuseActivation())
+    done = run_pass(model, FuseActivation(swish=True))
     if place == "branch":
         assert done.count("Swish") == 1
         assert_equivalent(model, done.model, feeds, kind="reorder")

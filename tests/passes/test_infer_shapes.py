@@ -94,8 +94,9 @@ def test_a_type_on_record_is_not_contradicted() -> None:
 def test_one_node_that_cannot_be_inferred_does_not_stop_the_rest() -> None:
     proto = text_model(
         """<ir_version: 10, opset_import: ["" : 17, "unknown" : 1]>
-        g (float[2, 3] x) => (float[?] y) {
-            a = unknown.Op(x)\n b = Transpose(x)\n c = MatMul(x, x)\n y = Sum(a, b, c) }"""
+        g (float[2, 3] x, int64[2] k) => (float[?] y, int64[?] z) {
+            a = unknown.Op(x)\n b = Transpose(x)\n c = MatMul(x, x)\n y = Sum(a, b, c)
+            d = HardSwish(k)\n z = Neg(d) }"""
     )
     found = record(run_pass(proto, InferShapes()).model)
     assert found["a"] == "None None"
@@ -107,6 +108,19 @@ def test_a_shape_that_can_be_overridden_is_unknown() -> None:
         "g (float[4] x, int64[1] k) => (float[?] y) <int64[1] k = {4}> { a = Reshape(x, k)\n y = Neg(a) }"
     )
     assert record(run_pass(proto, InferShapes()).model)["a"] == "FLOAT [None]"
+
+
+@pytest.mark.parametrize("cut", ["k, four, zero", "zero, k, zero", "one, four, k", "zero, four, zero, k"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_shape_that_is_cut_where_the_user_says_is_unknown(cut: str, inside: bool) -> None:
+    constants = "<int64[1] zero = {0}, int64[1] one = {1}, int64[1] four = {4}>"
+    nodes, output = f"s = Shape(x) c = Slice(s, {cut}) a = Reshape(x, c) y = Neg(a)", "y"
+    if inside:
+        other = "e () => (float[A] v) { v = Neg(x) }"
+        nodes = f"z = If (b) <then_branch = t () => (float[A] y) {{ {nodes} }}, else_branch = {other}>"
+        output = "z"
+    text = f"g (float[2,3,4] x, int64[1] k, bool b) => (float[A] {output}) {constants} {{ {nodes} }}"
+    assert record(run_pass(text, InferShapes()).model)["a"] in ("None None", "FLOAT None")
 
 
 @pytest.mark.parametrize("lift", [False, True])
@@ -245,3 +259,14 @@ def test_node_by_node_loses_nothing_that_the_whole_graph_tells(seed: int, steps:
             assert have.shape is not None
             known = [(a, b) for a, b in zip(have.shape, want.shape, strict=True) if b != ir.SymbolicDim(None)]
             assert all(a == b for a, b in known)
+
+
+def test_operators_that_give_one_type_only() -> None:
+    """onnx's inference passes over most of ai.onnx.ml."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 1]>
+    g (float[N, 3] x) => (float[A, B] y) {
+      s = ai.onnx.ml.Scaler <offset = [0.0], scale = [2.0]> (x)
+      y = Neg (s)
+    }"""
+    result = run_pass(text, InferShapes())
+    assert record(result.model)["s"] == "FLOAT None"

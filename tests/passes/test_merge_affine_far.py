@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,10 @@ def test_tables_that_stay() -> None:
     kept(model, "the table is a graph input (overridable; --freeze-initializers folds it)")
     del model.graph.input[-1]
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.ones(300_000, np.float32), "t"))
-    kept(model, "the table is too large to scale")
+    assert run_pass(model, MergeAffine()).changes == 1
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["t"], ["r"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, [1]))
+    kept(model, "the table is shared and too large to duplicate")
 
 
 @pytest.mark.parametrize(
@@ -371,6 +375,49 @@ def test_neg_beside_each_layer(kind: Kind) -> None:
     sketch = Sketch(kind.x)
     sketch.op("Neg", [sketch.layer(kind, sketch.op("Neg", ["x"], "n"), "c", bias=True)], "y")
     merged(sketch.model(), ["Neg"], MergeAffine())
+
+
+@pytest.mark.parametrize("name", ["conv2d_pads", "transposed1d", "transposed_group", "depthwise"])
+@pytest.mark.parametrize("shift", ["Add({0}, t)", "Add(t, {0})", "Sub({0}, t)", "Sub(t, {0})"])
+@pytest.mark.parametrize("scale", ["Mul(x, s)", "Mul(s, x)", "Div(x, s)", "Neg(x)"])
+def test_a_scale_passes_a_shift_that_a_layer_cannot_take(scale: str, shift: str, name: str) -> None:
+    kind = KINDS[name]
+    kind = replace(
+        kind, attributes={"pads": [1] * 4, **kind.attributes} if name == "depthwise" else kind.attributes
+    )
+    for s, t in ((1, 1), (1, kind.inputs), (kind.inputs, 1), (kind.inputs, kind.inputs)):
+        sketch = Sketch(kind.x)
+        for key, size in (("s", s), ("t", t)):
+            sketch.constant(key, along(1, len(kind.x), size), 0.5, 2)
+        for text, output in ((scale, "a"), (shift.format("a"), "b")):
+            op_type, inputs = text.rstrip(")").split("(")
+            sketch.op(op_type, inputs.split(", "), output)
+        sketch.layer(kind, "b", "y", bias=True)
+        after = run_pass(sketch.model(), MergeAffine())
+        assert after.op_types == ["Add", kind.op_type]
+        assert_equivalent(sketch.model(), after.model, kind="reorder")
+
+
+def test_a_scale_of_zero_does_not_pass_a_shift() -> None:
+    sketch = Sketch((1, 2, 4))
+    sketch.op("Mul", ["x", sketch.constant("s", (2, 1), 0, 0)], "a")
+    sketch.op("Add", ["a", sketch.constant("t", (2, 1))], "b")
+    sketch.layer(Kind("Conv", (), (2, 2, 3), 2, 2, {"pads": [1, 1]}), "b", "y")
+    after = run_pass(sketch.model(), MergeAffine())
+    assert (after.changes, len(after.declined)) == (0, 2)
+    assert "the folded constants would not be finite in FLOAT" in after.declined
+
+
+@pytest.mark.parametrize("extra", ["a", "b"])
+def test_a_scale_that_is_read_elsewhere_does_not_pass_a_shift(extra: str) -> None:
+    sketch = Sketch((1, 2, 4))
+    sketch.op("Mul", ["x", sketch.constant("s", (2, 1))], "a")
+    sketch.op("Add", ["a", sketch.constant("t", (2, 1))], "b")
+    sketch.layer(Kind("Conv", (), (2, 2, 3), 2, 2, {"pads": [1, 1]}), "b", "y")
+    sketch.op("Relu", [extra], "r")
+    after = run_pass(sketch.model(outputs=["y", "r"]), MergeAffine())
+    assert after.changes == 0
+    assert f"the output of the {'Mul' if extra == 'a' else 'Add'} is also read elsewhere" in after.declined
 
 
 def test_a_long_way_is_not_walked() -> None:

@@ -47,6 +47,17 @@ def test_an_order_that_is_good_stays() -> None:
     assert done.changes == 0
 
 
+def test_constant_nodes_come_before_what_reads_them() -> None:
+    before = heads(3)
+    del before.graph.initializer[:]
+    many = onnx.numpy_helper.from_array(np.array([8, 8]), "many")
+    before.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["many"], value=many))
+    before.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["unread"], value_float=1.0))
+    done = run_pass(before, ReorderNodes())
+    assert done.op_types == ["Constant"] * 2 + ["Tile", "ReduceMax"] * 3
+    assert_equivalent(before, done.model)
+
+
 def test_bodies_are_ordered_and_captures_are_kept_alive() -> None:
     before = text_model("""agraph (float[4,4] x, bool c) => (float[1,1] y) <int64[2] many = {8, 8}> {
         outer = Neg(x)
