@@ -110,7 +110,7 @@ def _holds(match: Match) -> bool:
     """Whether the numbers are in range and the type is one that runtimes have the operator for.
 
     Raises:
-        Declined: the type is another one.
+        Declined: the type is another one, or the runtime's operator does not take a single number.
     """
     if "fraction" in match.values and not 0 < match.number("fraction") <= 1:
         return False
@@ -119,4 +119,6 @@ def _holds(match: Match) -> bool:
         return True
     if dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         raise Declined("its type is unknown" if dtype is None else f"its type is {dtype.name}")
+    if "FastGelu" in match.name and not match["x"].shape:
+        raise Declined("FastGelu takes no tensor without axes, and there may be none")
     return True
