@@ -25,6 +25,11 @@ spent = [time.process_time() - started, time.perf_counter() - wall]
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([*spent, int(peak) / 1024]))
 """
+_IR_SAVE = """
+weights = (value.const_value for value in model.graph.initializers.values())
+stored = any(isinstance(weight, (ir.ExternalTensor, ir.LazyTensor)) for weight in weights)
+ir.save(model, target, external_data="data" if stored else None)
+"""
 _IR_PASSES = """
 model = ir.load(source)
 for name in (
@@ -33,9 +38,6 @@ for name in (
     "RemoveUnusedOpsets", "OutputFix", "NameFix", "TopologicalSort",
 ):
     model = getattr(common, name + "Pass")()(model).model
-weights = (value.const_value for value in model.graph.initializers.values())
-stored = any(isinstance(weight, ir.ExternalTensor) for weight in weights)
-ir.save(model, target, external_data="data" if stored else None)
 """
 _ORT_SAVE = """
 options = ort.SessionOptions()
@@ -89,12 +91,12 @@ PEERS = {
     "onnxscript": Peer(
         ("onnxscript==0.7.2", "onnx-ir==1.1.0", *_ORT),
         "import onnx_ir as ir, onnxscript.optimizer as optimizer",
-        "model = ir.load(source); optimizer.optimize_ir(model); ir.save(model, target)",
+        "model = ir.load(source)\noptimizer.optimize_ir(model)" + _IR_SAVE,
     ),
     "onnx-ir": Peer(
         ("onnx-ir==1.1.0", *_ORT),
         "import onnx_ir as ir, onnx_ir.passes.common as common",
-        _IR_PASSES,
+        _IR_PASSES + _IR_SAVE,
     ),
     "ort-basic": Peer(_ORT, "import onnxruntime as ort", _ORT_SAVE.format(level="BASIC")),
     "ort-extended": Peer(_ORT, "import onnxruntime as ort", _ORT_SAVE.format(level="EXTENDED"), contrib=True),

@@ -44,11 +44,13 @@ def _cell(b: Builder, x: str) -> str:
     return b.add("Tanh", b.add("Add", y, x))
 
 
-def big_model(folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int = 0) -> Path:
+def big_model(
+    folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int = 0, *, scaled: bool = True
+) -> Path:
     """Write ``model.onnx`` and ``model.onnx.data`` above protobuf's 2 GB limit; returns the model's path.
 
-    A chain of MatMuls (8192 x 8192, 256 MiB each), each followed by an Identity, an Add, a Mul that can be
-    folded and a Tanh: ``x`` float32 (batch, 8192) to ``y``.
+    A chain of MatMuls (8192 x 8192, 256 MiB each), each followed by an Identity, an Add, where ``scaled`` a
+    Mul that can be folded into the weight, and a Tanh: ``x`` float32 (batch, 8192) to ``y``.
     """
     width = 8192
     count = max(1, round(gigabytes * 1e9 / (width * width * 4)))
@@ -56,7 +58,8 @@ def big_model(folder: str | os.PathLike[str], gigabytes: float = 2.3, seed: int 
     for weight in _sparse_weights(b, Path(folder), count, width):
         x = b.add("MatMul", x, weight)
         x = b.add("Add", b.add("Identity", x), b.constant(b.rng.normal(0, 0.1, width)))
-        x = b.add("Tanh", b.add("Mul", x, b.constant(b.rng.uniform(0.8, 1.2, width))))
+        scale = b.constant(b.rng.uniform(0.8, 1.2, width)) if scaled else ""
+        x = b.add("Tanh", b.add("Mul", x, scale) if scaled else x)
     return _write(b, x, Path(folder), width)
 
 

@@ -135,7 +135,8 @@ def _apply(one: ir.passes.PassBase, model: ir.Model, ledger: Ledger) -> ir.Model
     if ledger.leaves_out(Rewrite(ledger.pass_name, WHOLE, "")):
         return model
     if isinstance(one, Pass):
-        one.apply(model, ledger)
+        if not one.operators or ledger.index(model).has(one.operators):
+            one.apply(model, ledger)
         return model
     if not ledger.claim(WHOLE, ""):
         return model

@@ -29,12 +29,15 @@ class Pass(ir.passes.InPlacePass):
     `example` is a small model in ONNX text syntax that the pass rewrites; IR version 10 and opset 17 where
     it does not say. `pattern` makes it a guarded pass: a model of realistic size that the pass rewrites,
     and it rewrites others only where the result is measured to be faster, see `benchmarking.profits`.
+    `operators`: the pipeline passes over models that have none of these, as the pass has nothing to do there;
+    rules name theirs themselves.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind] = "exact"
     example: ClassVar[str] = ""
     pattern: ClassVar[str] = ""
+    operators: ClassVar[tuple[str, ...]] = ()
     keeps_signature: ClassVar[bool] = True
 
     def rules(self) -> Sequence[Rule]:

@@ -45,6 +45,10 @@ class Index:
         """How many nodes there are, and how many bytes of tensors."""
         return len(self._place), self._bytes
 
+    def has(self, operators: Iterable[str]) -> bool:
+        """Whether a node has one of these operators."""
+        return any(operator in found for operator in operators for found in self._by_operator.values())
+
     def find(self, root: ir.Graph, operators: Iterable[str]) -> list[ir.Node]:
         """The nodes of these operators in a root and in the graphs nested in it, in order."""
         by_operator = self._by_operator.get(root, {})

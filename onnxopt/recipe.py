@@ -16,6 +16,7 @@ Options have one spelling, that of the dataclass field, in Python, here and on t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.resources
 import os
@@ -99,13 +100,14 @@ def _built(name: str, above: tuple[str, ...]) -> Pipeline:
             raise UsageError(f"{who}: builds on itself")
         below = _built(place, (name, *above))
     passes = _without(below.passes, _strings(who, "skip", table.get("skip", [])), f"{who}: cannot skip")
+    parse = functools.partial(parse_pass, known=known_passes())
     for anchor, added in after.items():
         names = [pass_name(one) for one in passes]
         if anchor not in names:
             raise UsageError(f"{who}: after {anchor!r}: there is no such pass{did_you_mean(anchor, names)}")
         place_after = names.index(anchor) + 1
-        passes[place_after:place_after] = map(parse_pass, _strings(who, f"after.{anchor}", added))
-    passes += map(parse_pass, _strings(who, "passes", table.get("passes", [])))
+        passes[place_after:place_after] = map(parse, _strings(who, f"after.{anchor}", added))
+    passes += map(parse, _strings(who, "passes", table.get("passes", [])))
     rounds = table.get("rounds", below.rounds)
     if not passes:
         raise UsageError(f'{who}: expected a list: passes = ["fold-constants", ...]')
@@ -182,8 +184,8 @@ def parse_passes(text: str) -> tuple[ir.passes.PassBase, ...]:
     return tuple(parse_pass(part) for part in re.split(r",(?![^{]*\})", text) if part.strip())
 
 
-def parse_pass(text: str) -> ir.passes.PassBase:
-    """One pass from its spelling `name` or `name{option=value,...}`.
+def parse_pass(text: str, known: Mapping[str, PassFactory] | None = None) -> ir.passes.PassBase:
+    """One pass from its spelling `name` or `name{option=value,...}`; `known` saves looking for passes again.
 
     Raises:
         UsageError: unknown pass or option, or a value of the wrong type; with the nearest known word.
@@ -192,7 +194,7 @@ def parse_pass(text: str) -> ir.passes.PassBase:
     if match is None:
         raise UsageError(f"pass {text!r}: expected name or name{{option=value}}")
     name, options = match[1], match[2] or ""
-    known = known_passes()
+    known = known_passes() if known is None else known
     if name not in known:
         raise UsageError(f"unknown pass {name!r}{did_you_mean(name, known)}")
     given = {}

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.boxes import Box, boxes, gathered, place, runs
 from onnxopt.errors import ModelError
 
 __all__ = [
@@ -38,14 +39,8 @@ LARGE = 1 << 20
 
 _PIECE = 1 << 25
 """Bytes of a piece. Each piece of a transposed weight passes over its file once, so it is not small."""
-_SPAN = 1 << 24
-"""Bytes that are read at once, at most."""
-_GAP = 1 << 14
-"""Bytes that are as fast to read as to pass over."""
 _PAGE = 1 << 12
 _SAMPLES = 16
-
-Box = tuple[slice, ...]
 
 
 class Streamed(ir.LazyTensor):
@@ -104,7 +99,7 @@ def read(tensor: ir.TensorProtocol, box: Box) -> np.ndarray:
         def fetch(first: int, run: np.ndarray) -> None:
             _read_into(run.view(np.uint8), file, start + first * dtype.itemsize, tensor)
 
-        return _gathered(dtype, tensor.shape.numpy(), box, fetch)
+        return gathered(dtype, tensor.shape.numpy(), box, fetch)
 
 
 def pieces(tensor: ir.TensorProtocol, size: int = _PIECE) -> Iterator[bytes | memoryview]:
@@ -115,7 +110,7 @@ def pieces(tensor: ir.TensorProtocol, size: int = _PIECE) -> Iterator[bytes | me
     """
     if isinstance(tensor, Streamed):
         shape, itemsize = tensor.shape.numpy(), tensor.dtype.itemsize
-        for box in _boxes(shape, max(1, int(size // itemsize))):
+        for box in boxes(shape, max(1, int(size // itemsize))):
             yield _bytes_of(tensor.box(box))
     elif isinstance(tensor, ir.ExternalTensor):
         for start in range(0, tensor.nbytes, size):
@@ -140,13 +135,13 @@ def reshaped(tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.TensorProtoc
         return _stored(tensor, 0, shape)
 
     def fetch(first: int, run: np.ndarray) -> None:
-        for part in _runs(tensor.shape.numpy(), first, first + len(run)):
+        for part in runs(tensor.shape.numpy(), first, first + len(run)):
             elements = read(tensor, part).reshape(-1)
             run[: len(elements)] = elements
             run = run[len(elements) :]
 
     dtype = tensor.dtype.numpy()
-    return _streamed(tensor.dtype, shape, lambda box: _gathered(dtype, tuple(shape), box, fetch), [tensor])
+    return _streamed(tensor.dtype, shape, lambda box: gathered(dtype, tuple(shape), box, fetch), [tensor])
 
 
 def transposed(tensor: ir.TensorProtocol, perm: Sequence[int]) -> ir.TensorProtocol:
@@ -169,7 +164,7 @@ def cropped(tensor: ir.TensorProtocol, spans: Sequence[slice]) -> ir.TensorProto
     shape = [len(places) for places in kept]
     size: int = math.prod(shape)
     if isinstance(tensor, ir.ExternalTensor) and size:
-        first, span = _place(old, [slice(places.start, places.start + len(places)) for places in kept])
+        first, span = place(old, [slice(places.start, places.start + len(places)) for places in kept])
         if span == size and all(places.step == 1 for places in kept):
             return _stored(tensor, first, shape)
 
@@ -249,6 +244,7 @@ def _streamed(
     box: Callable[[Box], np.ndarray],
     tensors: Sequence[ir.TensorProtocol],
 ) -> Streamed:
+    assert dtype.bitwidth % 8 == 0  # a box of packed elements has no bytes of its own
     files = (sources(tensor) for tensor in tensors)
     return Streamed(dtype, shape, box, frozenset().union(*(found for found in files if found)))
 
@@ -268,91 +264,9 @@ def _stored(tensor: ir.ExternalTensor, first: int, shape: Sequence[int]) -> ir.E
 
 def _whole(tensor: Streamed) -> np.ndarray:
     array = np.empty(tensor.shape.numpy(), tensor.dtype.numpy())
-    for box in _boxes(array.shape, _PIECE // array.itemsize):
+    for box in boxes(array.shape, _PIECE // array.itemsize):
         array[box] = tensor.box(box)
     return array
-
-
-def _boxes(shape: Sequence[int], limit: int) -> Iterator[Box]:
-    """Boxes of at most `limit` elements that hold all elements of a shape, in order."""
-    inner = math.prod(shape[1:])
-    if not shape:
-        yield ()
-    elif inner <= limit:
-        step = max(1, limit // max(1, inner))
-        for start in range(0, shape[0] if inner else 0, step):
-            yield (slice(start, min(start + step, shape[0])), *map(slice, [0] * (len(shape) - 1), shape[1:]))
-    else:
-        for row in range(shape[0]):
-            yield from ((slice(row, row + 1), *box) for box in _boxes(shape[1:], limit))
-
-
-def _runs(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Boxes that hold the elements from `start` to `stop`, in order: whole rows, and parts at both ends."""
-    if not shape:
-        yield ()
-        return
-    inner = math.prod(shape[1:])
-    row = start // inner
-    first, last = -(-start // inner), stop // inner
-    if first <= last:
-        if row < first:
-            yield from _row(shape, row, start - row * inner, inner)
-        if first < last:
-            yield (slice(first, last), *map(slice, [0] * (len(shape) - 1), shape[1:]))
-        row, start = last, last * inner
-    if start < stop:
-        yield from _row(shape, row, start - row * inner, stop - row * inner)
-
-
-def _row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
-    return ((slice(row, row + 1), *box) for box in _runs(shape[1:], start, stop))
-
-
-def _place(shape: Sequence[int], box: Sequence[slice]) -> tuple[int, int]:
-    """The number of a box's first element, in order, and how many lie from it to the last one."""
-    first = span = 0
-    step = 1
-    for size, part in zip(reversed(shape), reversed(box), strict=True):
-        first += part.start * step
-        span += (part.stop - 1 - part.start) * step
-        step *= size
-    return first, span + 1
-
-
-def _gathered(
-    dtype: np.dtype, shape: Sequence[int], box: Box, fetch: Callable[[int, np.ndarray], None]
-) -> np.ndarray:
-    """A box of a tensor that is read in runs of elements: `fetch` fills an array from a place on."""
-    out = np.empty([part.stop - part.start for part in box], dtype)
-    steps = np.cumprod([1, *shape[:0:-1]])[::-1][: len(shape)].tolist()
-    first, _ = _place(shape, box)
-
-    def fill(part: np.ndarray, steps: list[int], first: int) -> None:
-        while part.ndim and part.shape[0] == 1:
-            part, steps = part.reshape(part.shape[1:]), steps[1:]
-        span = 1 + sum((size - 1) * step for size, step in zip(part.shape, steps, strict=True))
-        if span == part.size and span * dtype.itemsize <= _SPAN:
-            fetch(first, part.reshape(-1))
-            return
-        run, axis = 1, part.ndim
-        while axis and steps[axis - 1] == run:
-            axis -= 1
-            run *= part.shape[axis]
-        near = (span - 2 * part.size) * dtype.itemsize <= part.size // run * _GAP
-        if near and span * dtype.itemsize <= _SPAN:
-            stretch = np.empty(span, dtype)
-            fetch(first, stretch)
-            strides = [step * dtype.itemsize for step in steps]
-            part[...] = np.lib.stride_tricks.as_strided(stretch, part.shape, strides)
-            return
-        jump = -(-part.shape[0] // 2) if near else 1
-        for index in range(0, part.shape[0], jump):
-            fill(part[index : index + jump], steps, first + index * steps[0])
-
-    if out.size:
-        fill(out, steps, first)
-    return out
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

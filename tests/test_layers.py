@@ -17,6 +17,7 @@ ENGINE = {
     "claims",
     "collector",
     "admission",
+    "boxes",
     "errors",
     "graph",
     "index",

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.scale import transposed_model
-from onnxopt import streamed
+from onnxopt import boxes, streamed
 from onnxopt.errors import ModelError
 from onnxopt.graph import tensors
 from onnxopt.model import load
@@ -119,7 +119,7 @@ def test_chains_of_operations_give_what_numpy_gives(
             break
         pair = changed(draw, pair)  # type: ignore[arg-type]  # data.draw is such a function
     tensor, array = pair
-    with mock.patch.multiple(streamed, _SPAN=span, _GAP=gap, _PIECE=piece):
+    with mock.patch.multiple(boxes, _SPAN=span, _GAP=gap), mock.patch.object(streamed, "_PIECE", piece):
         assert tuple(tensor.shape.numpy()) == array.shape
         assert tensor.numpy().dtype == array.dtype
         assert bits(tensor.numpy()) == bits(array)

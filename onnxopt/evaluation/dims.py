@@ -27,6 +27,7 @@ from onnxopt.graph import (
     subgraphs_of,
     walk,
 )
+from onnxopt.index import operator_of
 from onnxopt.scope import Scope
 
 __all__ = ["Dims", "DimsOf"]
@@ -115,18 +116,18 @@ class Dims:
         return value.dtype is not None and (value.dtype not in _WHOLE or len(value.shape) > 1)
 
     def _work_out(self, node: ir.Node) -> None:
-        if node.domain or has_reference(node) or any(True for _ in subgraphs_of(node)):
+        if has_reference(node) or any(True for _ in subgraphs_of(node)):
             return
         for value, shape in zip(node.outputs, self._shapes_from(node), strict=False):
             if shape is not None:
                 self._shapes[value] = self._with_record(value, shape)
-        if len(node.outputs) == 1 and node.outputs[0].dtype in (None, *_WHOLE):
+        if not node.domain and len(node.outputs) == 1 and node.outputs[0].dtype in (None, *_WHOLE):
             content = self._content(node)
             if content is not None and content.size <= _SMALL:
                 self._contents[node.outputs[0]] = content
 
     def _shapes_from(self, node: ir.Node) -> Sequence[Shape | None]:
-        rule = SHAPES.get(node.op_type)
+        rule = SHAPES.get(operator_of(node))
         try:
             return rule(self, node) if rule is not None else ()
         except (ArithmeticError, LookupError, RuntimeError, ValueError):  # malformed: it says nothing

@@ -310,8 +310,31 @@ def _window(known: Known, node: ir.Node, source: Shape) -> Shape | None:
     return (source[0], source[1] if weight is None else weight[0], *spatial)
 
 
+def _embedded(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    ids, table = known.of(node.inputs[0]), known.of(node.inputs[2])
+    return () if ids is None or table is None else ((*ids, table[-1]),)
+
+
+def _attention(known: Known, node: ir.Node) -> Sequence[Shape | None]:
+    """Of ONNX's domain; of the runtime's with a query, a key and a value of rank 3 each."""
+    query, value = known.of(node.inputs[0]), known.of(node.inputs[2])
+    if query is None or value is None or len(query) != len(value) or len(query) not in (3, 4):
+        return ()
+    if len(query) == 4:
+        return ((*query[:3], value[-1]),)
+    heads, groups = int_attr(node, "q_num_heads", 1), int_attr(node, "kv_num_heads", 1)
+    width = _quotient(value[-1] * heads, groups)
+    return () if width is None else ((*query[:2], width),)
+
+
+_CONTRIB = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "RotaryEmbedding")
+"""Operators of the runtime whose output has the shape of the first input."""
+
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, _same),
+    **{f"com.microsoft::{op_type}": _same for op_type in (*_CONTRIB, "SkipSimplifiedLayerNormalization")},
+    "com.microsoft::EmbedLayerNormalization": _embedded,
+    **dict.fromkeys(("Attention", "com.microsoft::MultiHeadAttention"), _attention),
     **dict.fromkeys(BROADCAST, _elementwise),
     **dict.fromkeys(("ArgMax", "ArgMin", *(f"Reduce{kind}" for kind in _REDUCED)), _moved(_reduce)),
     **dict.fromkeys(("AveragePool", "Conv", "MaxPool"), _moved(_window)),

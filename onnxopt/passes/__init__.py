@@ -23,6 +23,7 @@ from onnxopt.passes.fuse_attention import FuseAttention
 from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse_cache import FuseCache
 from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse_groupnorm import FuseGroupnorm
 from onnxopt.passes.fuse_gru import FuseGru
 from onnxopt.passes.fuse_layernorm import FuseLayernorm
 from onnxopt.passes.fuse_lstm import FuseLstm
@@ -32,6 +33,7 @@ from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.fuse_rotary import FuseRotary
 from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
 from onnxopt.passes.fuse_softmax import FuseSoftmax
+from onnxopt.passes.fuse_space_to_depth import FuseSpaceToDepth
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.inline_if import InlineIf
@@ -56,6 +58,7 @@ from onnxopt.passes.merge_split import MergeSplit
 from onnxopt.passes.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge_transpose import MergeTranspose
 from onnxopt.passes.reorder_nodes import ReorderNodes
+from onnxopt.passes.retarget_einsum import RetargetEinsum
 from onnxopt.passes.retarget_gemm import RetargetGemm
 from onnxopt.passes.retarget_opset import RetargetOpset
 from onnxopt.passes.unroll_loop import UnrollLoop
@@ -77,12 +80,14 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateNoop,
     EliminatePairs,
     MergeCast,
+    RetargetEinsum,
     MergeReshape,
     MergeSqueeze,
     MergeTranspose,
     MergeLayout,
     MergeDistantLayout,
     MergeSlice,
+    FuseSpaceToDepth,
     MergeConcat,
     MergePieces,
     MergeSplit,
@@ -96,6 +101,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseLstm,
     FuseGru,
     FuseRmsnorm,
+    FuseGroupnorm,
     MergeNormalization,
     FuseSkipLayernorm,
     FuseBiasGelu,

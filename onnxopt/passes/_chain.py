@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
 from onnxopt.graph import constant_array, has_reference, ints_attr
 from onnxopt.rewrite import Declined
 
-__all__ = ["axes_of", "before", "constant_ints", "normalised", "rank_of", "require_alone"]
+__all__ = ["axes_of", "before", "constant_ints", "freed_by", "normalised", "rank_of", "require_alone"]
 
 _SMALL = 4096
 """Bytes: no list of axes, sizes or pads is larger."""
@@ -66,3 +66,24 @@ def normalised(axes: Sequence[int], rank: int | None) -> tuple[int, ...]:
 def rank_of(*values: ir.Value | None) -> int | None:
     """The rank of the first of these values whose shape is on record."""
     return next((len(v.shape) for v in values if v is not None and v.shape is not None), None)
+
+
+def freed_by(node: ir.Node, kept: Collection[ir.Value | None]) -> int:
+    """How many nodes go when this one goes, Constants aside; those that make the values `kept` stay."""
+    dying, work = {node}, [node]
+    while work:
+        for value in work.pop().inputs:
+            maker = None if value is None else value.producer()
+            if (
+                maker is None
+                or maker in dying
+                or any(not _dies(v, dying) or v in kept for v in maker.outputs)
+            ):
+                continue
+            dying.add(maker)
+            work.append(maker)
+    return sum(one.op_type != "Constant" for one in dying)
+
+
+def _dies(value: ir.Value, dying: Collection[ir.Node]) -> bool:
+    return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())

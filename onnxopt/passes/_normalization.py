@@ -12,7 +12,6 @@ from onnxopt.graph import constant_of, static_shape
 from onnxopt.passes._reduction import common_axes, kept
 from onnxopt.pattern import Match, Patterns
 from onnxopt.rewrite import Declined, Edit
-from onnxopt.scope import Scope
 
 __all__ = ["FLOATS", "Pieces", "layers", "of_one_shape", "pieces_of", "shape_of", "squares"]
 
@@ -56,12 +55,18 @@ def squares() -> Patterns:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A normalization that was found: of `source` along the last axes from `axis` (negative) on."""
+    """A normalization that was found: of `source` along axes that are counted from the front, in order."""
 
     match: Match
     source: ir.Value
-    axis: int
+    axes: tuple[int, ...]
     epsilon: float
+
+    @property
+    def rank(self) -> int:
+        """The number of axes of the source."""
+        assert self.source.shape is not None
+        return len(self.source.shape)
 
     def constant(self, edit: Edit, number: float, sizes: Sequence[int]) -> ir.Value:
         """A constant that is this number everywhere, in the type of the source."""
@@ -71,16 +76,26 @@ class Pieces:
     def operator(self, edit: Edit, op_type: str) -> ir.Value:
         """The normalized source by a LayerNormalization or RMSNormalization.
 
+        They go along the last axes. One that is not the last is brought there, and back.
+
         Raises:
-            Declined: the size of a normalized axis is not known.
+            Declined: the size of a normalized axis is not known, or several are not the last.
         """
-        attributes = {"axis": self.axis, "epsilon": self.epsilon}
-        return edit.op(op_type, (self.source, self.constant(edit, 1, self._sizes)), attributes)
+        others = [axis for axis in range(self.rank) if axis not in self.axes]
+        order, moved = [*others, *self.axes], self.axes[-1] != self.rank - 1
+        if len(self.axes) > 1 and order != sorted(order):
+            raise Declined("it goes along several axes that are not the last")
+        ones = self.constant(edit, 1, self._sizes)
+        source = edit.op("Transpose", (self.source,), {"perm": order}) if moved else self.source
+        attributes = {"axis": -len(self.axes), "epsilon": self.epsilon}
+        normal = edit.op(op_type, (source, ones), attributes)
+        back = [order.index(axis) for axis in range(self.rank)]
+        return edit.op("Transpose", (normal,), {"perm": back}) if moved else normal
 
     @property
     def _sizes(self) -> tuple[int, ...]:
         assert self.source.shape is not None
-        sizes = tuple(self.source.shape.dims[self.axis :])
+        sizes = [self.source.shape[axis] for axis in self.axes]
         if not all(isinstance(size, int) for size in sizes):
             raise Declined("the size of a normalized axis is not known")
         return tuple(size for size in sizes if isinstance(size, int))
@@ -91,24 +106,16 @@ class Pieces:
         return replace(self.match, values=values).build(edit, self.match.name)
 
 
-def pieces_of(patterns: Patterns, node: ir.Node, scope: Scope) -> Pieces | None:
-    """The normalization that ends in this node.
+def pieces_of(match: Match) -> Pieces:
+    """The normalization that a match of these patterns is.
 
     Raises:
-        Declined: it is not along the last axes, or of another type.
+        Declined: its axes are not known, or its type is one of which the operators know less.
     """
-    match = patterns.find(node, scope)
-    if match is None:
-        return None
     source = match["x"]
     if source.dtype not in FLOATS:
         raise Declined("its type is unknown" if source.dtype is None else f"its type is {source.dtype.name}")
-    axes = common_axes(match, source, _operands(match))
-    assert source.shape is not None
-    rank = len(source.shape)
-    if axes != tuple(range(rank - len(axes), rank)):
-        raise Declined("it does not normalize along the last axes")
-    return Pieces(match, source, -len(axes), match.number("epsilon"))
+    return Pieces(match, source, common_axes(match, source, _operands(match)), match.number("epsilon"))
 
 
 def _operands(match: Match) -> Iterator[ir.Value | None]:

@@ -73,6 +73,8 @@ class Tracer:
         op, source = maker.op_type, maker.inputs[0]
         if source is None:
             return None
+        if op == "Concat" and len(maker.inputs) > _MOST:
+            return None
         if op == "Concat":
             lists = [self.pieces(part) for part in maker.inputs if part is not None]
             self.joined = True

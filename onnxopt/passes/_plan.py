@@ -54,7 +54,7 @@ class Planner:
         """Ways to make the result of a node: of a change of layout, or across another op."""
         last = layout_of(node, self.dims)
         if last is None:
-            yield from self._across(node, DEEPEST)
+            yield from self._across(node, DEEPEST) if self.through else ()
             return
         for plan in self._plans(node.inputs[0], node, DEEPEST):
             if (joined := plan.layout.then(last)) is not None:

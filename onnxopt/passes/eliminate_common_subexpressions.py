@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import is_deterministic, roots, subgraphs_of
+from onnxopt.graph import NONDETERMINISTIC, nbytes, roots, subgraphs_of
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.rewrite import substitute
 
@@ -60,8 +60,8 @@ class _Sweep:
     opsets: Mapping[str, int]
     ledger: Ledger
     max_bytes: int
-    defaults: dict[str, dict[str, ir.Attr]] = field(default_factory=dict)
-    """Attributes that have a default, by operator."""
+    defaults: dict[tuple[str, str, str], frozenset[tuple[str, Hashable]] | None] = field(default_factory=dict)
+    """What `default_contents` says of each operator."""
 
     def visit(self, graph: ir.Graph, first: dict[Hashable, ir.Node]) -> None:
         """Merge the nodes of a graph; `first` holds what the graphs around it have computed before."""
@@ -96,36 +96,38 @@ class _Sweep:
 
     def key(self, node: ir.Node) -> Hashable:
         """What two equal nodes have in common; None for a node that is never merged."""
-        identifier = node.op_identifier()
-        known = self.known_attributes(node)
-        if known is None or identifier in self.model.functions or node.op_type == "Dropout":
-            return None
-        if any(True for _ in subgraphs_of(node)) or not is_deterministic(node):
-            return None
-        attributes = {**known, **node.attributes}
-        contents = {name: _content(attr, self.max_bytes) for name, attr in attributes.items()}
-        if None in contents.values():
-            return None
-        inputs = list(node.inputs)
-        while inputs and inputs[-1] is None:
-            inputs.pop()
-        present = tuple(bool(value.name) for value in node.outputs)
-        return identifier, tuple(inputs), present, frozenset(contents.items())
-
-    def known_attributes(self, node: ir.Node) -> dict[str, ir.Attr] | None:
-        """The defaults of the operator's attributes; None where the operator has no schema."""
-        operator = f"{node.domain}::{node.op_type}"
+        operator, own = node.op_identifier(), node.attributes.data
         if operator not in self.defaults:
-            version = self.opsets.get(node.domain)
-            if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+            self.defaults[operator] = self.default_contents(node)
+        contents = self.defaults[operator]
+        if contents is None or (own and subgraphs_of(node)):
+            return None
+        if own:
+            found = dict(contents) | {name: _content(attr, self.max_bytes) for name, attr in own.items()}
+            if None in found.values():
                 return None
-            schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-            self.defaults[operator] = {
-                name: ir.serde.deserialize_attribute(formal.default_value)
-                for name, formal in schema.attributes.items()
-                if formal.default_value.name
-            }
-        return self.defaults[operator]
+            contents = frozenset(found.items())
+        inputs = node.inputs
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
+        return operator, inputs, tuple([bool(value.name) for value in node.outputs]), contents
+
+    def default_contents(self, node: ir.Node) -> frozenset[tuple[str, Hashable]] | None:
+        """The attributes that have a default; None for an operator without a schema, random or a function."""
+        version = self.opsets.get(node.domain)
+        if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+            return None
+        if node.op_identifier() in self.model.functions or node.op_type == "Dropout":
+            return None
+        if node.domain not in ("", "ai.onnx.ml") or node.op_type in NONDETERMINISTIC:
+            return None
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        defaults = {name: formal.default_value for name, formal in schema.attributes.items()}
+        return frozenset(
+            (name, _content(ir.serde.deserialize_attribute(default), self.max_bytes))
+            for name, default in defaults.items()
+            if default.name
+        )
 
 
 def _content(attr: ir.Attr, max_bytes: int) -> Hashable:
@@ -134,7 +136,7 @@ def _content(attr: ir.Attr, max_bytes: int) -> Hashable:
         return attr.type, "reference", attr.ref_attr_name
     if attr.type == ir.AttributeType.TENSOR:
         tensor = attr.as_tensor()
-        if tensor.nbytes > max_bytes:
+        if nbytes(tensor) > max_bytes:
             return None
         if isinstance(tensor, ir.StringTensor):
             data: Hashable = tuple(tensor.string_data())

@@ -75,6 +75,8 @@ def _remove(node: ir.Node, graph: ir.Graph, present: set[ir.Node]) -> None:
 
 
 def _drop_outputs(node: ir.Node, opsets: dict[str, int], present: set[ir.Node], ledger: Ledger) -> None:
+    if len(node.outputs) < 2:
+        return
     unread = [v for v in node.outputs if v.name and not _is_read(v, present)]
     optional = _optional_outputs(node, opsets) if unread else ()
     dropped = False

@@ -39,6 +39,7 @@ class FoldBatchnorm(Pass):
 
     name: ClassVar[str] = "fold-batchnorm"
     kind: ClassVar[Kind] = "reorder"
+    operators = ("BatchNormalization",)
     example = """
 agraph (float[1, 1, 2, 2] x) => (float[1, 1, 2, 2] y)
     <float[1, 1, 1, 1] w = {3}, float[1] gamma = {2}, float[1] beta = {1}, float[1] mean = {5},

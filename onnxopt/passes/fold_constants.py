@@ -20,8 +20,7 @@ reads them that is not folded itself; of a shape that is known in part, that par
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -31,6 +30,7 @@ from onnxopt.evaluation import CannotEvaluateError, Facts
 from onnxopt.graph import has_reference, is_deterministic, static_shape, subgraphs_of
 from onnxopt.inference import refine
 from onnxopt.ledger import Ledger, site_of
+from onnxopt.passes._growth import Growth, used
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
 from onnxopt.streamed import LARGE
@@ -63,7 +63,8 @@ agraph (float[N, 3] x) => (float[N, 2] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}> {
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for scope in scopes(model):
-            folder = _Folder(scope, ledger, self.max_growth, Facts(scope.opset))
+            facts = Facts(scope.opset)
+            folder = _Folder(scope, ledger, facts, Growth(facts, scope, self.max_growth))
             folder.walk(scope.graph)
             folder.settle_jointly()
 
@@ -72,8 +73,8 @@ agraph (float[N, 3] x) => (float[N, 2] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}> {
 class _Folder:
     scope: Scope
     ledger: Ledger
-    max_growth: int
     facts: Facts
+    growth: Growth
     dynamic: set[ir.Value] = field(default_factory=set)
     """Values that depend on what the model is given."""
     settled: set[ir.Node] = field(default_factory=set)
@@ -122,7 +123,7 @@ class _Folder:
             large = sum(item.nbytes for item in inputs if item is not None) > LARGE
             if not (large and self.facts.learn_unread(node, inputs)):
                 if large:
-                    self.check_size(node)
+                    self.growth.foresee(node)
                 self.facts.learn(node, inputs)
         except (CannotEvaluateError, Declined) as reason:
             self.decline(node, str(reason))
@@ -140,54 +141,19 @@ class _Folder:
         if node.op_type in _QUANTIZING:
             raise Declined("it keeps a weight quantized")
 
-    def check_size(self, node: ir.Node) -> None:
-        """Raise `Declined` for a node that is refused later, before a large weight is read."""
-        self.facts.record(node.inputs)
-        refine(node, self.scope.graph.opset_imports)
-        size = 0
-        for value in _used(node):
-            shape = static_shape(value)
-            if shape is None or value.dtype is None:
-                raise Declined("the size of the result is not known")
-            size += math.ceil(math.prod(shape) * value.dtype.itemsize)
-        self.afford([node], size)
-
-    def afford(self, nodes: list[ir.Node], size: int) -> None:
-        """Raise `Declined` where `size` bytes for the nodes' outputs are too many."""
-        growth = size - self.freed(nodes) if size > self.max_growth else 0
-        if growth > self.max_growth:
-            raise Declined(f"it would add {growth / 1e3:,.0f} kB to the model (max_growth={self.max_growth})")
-
-    def freed(self, nodes: list[ir.Node]) -> int:
-        """Bytes of the constants that nobody reads any more when the nodes' outputs are in place."""
-        dying, work, seen, total = set(nodes), list(nodes), set[ir.Value](), 0
-        while work:
-            for value in work.pop().inputs:
-                if value is None or value in seen or not self.facts.has(value) or not _dies(value, dying):
-                    continue
-                seen.add(value)
-                producer = value.producer()
-                if not self.facts.learned(value):
-                    total += self.facts.nbytes(value)
-                elif producer is not None and all(_dies(output, dying) for output in producer.outputs):
-                    dying.add(producer)
-                    work.append(producer)
-        return total
-
-    def settle(self, read: Iterable[ir.Value | None]) -> None:
+    def settle(self, read: Sequence[ir.Value | None]) -> None:
         """Put values in place that a node which stays reads; where that is refused, what they come from."""
-        work = [*read]
-        work.reverse()
+        work = [*reversed(read)]
         while work:
             value = work.pop()
             producer = value.producer() if value is not None and self.facts.learned(value) else None
             if producer is None or producer in self.settled:
                 continue
-            if not all(self.facts.learned(output) for output in _used(producer)):
+            if not all(self.facts.learned(output) for output in used(producer)):
                 continue  # a Split of what is known in part stays
             self.settled.add(producer)
             try:
-                self.afford([producer], self.size(producer))
+                self.growth.check([producer])
             except Declined as reason:
                 self.decline(producer, str(reason))
                 self.too_much.append(producer)
@@ -201,27 +167,25 @@ class _Folder:
         groups: dict[ir.Value, list[ir.Node]] = {}
         for node in self.too_much:
             for value in node.inputs:
-                if value is not None and self.facts.has(value) and self.facts.nbytes(value) > self.max_growth:
+                if value is None or not self.facts.has(value):
+                    continue
+                if self.facts.nbytes(value) > self.growth.most:
                     groups.setdefault(value, []).append(node)
         for group in groups.values():
-            nodes = [node for node in group if node.graph is not None and _used(node)]
+            nodes = [node for node in group if node.graph is not None and used(node)]
             try:
-                self.afford(nodes, sum(map(self.size, nodes)))
+                self.growth.check(nodes)
             except Declined:
                 continue
             for node in nodes:
                 self.replace(node)
-
-    def size(self, node: ir.Node) -> int:
-        """Bytes of the outputs of a node that are read."""
-        return sum(map(self.facts.nbytes, _used(node)))
 
     def replace(self, node: ir.Node) -> bool:
         """Put the outputs of a node in place, all at once; False where that is refused."""
         if not self.ledger.claim(node.op_type, site_of(node)):
             return False
         edit = Edit(node, self.scope)
-        for value in _used(node):
+        for value in used(node):
             tensor = self.facts.tensor(value)
             if value.is_graph_output():
                 new = edit.op("Constant", (), {"value": tensor})
@@ -241,12 +205,3 @@ class _Folder:
 _OVERRIDABLE = (
     "an input is an initializer that is also a graph input (overridable; --freeze-initializers folds it)"
 )
-
-
-def _used(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.outputs if value.uses() or value.is_graph_output()]
-
-
-def _dies(value: ir.Value, dying: set[ir.Node]) -> bool:
-    """Whether nobody but nodes that go away reads the value."""
-    return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())

@@ -4,6 +4,8 @@ Before: y = Reshape(x, Concat(Gather(Shape(x), 0), [4, 16]))    with float[N, 64
 After:  y = Reshape(x, [0, 4, 16])
 Before: y = Expand(x, Shape(z)), Slice(x, [0], Gather(Shape(z), [0])), Tile(x, ...) or Reshape(x, ...)
 After:  y = x       where the sizes of both are the same
+Before: s = Cast(Slice(Cast(Shape(x)), 2, 3))
+After:  s = Slice(Shape(x), 2, 3), or Shape[start=2, end=3](x) from opset 15 on
 Declines: a size that is neither a number nor that of the same axis of the input; two of them in a Reshape,
     where one can be -1, or one beside a size that may be 0 when the model runs.
 
@@ -24,6 +26,7 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.evaluation import DimsOf
 from onnxopt.graph import constant_of, has_reference, int_attr
+from onnxopt.passes._chain import freed_by
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -47,6 +50,7 @@ _MOVERS = (
     ),
     *("Squeeze", "Sub", "Unsqueeze", "Where"),
 )
+_DEEPEST = 8
 _OPEN = "the shape has a size that is neither a number nor one of the input"
 
 
@@ -71,6 +75,7 @@ class FoldShapes(Pass):
             Rule("Reshape to a computed shape", ("Reshape",), functools.partial(_reshape, dims_of)),
             Rule("Expand to a computed shape", ("Expand",), functools.partial(_expand, dims_of)),
             Rule("known integers", _MOVERS, functools.partial(_known, dims_of)),
+            Rule("sizes on the way from a Shape", _MOVERS, functools.partial(_sizes, dims_of)),
         )
 
 
@@ -134,3 +139,47 @@ def _known(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
         return None
     edit = Edit(node, scope)
     return edit.replace(output, edit.constant(elements.astype(output.dtype.numpy()), output.name))
+
+
+def _sizes(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
+    """Integers that are sizes of a value one after the other, by a shorter way from its Shape."""
+    output, dims = node.outputs[0], dims_of(scope)
+    if output.dtype != ir.DataType.INT64 or node.op_type in ("Shape", "Size"):
+        return None
+    elements = dims.elements(output)
+    source = _shape_above(node) if elements is not None and elements.ndim == 1 and elements.size else None
+    shape = None if source is None else dims.of(source.inputs[0])
+    if source is None or shape is None or elements is None:
+        return None
+    starts = [i for i in range(len(shape)) if shape[i : i + elements.size] == tuple(elements)]
+    direct = scope.opset >= 15
+    whole = not direct and starts[:1] == [0] and elements.size == len(shape)
+    if not starts or freed_by(node, source.inputs[:1] if direct else source.outputs) <= (not whole):
+        return None
+    edit, ends = Edit(node, scope), (starts[0], starts[0] + elements.size)
+    if direct:
+        value = edit.op("Shape", source.inputs[:1], dict(zip(("start", "end"), ends, strict=True)))
+    elif whole:
+        value = source.outputs[0]
+    elif scope.opset >= 10:
+        given = [
+            edit.constant(np.array([end], np.int64), name)
+            for end, name in zip(ends, ("starts", "ends"), strict=True)
+        ]
+        value = edit.op("Slice", (source.outputs[0], *given))
+    else:
+        return None
+    return edit.replace(output, value)
+
+
+def _shape_above(node: ir.Node) -> ir.Node | None:
+    """The Shape that this comes from, by way of the first computed inputs."""
+    for _ in range(_DEEPEST):
+        makers = [
+            maker for value in node.inputs if value is not None and (maker := value.producer()) is not None
+        ]
+        makers = [maker for maker in makers if maker.op_type != "Constant"]
+        if not makers or makers[0].op_type == "Shape":
+            return makers[0] if makers and not makers[0].domain and not makers[0].attributes else None
+        node = makers[0]
+    return None

@@ -52,6 +52,7 @@ class FuseGru(Pass):
 
     name: ClassVar[str] = "fuse-gru"
     kind: ClassVar[Kind] = "reorder"
+    operators = ("Sigmoid",)
 
     example: ClassVar[str] = """
         agraph (float[2,1,1] x, float[1,1] h0) => (float[1,1] h2)

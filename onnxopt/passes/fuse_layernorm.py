@@ -11,14 +11,16 @@ After:  y = LayerNormalization(x, s, b)                                        w
 The difference may be computed once or twice; the variance also as mean(x * x) - mean * mean, the quotient by
     a reciprocal or Pow, and as x * f + (beta - mean * f) with f = gamma / sqrt(variance + epsilon). Scale and
     bias that follow are merged by merge-normalization.
-Declines: it is not along the last axes, or their sizes are not known; mean and variance differ in their axes;
-    the type is float64, which LayerNormalization normalizes in float32; the opset is below 17; a value
+An axis that is not the last is brought there by a Transpose, and back by another.
+Declines: several axes that are not the last; the size of one is not known; mean and variance differ in their
+    axes; the type is float64, which LayerNormalization normalizes in float32; the opset is below 17; a value
     inside is read elsewhere; scale or bias are no numbers of the narrow type.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -67,10 +69,11 @@ _patterns = functools.cache(layers)
 
 
 def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
-    pieces = pieces_of(_patterns(), node, scope)
-    if pieces is None:
+    match = _patterns().find(node, scope)
+    if match is None:
         return None
-    channels, edit = _channels(node, pieces), Edit(node, scope)
+    pieces, edit = pieces_of(match), Edit(node, scope)
+    channels = _channels(node, pieces)
     if channels is not None:
         affine = (pieces.constant(edit, number, (channels,)) for number in (1, 0))
         normal = edit.op("InstanceNormalization", (pieces.source, *affine), {"epsilon": pieces.epsilon})
@@ -82,16 +85,18 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
 
 
 def _channels(node: ir.Node, pieces: Pieces) -> int | None:
-    """The number of channels, where the axes after them are normalized and a factor for each follows."""
+    """The number of channels, where all axes after them are normalized and a factor for each follows."""
     assert pieces.source.shape is not None
-    rank, after = len(pieces.source.shape), sole_user(node.outputs[0])
+    rank, after = pieces.rank, sole_user(node.outputs[0])
+    if rank < 3 or pieces.axes != tuple(range(2, rank)):
+        return None
     factors = [pieces.match.get("gamma")]
     if after is not None and after.op_type == "Mul" and not after.domain:
         factors += after.inputs
     for factor in factors:
         shape = static_shape(factor) or ()
         shape = (1,) * (rank - len(shape)) + shape
-        if rank + pieces.axis == 2 and 1 < shape[1] == pieces.source.shape[1] and max(shape[2:]) == 1:
+        if len(shape) == rank and 1 < shape[1] == pieces.source.shape[1] == math.prod(shape):
             return shape[1]
     return None
 

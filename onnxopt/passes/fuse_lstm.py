@@ -44,6 +44,7 @@ class FuseLstm(Pass):
 
     name: ClassVar[str] = "fuse-lstm"
     kind: ClassVar[Kind] = "reorder"
+    operators = ("Sigmoid",)
 
     example: ClassVar[str] = """
         agraph (float[2,1,1] x, float[1,1] h0, float[1,1] c0) => (float[1,1] h2, float[1,1] c2)

@@ -6,7 +6,7 @@ After:  y = RMSNormalization(x, ones, axis=-1, epsilon=epsilon)            opset
 
 Square, quotient and root are found in the spellings that fuse-layernorm knows. A scale that follows is merged
     by merge-normalization.
-Declines: it is not along the last axes, or their sizes are not known; the type is float64, for which the
+Declines: several axes that are not the last; the size of one is not known; the type is float64, for which the
     operator normalizes in float32; the opset is below 23; a value inside is read elsewhere.
 """
 
@@ -53,12 +53,12 @@ _patterns = functools.cache(squares)
 
 
 def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
-    pieces = pieces_of(_patterns(), node, scope)
-    if pieces is None or _subtracts_mean(pieces.source.producer()):
+    match = _patterns().find(node, scope)
+    if match is None or _subtracts_mean(match["x"].producer()):
         return None
+    pieces, edit = pieces_of(match), Edit(node, scope)
     if scope.opset < 23:
         raise NewerOpset("RMSNormalization", 23)
-    edit = Edit(node, scope)
     return edit.replace(node.outputs[0], pieces.rest(edit, pieces.operator(edit, "RMSNormalization")))
 
 

@@ -13,6 +13,7 @@ Declines: the two operands are not known to have one shape; rank or axis are oth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,10 +21,11 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
+from onnxopt.evaluation import Dims, DimsOf
 from onnxopt.graph import float_attr, has_reference, int_attr, sole_user
 from onnxopt.passes._chain import before
 from onnxopt.passes._layer import is_stored
-from onnxopt.passes._normalization import FLOATS, of_one_shape, shape_of
+from onnxopt.passes._normalization import FLOATS, shape_of
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -58,10 +60,10 @@ class FuseSkipLayernorm(Pass):
     }"""
 
     def rules(self) -> Sequence[Rule]:
-        return (Rule("normalization of a sum", tuple(_FUSED), _fuse),)
+        return (Rule("normalization of a sum", tuple(_FUSED), functools.partial(_fuse, DimsOf())),)
 
 
-def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
+def _fuse(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     add = before(node.inputs[0], node, ("Add",))
     if add is None or scope.opset < 7 or add.graph is not node.graph:
         return None
@@ -69,7 +71,7 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
     if is_stored(x) or is_stored(skip) or has_reference(node):
         return None
     gamma, beta = (*node.inputs[1:], None)[:2]
-    _require_form(node, x, skip, gamma)
+    _require_form(dims_of(scope), node, x, skip, gamma)
     total = add.outputs[0]
     kept = total.is_graph_output() or len(total.uses()) > 1
     if kept and any(value is not None and value.producer() for value in (gamma, beta)):
@@ -92,18 +94,21 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
     return edit.replace(node.outputs[0], outputs[0])
 
 
-def _require_form(node: ir.Node, x: ir.Value | None, skip: ir.Value | None, gamma: ir.Value | None) -> None:
+def _require_form(
+    dims: Dims, node: ir.Node, x: ir.Value | None, skip: ir.Value | None, gamma: ir.Value | None
+) -> None:
     """Raise `Declined` where the operator does not take what is normalized."""
     if x is None or skip is None or x.dtype not in FLOATS:
         raise Declined("its type is none that the operator takes")
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         raise Declined("its mean or deviation is read too")
-    if x.shape is None or not of_one_shape(x, skip):
+    shape = dims.of(x)
+    if shape is None or shape != dims.of(skip):
         raise Declined("the operands of the sum are not known to have one shape")
-    rank = len(x.shape)
+    rank = len(shape)
     if rank not in (2, 3) or int_attr(node, "axis", -1) not in (-1, rank - 1):
         raise Declined("it is not along the last of two or three axes")
-    if shape_of(gamma) != (x.shape[-1],):
+    if shape_of(gamma) != (shape[-1],):
         raise Declined("the scale has not one number for each element of the last axis")
 
 

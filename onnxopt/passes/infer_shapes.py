@@ -13,6 +13,7 @@ are taken for unknown values.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -57,7 +58,9 @@ agraph (float[N, 2] x) => (float[N, 1] y) <float[2, 1] w = {1, 2}> {
         shapes = [value.shape for value in model.graph.inputs if value.shape is not None]
         sizes = [size for shape in shapes for size in shape.dims if isinstance(size, ir.SymbolicDim)]
         names, claimed = {size.value: size for size in sizes if size.value is not None}, False
-        for found in itertools.chain(_node_by_node(model, names), _as_a_whole(model, names, ledger)):
+        for found in itertools.chain(
+            _node_by_node(model, names), _as_a_whole(model, names, ledger), _only_types(model.graph)
+        ):
             claimed = claimed or ledger.claim(_RULE, "")
             if not claimed:
                 return
@@ -155,6 +158,20 @@ def _compare(
             elif attr.type == onnx.AttributeProto.GRAPHS:
                 for body, other in zip(node.attributes[attr.name].as_graphs(), attr.graphs, strict=True):
                     yield from _compare(body, other, names, fixed)
+
+
+def _only_types(graph: ir.Graph) -> Iterator[_Refined]:
+    """Values without a type whose operator can give one type only, as many of ai.onnx.ml can."""
+    for node in walk(graph):
+        version = graph.opset_imports.get(node.domain, 0)
+        missing = [value for value in node.outputs if value.type is None and value.name]
+        if not missing or not onnx.defs.has(node.op_type, version, node.domain):
+            continue
+        formal = onnx.defs.get_schema(node.op_type, version, node.domain).outputs
+        for value, output in zip(node.outputs, formal, strict=False):
+            kind = re.fullmatch(r"tensor\((\w+)\)", "".join(output.types))
+            if value in missing and kind is not None:
+                yield _Refined(value, ir.TensorType(ir.DataType[kind[1].upper()]), value.shape)
 
 
 def _refine(value: ir.Value, inferred: Type, names: _Names) -> _Refined | None:

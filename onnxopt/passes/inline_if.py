@@ -53,6 +53,7 @@ class InlineIf(Pass):
     """
 
     name = "inline-if"
+    operators = ("If",)
     example: ClassVar[str] = """
         agraph (float[2] x) => (float[2] y) <bool yes = {1}> {
             a = Neg(x)

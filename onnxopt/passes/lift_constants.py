@@ -31,6 +31,7 @@ class LiftConstants(Pass):
     """Turn each Constant node into an initializer of the main graph."""
 
     name = "lift-constants"
+    operators = ("Constant",)
     example = """
 agraph (float[2] x) => (float[2] y) {
     w = Constant<value = float[2] {1, 2}>()

@@ -92,12 +92,15 @@ def _split(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     layouts = [layout.coarse() for reader in readers if (layout := layout_of(reader, dims)) is not None]
     if node.domain or has_reference(node) or scope.opset < 7 or len(layouts) < len(readers):
         return None
-    first, axis = layouts[0], int_attr(node, "axis", 0) % len(layouts[0].source)
+    axis = int_attr(node, "axis", 0) % len(layouts[0].source)
+    first = next(
+        (layout for layout in layouts if layout.source[axis]), layouts[0]
+    )  # one that is longer than 1
     own = first.source[axis]
     if len(own) != 1 or own not in first.target:
         return None
     parts = [shape[axis] for shape in shapes if shape is not None]
-    if any(one != first.resized({own[0]: part}) for one, part in zip(layouts, parts, strict=True)):
+    if any(one != first.resized({own[0]: part}).coarse() for one, part in zip(layouts, parts, strict=True)):
         return None
     steps = steps_for(first.resized({own[0]: sum(parts[1:], parts[0])}))
     source = node.inputs[0]

@@ -3,8 +3,9 @@
 Before: y = Add(Mul(LayerNormalization(x, s), c), d)
 After:  y = LayerNormalization(x, s * c, d)
 
-Likewise for RMSNormalization (factors alone), InstanceNormalization and GroupNormalization. A scale of ones
-    makes room for a factor that is computed at run time or overridable, if that has the scale's shape.
+Likewise behind a Transpose, and for RMSNormalization (factors alone), InstanceNormalization and
+    GroupNormalization. A scale of ones makes room for a factor that is computed at run time or overridable,
+    if that has the scale's shape.
 Declines: the other operand does not run along the normalized axes, or the channels, alone; it or the scale
     is no constant; the normalized value is read elsewhere.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.graph import constant_array, has_reference, int_attr
+from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr
 from onnxopt.passes._layer import constant, is_stored, require_sole_reader
 from onnxopt.passes._normalization import shape_of
 from onnxopt.passes._weight import rounded
@@ -52,26 +53,32 @@ class MergeNormalization(Pass):
         return (Rule("arithmetic after a normalization", ("Add", "Div", "Mul", "Sub"), _arithmetic),)
 
 
-def _normalization(value: ir.Value | None) -> ir.Node | None:
+def _chain(value: ir.Value | None) -> tuple[ir.Node, ir.Node | None] | None:
+    """The normalization that gives the value, and the Transpose after it."""
     node = value.producer() if value is not None and value.index() == 0 else None
+    if node is not None and node.op_type == "Transpose" and not node.domain:
+        above = _chain(node.inputs[0])
+        return None if above is None or above[1] is not None else (above[0], node)
     found = node is not None and not node.domain and node.op_type in _NORMALIZATIONS
-    return node if found else None
+    return (node, None) if found and node is not None else None
 
 
 def _arithmetic(node: ir.Node, scope: Scope) -> Edit | None:
     for first, other in (node.inputs, node.inputs[::-1]):
-        norm = _normalization(first)
-        if norm is None or other is None or _normalization(other) is not None:
+        chain = _chain(first)
+        if chain is None or other is None or _chain(other) is not None:
             continue
         if node.op_type in ("Div", "Sub") and first is not node.inputs[0]:
             return None
-        if node.op_type in ("Add", "Sub") and norm.op_type == "RMSNormalization":
+        if node.op_type in ("Add", "Sub") and chain[0].op_type == "RMSNormalization":
             return None
-        return _merged(node, norm, other, scope)
+        return _merged(node, *chain, other, scope)
     return None
 
 
-def _merged(node: ir.Node, norm: ir.Node, other: ir.Value, scope: Scope) -> Edit | None:
+def _merged(
+    node: ir.Node, norm: ir.Node, moved: ir.Node | None, other: ir.Value, scope: Scope
+) -> Edit | None:
     x, scale, bias = (*norm.inputs, None)[:3]
     shape, given = shape_of(scale), shape_of(other)
     if not is_stored(other) and (given is None or given != shape):
@@ -83,21 +90,34 @@ def _merged(node: ir.Node, norm: ir.Node, other: ir.Value, scope: Scope) -> Edit
     after = (1,) * (rank - 2) if norm.op_type in _PER_CHANNEL else ()
     whole = (*[1] * (rank - len(shape) - len(after)), *shape, *after)
     padded = (*[1] * (rank - len(given)), *given)
-    if (
-        not _spans(norm, len(shape), rank)
-        or not all(size in (1, wanted) for size, wanted in zip(padded, whole, strict=False))
-        or len(given) > rank
-    ):
+    back = _back(moved, rank)
+    fits = len(padded) == rank and all(padded[place] in (1, whole[axis]) for axis, place in enumerate(back))
+    if not fits or not _spans(norm, len(shape), rank):
         raise Declined("the other operand does not run along the scale alone")
     edit, array = Edit(node, scope), constant_array(other)
     if array is None:
-        affine = _taken(node, other, (scale, bias), shape == given)
+        affine = _taken(node, other, (scale, bias), shape == given and moved is None)
     else:
-        array = np.broadcast_to(array.astype(np.float64).reshape(padded), whole).reshape(shape)
-        affine = _computed(edit, node, array, (scale, bias))
+        array = array.astype(np.float64).reshape(padded).transpose(back)
+        affine = _computed(edit, node, np.broadcast_to(array, whole).reshape(shape), (scale, bias))
     inputs = [x, *(one for one in affine if one is not None)]
     output = edit.op(norm.op_type, inputs, norm.attributes, name=norm.name)
+    if moved is not None:
+        output = edit.op("Transpose", (output,), moved.attributes, name=moved.name)
     return edit.replace(node.outputs[0], output)
+
+
+def _back(moved: ir.Node | None, rank: int) -> Sequence[int]:
+    """Where each axis is after the Transpose.
+
+    Raises:
+        Declined: another node reads what it transposes.
+    """
+    if moved is None:
+        return range(rank)
+    require_sole_reader(moved)
+    order = ints_attr(moved, "perm") or range(rank)[::-1]
+    return [order.index(axis) for axis in range(rank)]
 
 
 def _require_plain(norm: ir.Node) -> None:

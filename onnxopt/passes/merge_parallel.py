@@ -58,6 +58,7 @@ class MergeParallel(Pass):
 
     name: ClassVar[str] = "merge-parallel"
     kind: ClassVar[Kind] = "reorder"
+    operators = ("Conv", "Gemm", "MatMul")
     example: ClassVar[str] = """
         agraph (float[1,2] x) => (float[1,2] q, float[1,2] k, float[1,2] v)
         <float[2,2] A = {1, 2, 3, 4}, float[2,2] B = {5, 6, 7, 8}, float[2,2] C = {9, 10, 11, 12}>

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.evaluation import DimsOf
 from onnxopt.graph import constant_array
+from onnxopt.passes._chain import freed_by
 from onnxopt.passes._pieces import PIECEWISE, Piece, Tracer, axis_of
 from onnxopt.rewrite import Edit, Rule
 from onnxopt.scope import Scope
@@ -58,11 +59,17 @@ def _merge(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
     lists = [picked] if picked else [tracer.pieces(value) for value in used]
     pieces = [piece for one in lists for piece in one or ()]
-    if None in lists or not pieces or any(piece.value in node.outputs for piece in pieces):
+    if not used or not all(lists) or any(piece.value in node.outputs for piece in pieces):
         return None
     parts = dict.fromkeys(p for p in pieces if picked or p.stop - p.start != tracer.size(p.value))
     made = len(parts) + sum(len(one or ()) > 1 for one in lists)
-    freed = _freed(node, {piece.value for piece in pieces})
+    if (
+        made
+        and not node.op_type.startswith("Scatter")
+        and all(piece.value in node.inputs for piece in pieces)
+    ):
+        return None
+    freed = freed_by(node, {piece.value for piece in pieces})
     early = made == freed and tracer.joined and len(pieces) == 1
     if made >= freed and not early:
         return None
@@ -89,27 +96,6 @@ def _picked(node: ir.Node, tracer: Tracer) -> list[Piece] | None:
             return None if piece.value is source else [Piece(piece.value, start, start + 1)]
         place -= piece.stop - piece.start
     return None
-
-
-def _freed(node: ir.Node, kept: set[ir.Value]) -> int:
-    """How many nodes go when this one goes; those that make the values `kept` stay."""
-    dying, work = {node}, [node]
-    while work:
-        for value in work.pop().inputs:
-            maker = None if value is None else value.producer()
-            if (
-                maker is None
-                or maker in dying
-                or any(not _dies(v, dying) or v in kept for v in maker.outputs)
-            ):
-                continue
-            dying.add(maker)
-            work.append(maker)
-    return sum(one.op_type != "Constant" for one in dying)
-
-
-def _dies(value: ir.Value, dying: set[ir.Node]) -> bool:
-    return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())
 
 
 def _taken(edit: Edit, piece: Piece, axis: int) -> ir.Value:

@@ -56,10 +56,8 @@ def _groups(graph: ir.Graph, dims: Dims, opset: int) -> Iterator[tuple[list[ir.N
     found: dict[tuple[ir.Value, int], list[ir.Node]] = {}
     for node in graph:
         source = node.inputs[0] if node.op_type == "Slice" and not node.domain else None
-        if source is None or len(source.uses()) < 2:
-            continue
-        axis = axis_of(node, dims, opset)
-        if axis is not None:
+        axis = None if source is None else axis_of(node, dims, opset)
+        if source is not None and axis is not None:
             found.setdefault((source, axis), []).append(node)
     return ((slices, axis) for (_, axis), slices in found.items() if len(slices) > 1)
 

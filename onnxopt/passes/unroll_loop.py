@@ -41,6 +41,7 @@ class UnrollLoop(Pass):
     """
 
     name = "unroll-loop"
+    operators = ("Loop", "Scan")
     example: ClassVar[str] = """
         agraph (float[2] x) => (float[2] y, float[2, 2] trace) <int64 two = {2}, bool yes = {1}> {
             y, trace = Loop(two, yes, x) <body = trip (int64 i, bool go, float[2] a)

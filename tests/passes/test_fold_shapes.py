@@ -185,6 +185,30 @@ def test_integers_that_follow() -> None:
     assert_equivalent(proto, done.model, feeds(proto))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "opset", "left"),
+    [
+        ("a = Cast <to = 6> (s)\n b = Slice (a, one, two)\n t = Cast <to = 7> (b)", 13, ["Shape", "Slice"]),
+        ("a = Cast <to = 6> (s)\n b = Slice (a, one, two)\n t = Cast <to = 7> (b)", 17, ["Shape"]),
+        ("a = Gather (s, zero)\n b = Gather (s, one)\n t = Concat <axis = 0> (a, b)", 17, ["Shape"]),
+        ("a = Gather (s, zero)\n b = Gather (s, one)\n t = Concat <axis = 0> (a, b)", 13, ["Shape", "Slice"]),
+        ("a = Gather (s, zero)\n b = Slice (s, one, three)\n t = Concat <axis = 0> (a, b)", 13, ["Shape"]),
+        ("a = Gather (s, one)\n b = Gather (s, zero)\n t = Concat <axis = 0> (a, b)", 17, None),
+        ("t = Gather (s, one)", 13, None),
+        ("a = Gather (s, one)\n t = Mul (a, three)", 17, ["Shape", "Mul"]),
+        ("a = Gather (s, one)\n t = Mul (a, three)", 13, None),
+    ],
+)
+def test_sizes_by_a_shorter_way(nodes: str, opset: int, left: list[str] | None) -> None:
+    head = f'<ir_version: 8, opset_import: ["" : {opset}]>'
+    nodes = f"s = Shape (x)\n {nodes}\n y = Neg (t)"
+    text = f"agraph (float[B, S, 64] x) => (int64[r] y) <{CONSTANTS}> {{ {nodes} }}"
+    proto = onnx.shape_inference.infer_shapes(text_model(f"{head} {text}"))
+    done = run_pass(proto, FoldShapes())
+    assert done.changes == 0 if left is None else done.op_types == [*left, "Neg"]
+    assert_equivalent(proto, done.model, feeds(proto))
+
+
 def test_in_bodies_and_functions() -> None:
     text = """<ir_version: 10, opset_import: ["" : 17, "my" : 1]>
     agraph (float[B, S, 64] x, bool flag) => (float[p, q, r, s] y, float[a, b, c] z)

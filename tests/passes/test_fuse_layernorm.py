@@ -64,6 +64,28 @@ def test_axes_as_attribute_and_as_input(
     assert_equivalent(model, done.model, kind="reorder")
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("axis", "shape"), [(1, ("N", 3, 4, 5)), (-2, ("N", 8, 5)), (0, (8, "N"))])
+@pytest.mark.parametrize("one", [FuseLayernorm(), FuseRmsnorm()])
+def test_an_axis_that_is_not_the_last(one: Pass, axis: int, shape: tuple[Dim, ...], share: bool) -> None:
+    text = NORMAL.replace("axes=[-1]", f"[{axis}]") if one.name == "fuse-layernorm" else RMS
+    size = next(dim for dim in shape if isinstance(dim, int))
+    place = axis % len(shape)
+    weights = {
+        name: np.linspace(1, 2, size, dtype=np.float32).reshape(-1, *[1] * (len(shape) - 1 - place))
+        for name in ("gamma", "beta")
+    }
+    after = "Add(Mul({}, gamma), beta)" if one.name == "fuse-layernorm" else "Div({}, gamma)"
+    text = after.format(text.replace("[-1]", f"[{axis}]"))
+    model = shaped(text, shape, 23, weights=weights, share=share)
+    done = run_pass(model, one)
+    op_type = {"fuse-layernorm": "LayerNormalization", "fuse-rmsnorm": "RMSNormalization"}[one.name]
+    assert done.op_types[:3] == ["Transpose", op_type, "Transpose"]
+    both = run_pass(onnx.shape_inference.infer_shapes(_proto(done.model)), MergeNormalization())
+    assert both.op_types == ["Transpose", op_type, "Transpose"]
+    assert_equivalent(model, both.model, kind="reorder")
+
+
 @pytest.mark.parametrize("scale", ["gamma", "ones"])
 def test_the_form_of_batch_normalization(scale: str) -> None:
     factor = f"Mul(Reciprocal({ROOT}), {scale})"
@@ -98,7 +120,7 @@ def test_a_factor_in_the_denominator() -> None:
     [
         (NORMAL, (2, 8), 16, "LayerNormalization came with opset 17"),
         (NORMAL, (2, "C"), 17, "the size of a normalized axis is not known"),
-        (NORMAL.replace("axes=[-1]", "axes=[1]"), (2, 3, 8), 17, "does not normalize along the last axes"),
+        (NORMAL.replace("axes=[-1]", "axes=[0, 1]"), (2, 3, 8), 17, "several axes that are not the last"),
         (NORMAL.replace("axes=[-1]", "axes=[-1], keepdims=0"), (8, 8), 17, "drops its axes"),
         (NORMAL.replace(VARIANCE, VARIANCE[:-5] + "[0])"), (2, 8), 17, "along different axes"),
     ],
@@ -286,6 +308,8 @@ def test_arithmetic_after_a_normalization_of_channels(op_type: str, operand: str
         ("InstanceNormalization", "y = Mul(n, row)", "does not run along the scale alone"),
         ("LayerNormalization", "z = Abs(n) m = Mul(n, row) y = Add(m, z)", "is also read elsewhere"),
         ("LayerNormalization", "z = Abs(row) y = Mul(n, z)", "is computed at run time"),
+        ("LayerNormalization", "t = Transpose<perm = [2, 0, 1]>(n) y = Mul(t, row)", "does not run along"),
+        ("LayerNormalization", "t = Transpose(n) z = Abs(t) m = Mul(t, one) y = Add(m, z)", "read elsewhere"),
     ],
 )
 def test_arithmetic_that_stays(op_type: str, after: str, reason: str) -> None:

@@ -259,3 +259,14 @@ def test_node_by_node_loses_nothing_that_the_whole_graph_tells(seed: int, steps:
             assert have.shape is not None
             known = [(a, b) for a, b in zip(have.shape, want.shape, strict=True) if b != ir.SymbolicDim(None)]
             assert all(a == b for a, b in known)
+
+
+def test_operators_that_give_one_type_only() -> None:
+    """onnx's inference passes over most of ai.onnx.ml."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 1]>
+    g (float[N, 3] x) => (float[A, B] y) {
+      s = ai.onnx.ml.Scaler <offset = [0.0], scale = [2.0]> (x)
+      y = Neg (s)
+    }"""
+    result = run_pass(text, InferShapes())
+    assert record(result.model)["s"] == "FLOAT None"

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from onnxopt.graph import constant_array
 from onnxopt.passes.merge_distant_layout import MergeDistantLayout
@@ -18,7 +19,7 @@ HELD = """float[3] c = {1, 2, 3}, float[1] one = {4}, float s = {0.5}, bool yes 
   int64[1] k0 = {0}, int64[1] k1 = {1}, int64[1] k2 = {2}, int64[2] k0k1 = {0, 1}, int64[2] k2k3 = {2, 3},
   int64[1] last = {-1}, int64[2] axes = {3, -3}, int64[2] pick = {2, 0}, int64 first = {0},
   int64[8] pads = {0, 1, 0, 0, 0, 0, 2, 0}, int64[2] flat = {-1, 5}, int64[4] full = {-1, 3, 4, 5},
-  int64[2] rows = {-1, 4}, int64[4] mixed = {1, 6, 1, 5}"""
+  int64[2] rows = {-1, 4}, int64[2] k1k3 = {1, 3}, int64[2] k3k1 = {3, 1}, int64[4] mixed = {1, 6, 1, 5}"""
 TO = "Transpose <perm = [0, 2, 3, 1]>"
 BACK = "Transpose <perm = [0, 3, 1, 2]>"
 
@@ -98,6 +99,27 @@ def test_rows(nodes: str, rank: int, left: list[str] | int) -> None:
     """`left` are operators, or how many."""
     done = check(model(nodes, rank))
     assert (len(done.op_types) if isinstance(left, int) else sorted(done.op_types)) == left
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fired"),
+    [
+        ("Transpose <perm = [1, 0, 3, 2]> ({})", "Transpose <perm = [1, 0, 3, 2]> ({})", True),
+        ("Unsqueeze ({}, k0)", "Unsqueeze ({}, k0)", True),
+        ("Unsqueeze ({}, k0)", "Unsqueeze ({}, k1)", False),
+        ("Transpose <perm = [1, 0, 3, 2]> ({})", "Relu ({})", False),
+        ("Reshape ({}, flat)", "Reshape ({}, flat)", False),  # the axis that is split is joined with others
+    ],
+)
+@pytest.mark.parametrize("sizes", ["k1k3", "k3k1"])
+def test_split_in_front(first: str, second: str, fired: bool, sizes: str) -> None:
+    proto = model(
+        f"a, b = Split <axis = 2> (x, {sizes})\n y = {first.format('a')}\n d = {second.format('b')}"
+    )
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    proto.graph.output.append(helper.make_tensor_value_info("d", TensorProto.FLOAT, None))
+    done = check(proto)
+    assert len(done.op_types) == 3 - fired
 
 
 def test_channel_shuffle_needs_no_transpose() -> None:

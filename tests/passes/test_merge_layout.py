@@ -258,3 +258,10 @@ def test_random_rows_in_the_runtime(data: st.DataObject) -> None:
     proto = model("; ".join(row), "N, 2, 1, 6", shapes[0].ndim)
     feeds = [random_feeds(proto, sizes={"N": n}) for n in (2, 4)]
     assert_equivalent(proto, run_pass(proto, MergeLayout()).model, feeds)
+
+
+def test_a_reduction_of_several_elements_is_left_alone() -> None:
+    """Of other axes, the runtime adds up the same elements in another order."""
+    nodes = "a = Transpose <perm = [1, 0, 2]> (x) w = ReduceMean <axes = [0, 1, 2]> (a)"
+    proto = finished(nodes, "", "float[4, 1, 5]", "float[1, 1, 1]")
+    assert check(proto).op_types == ["Reshape", "ReduceMean", "Identity"]

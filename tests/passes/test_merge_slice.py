@@ -204,3 +204,34 @@ def test_random_chains(data: st.DataObject) -> None:
     if known == "sizes" and len(steps) == 2:
         assert after.op_types == ["Slice"] or after.declined == (DISPUTED,)
     assert_equivalent(model, after.model, numbers(*shape))
+
+
+def squeezed(cuts: Cuts, axes: list[int], opset: int) -> onnx.ModelProto:
+    """A Slice of [5, 6], the axes taken away."""
+    proto = chain([cuts], opset, [5, 6])
+    attributes: dict[str, Any] = {"axes": axes} if opset < 13 else {}
+    inputs = ["v1"] if opset < 13 else ["v1", "gone"]
+    proto.graph.node.append(helper.make_node("Squeeze", inputs, ["y"], **attributes))
+    if opset >= 13:
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), "gone"))
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["q"])
+    proto.graph.output[0].CopyFrom(result)
+    return proto
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11, 13, 17])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("cut", [(0, 1, 1), (3, 4, 1), (-1, END, 1), (4, END, 1), (-2, -1, 1)])
+def test_one_element_is_gathered(cut: tuple[int, int, int], axis: int, opset: int) -> None:
+    model = squeezed({axis: cut if cut[0] != 4 or axis == 0 else (5, END, 1)}, [axis], opset)
+    after = run_pass(model, MergeSlice())
+    fires = cut in ((0, 1, 1), (3, 4, 1)) or (cut == (-1, END, 1) and opset >= 11)
+    assert after.op_types == (["Gather"] if fires else ["Slice", "Squeeze"])
+    assert_equivalent(model, after.model, numbers(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "axes"), [({0: (0, 1, 1), 1: (0, 3, 1)}, [0]), ({0: (0, 1, 1), 1: (0, 1, 1)}, [1])]
+)
+def test_slices_of_more_than_one_axis_stay(cuts: Cuts, axes: list[int]) -> None:
+    assert run_pass(squeezed(cuts, axes, 17), MergeSlice()).op_types == ["Slice", "Squeeze"]

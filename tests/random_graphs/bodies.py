@@ -80,9 +80,7 @@ def loop_step(graph: Graph) -> None:
     for name, first in zip(ports, firsts, strict=True):
         arrays = state.arrays if first is None else (first,) * (2 * SAMPLES)
         shape = None if first is None else []
-        inner.inputs.append(
-            helper.make_tensor_value_info(name, element(arrays[0]), shape)
-        )
+        inner.inputs.append(helper.make_tensor_value_info(name, element(arrays[0]), shape))
         inner.add(Known(name, arrays, exact=False))
     carried = inner.known[-1]
     inner.grow(rng.randint(1, 4), nested=rng.random() < 0.7)
@@ -99,7 +97,9 @@ def loop_step(graph: Graph) -> None:
     outputs = [go, results[-1], *results[-1:0:-1][:1]] if rng.random() < 0.4 else [go, results[-1]]
     if len({v.name for v in outputs}) < len(outputs):
         return
-    kept = all(a.shape == b.shape == state.shape for a, b in zip(outputs[1].arrays, state.arrays, strict=True))
+    kept = all(
+        a.shape == b.shape == state.shape for a, b in zip(outputs[1].arrays, state.arrays, strict=True)
+    )
     if kept and rng.random() < 0.5:
         inner.inputs[2] = helper.make_tensor_value_info(ports[2], element(state.arrays[0]), state.shape)
     body = make_body(graph, model.fresh("body"), inner, outputs)
