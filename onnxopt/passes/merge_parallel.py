@@ -38,6 +38,7 @@ from onnxopt.graph import (
 )
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.passes._activation import Step, common_step, redone
+from onnxopt.passes._forms import split
 from onnxopt.passes._layer import Layer, layer_of
 from onnxopt.passes._weight import Weight
 from onnxopt.rewrite import Declined, Edit
@@ -119,7 +120,9 @@ class MergeParallel(Pass):
         value = first.rebuilt(edit, first.source, _beside(weights), bias)
         for nodes in steps:
             value = redone(edit, nodes, value)
-        for old, new in zip(ends, _split(edit, value, first, weights, scope), strict=True):
+        axis = -1 if first.axis is None else first.axis
+        parts = split(edit, value, [weight.outputs for weight in weights], axis, scope.opset)
+        for old, new in zip(ends, parts, strict=True):
             edit.replace(old, new)
         return edit
 
@@ -179,17 +182,3 @@ def _beside(weights: Sequence[Weight]) -> ir.TensorProtocol:
     tensors = [weight.tensor for weight in weights]
     joined = concatenated(tensors, int(weights[0].inputs_first))
     return joined if any(map(is_on_disk, tensors)) else ir.Tensor(joined.numpy(), dtype=joined.dtype)
-
-
-def _split(
-    edit: Edit, value: ir.Value, layer: Layer, weights: Sequence[Weight], scope: Scope
-) -> tuple[ir.Value, ...]:
-    """The parts of what a wide layer gives."""
-    sizes = [weight.outputs for weight in weights]
-    axis = -1 if layer.node.op_type == "MatMul" else 1
-    if scope.opset >= 13:
-        constant = edit.constant(np.array(sizes, np.int64), "sizes")
-        return edit.ops("Split", [value, constant], {"axis": axis}, outputs=len(sizes))
-    if axis < 0 and layer.rank is not None:
-        axis = layer.rank - 1  # axes that count from the end came with opset 11
-    return edit.ops("Split", [value], {"axis": axis, "split": sizes}, outputs=len(sizes))

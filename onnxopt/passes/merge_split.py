@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.evaluation import Dims
 from onnxopt.graph import nested
 from onnxopt.ledger import Ledger, site_of
+from onnxopt.passes._forms import split
 from onnxopt.passes._pieces import Tracer, axis_of
-from onnxopt.rewrite import AttributeValue, Declined, Edit
+from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
 
 __all__ = ["MergeSplit"]
@@ -78,10 +78,7 @@ def _merge(slices: list[ir.Node], axis: int, dims: Dims, scope: Scope, ledger: L
             raise Declined("the Slices do not make up the value")
         edit = Edit(first, scope)
         sizes = [stop - start for (start, stop), _ in known]
-        by_attribute = scope.opset < 13
-        given = () if by_attribute else (edit.constant(np.array(sizes, np.int64), "split"),)
-        attributes: dict[str, AttributeValue] = {"axis": axis, **({"split": sizes} if by_attribute else {})}
-        parts = edit.ops("Split", (source, *given), attributes, outputs=len(sizes))
+        parts = split(edit, source, sizes, axis, scope.opset)
         for part, (_, index) in zip(parts, known, strict=True):
             edit.replace(slices[index].outputs[0], part)
         edit.check()
