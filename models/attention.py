@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from models.builder import Builder, Port
 
-SPLITS = ("transposed", "twice", "flattened", "rows", "gather", "slice", "split", "apart")
+SPLITS = ("transposed", "twice", "flattened", "batched", "rows", "gather", "slice", "split", "apart")
 SCALES = ("div", "mul", "queries", "both", "before", "none")
 MASKS = ("", "bias", "product", "choice", "keep", "drop", "infinite", "causal", "input")
 JOINS = ("joined", "rows", "apart")
@@ -35,9 +35,9 @@ def attention(
     Args:
         split: how queries, keys and values come to have heads: `transposed`, keys by one Transpose as
             TorchScript writes them; `twice`, by two; `flattened`, turned as [batch * heads, ..] as
-            torch.export does; `rows`, from [batch * sequence, ..] (tf2onnx; one of the two is a number);
-            `gather`, `slice`, `split`: out of one product (timm, Paddle); `apart`: inputs ``q``, ``k`` and
-            ``v`` (batch, heads, sequence, size).
+            torch.export does; `batched`, all of them so (BART, CLIP, Whisper); `rows`, from [batch *
+            sequence, ..] (tf2onnx; one of the two is a number); `gather`, `slice`, `split`: out of one
+            product (timm, Paddle); `apart`: inputs ``q``, ``k``, ``v`` (batch, heads, sequence, size).
         scale: what is scaled, and how: the scores by `div` or `mul`; `queries` or `both` after, or queries
             `before` their heads are split; or `none`.
         mask: what masks the scores: a `bias` of -10000, or a `product` with the lowest number, of an int64
@@ -69,10 +69,23 @@ class _Attention:
             scores = b.add("Div", scores, b.constant(math.sqrt(self.size)))
         if self.scale == "mul":
             scores = b.add("Mul", b.constant([1 / math.sqrt(self.size)]), scores)
-        weights = b.add("Softmax", self.masked(scores, mask), axis=3)
+        if self.split == "batched" and mask:
+            length = self.of_x(1)
+            scores = b.add(
+                "Reshape", scores, b.add("Concat", self.of_x(0), b.ints(self.heads), length, length, axis=0)
+            )
+            masked = self.masked(scores, mask)
+            scores = b.add("Reshape", masked, b.add("Concat", self.rows(), length, length, axis=0))
+        else:
+            scores = self.masked(scores, mask)
+        weights = b.add("Softmax", scores, axis=-1)
         if guard:
             weights = b.add("Where", b.add("IsNaN", weights), b.constant(0.0), weights)
-        rank = self.join(b.add("MatMul", weights, v), join)
+        mixed = b.add("MatMul", weights, v)
+        if self.split == "batched":
+            front = b.add("Concat", self.of_x(0), b.ints(self.heads), b.ints(-1), b.ints(self.size), axis=0)
+            mixed = b.add("Reshape", mixed, front)
+        rank = self.join(mixed, join)
         shape = [f"y{axis}" for axis in range(rank)]
         return b.model("attention", self.inputs, [("y", shape)], opset, **self.dtypes)
 
@@ -98,6 +111,10 @@ class _Attention:
         if self.split == "transposed" and self.kv_heads == self.heads:
             turned = self.scaled(self.apart(k, self.heads, [0, 2, 3, 1]), keys=True)
             return self.scaled(self.apart(q, self.heads)), turned, self.apart(v, self.heads)
+        if self.split == "batched":
+            shape = b.add("Concat", self.rows(), b.ints(-1), b.ints(self.size), axis=0)
+            q, k, v = (b.add("Reshape", self.apart(one, self.heads), shape) for one in (q, k, v))
+            return self.scaled(q), b.add("Transpose", self.scaled(k, keys=True), perm=[0, 2, 1]), v
         k, v = (self.repeated(self.apart(one, self.kv_heads)) for one in (k, v))
         return self.scaled(self.apart(q, self.heads)), self.turned(self.scaled(k, keys=True)), v
 
@@ -131,6 +148,14 @@ class _Attention:
             slices = [f"part_{i}" for i in range(3)]
             b.add("Split", whole, b.ints(1, 1, 1), outputs=slices, axis=0)
         return [b.add("Squeeze", one, b.ints(0)) for one in slices]
+
+    def of_x(self, axis: int) -> str:
+        """A size of the input, as a tensor of shape (1,)."""
+        return self.b.add("Gather", self.b.add("Shape", "x"), self.b.ints(axis))
+
+    def rows(self) -> str:
+        """Batch times heads."""
+        return self.b.add("Mul", self.of_x(0), self.b.ints(self.heads))
 
     def repeated(self, x: str) -> str:
         """Each head as often as it serves queries; `repeat_kv`, with sizes that are known."""

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
-from onnxopt.graph import subgraphs_of, walk
+from onnxopt.graph import subgraphs_of, use_count, walk
 from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
@@ -219,7 +219,7 @@ def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
         node = work.popleft()
         if node in unread or not isinstance(node.graph, ir.Graph):
             continue
-        if any(v.uses() or v.is_graph_output() for v in node.outputs):
+        if any(use_count(v) or v.is_graph_output() for v in node.outputs):
             above[node] = None
             continue
         unread[node] = node.graph

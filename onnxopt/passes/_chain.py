@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, has_reference, ints_attr
+from onnxopt.graph import constant_array, has_reference, ints_attr, use_count
 from onnxopt.rewrite import Declined
 
 __all__ = ["axes_of", "before", "constant_ints", "freed_by", "normalised", "rank_of", "require_alone"]
@@ -31,7 +31,8 @@ def before(value: ir.Value | None, node: ir.Node, op_types: Sequence[str]) -> ir
 def require_alone(first: ir.Node, node: ir.Node) -> None:
     """Raise Declined unless only `node` reads the output of `first`, in the same graph."""
     value = first.outputs[0]
-    alone = all(usage.node is node for usage in value.uses()) and first.graph is node.graph
+    alone = use_count(value) <= len(node.inputs) and first.graph is node.graph
+    alone = alone and all(usage.node is node for usage in value.uses())
     if not alone or value.is_graph_output():
         raise Declined("the value in between is read elsewhere too")
 

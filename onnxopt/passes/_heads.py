@@ -70,7 +70,7 @@ class Stage:
         if len(grown) != 1 or before[grown[0]] != 1:
             return None
         leaves, heads = self.layout.source[grown[0]], self.layout.target[1]
-        if len(leaves) != 1 or heads[-1:] != leaves:
+        if len(leaves) != 1 or heads[-1:] != leaves or len(self.layout.target) != 4:
             return None
         return replace(self, value=_first(node), layout=self.layout.resized({leaves[0]: 1}))
 
@@ -88,28 +88,34 @@ class Stage:
         layout = Layout((*self.layout.sizes, size), tuple(source), self.layout.target)
         return Stage(_first(node), layout, self.scale, index % size)
 
-    @property
-    def heads(self) -> int:
+    def axes(self, *, flipped: bool) -> Axes:
+        """Those of the operand: batch, heads, length, size; the value tells a batch from heads beside it."""
+        first, *others = self.layout.target
+        if len(others) == 2:
+            given = self.layout.source[0] if self.layout.source else ()
+            cut = len(given) if first[: len(given)] == given else len(first)
+            first, others = first[:cut], [first[cut:], *others]
+        return (first, others[0], others[2], others[1]) if flipped else (first, *others)
+
+    def heads(self, *, flipped: bool) -> int:
         """How many heads are left."""
-        return _number(self.layout, self.layout.target[1])
+        return self.number(self.axes(flipped=flipped)[1])
+
+    def number(self, leaves: Sequence[int]) -> int:
+        """The size of leaves beside each other; Declined where it is not known."""
+        size = product(self.layout.sizes[leaf] for leaf in leaves)
+        if not isinstance(size, int):
+            raise Declined("the number or the size of the heads is not known")
+        return size
 
     @property
     def lost(self) -> tuple[int, ...]:
         """The leaf of the pick."""
         return tuple(leaf for leaf in flat(self.layout.source) if leaf not in flat(self.layout.target))
 
-    @property
-    def picks(self) -> int:
-        """Of how many slices one is taken."""
-        return _number(self.layout, self.lost)
-
-    def is_apart(self, *, flipped: bool) -> bool:
-        """Whether the value is [batch, heads, length, size]."""
-        return self.layout.source == _ordered(self.layout.target, flipped)
-
     def side_by_side(self, *, flipped: bool) -> Axes:
         """The axes of [batch, length, heads * size]; in front of the heads, the leaf of the pick."""
-        batch, heads, length, size = _ordered(self.layout.target, flipped)
+        batch, heads, length, size = self.axes(flipped=flipped)
         return batch, length, (*self.lost, *heads, *size)
 
 
@@ -128,11 +134,11 @@ class Heads:
         """The operand, followed through ops that move it or, if `scaled`, scale it.
 
         Raises:
-            Declined: it does not have four axes.
+            Declined: it has neither four axes, nor three with batch and heads in the first one.
         """
         shape = dims.of(value)
-        if shape is None or len(shape) != 4:
-            raise Declined("queries, keys or values are not known to have four axes")
+        if shape is None or len(shape) not in (3, 4):
+            raise Declined("queries, keys or values are not known to have three or four axes")
         stages = [Stage(value, Layout.identity(shape))]
         while len(stages) < _LONGEST and (above := stages[-1].above(dims, scaled=scaled)) is not None:
             stages.append(above)
@@ -141,23 +147,24 @@ class Heads:
     @property
     def count(self) -> int:
         """The number of heads, without those that only repeat others."""
-        return self.stages[-1].heads
+        return self.stages[-1].heads(flipped=self.flipped)
 
     @property
     def size(self) -> int:
         """The elements of a head."""
-        stage = self.stages[0]
-        return _number(stage.layout, stage.layout.target[2 if self.flipped else 3])
+        return self.stages[0].number(self.stages[0].axes(flipped=self.flipped)[3])
 
     def all_heads(self) -> Heads:
         """The same, with the heads that repeat others."""
-        return replace(self, stages=tuple(one for one in self.stages if one.heads == self.stages[0].heads))
+        whole = self.stages[0].heads(flipped=self.flipped)
+        kept = (stage for stage in self.stages if stage.heads(flipped=self.flipped) == whole)
+        return replace(self, stages=tuple(kept)) if len(self.stages[0].layout.target) == 4 else self
 
     @property
     def apart(self) -> Stage | None:
         """The first value that is [batch, heads, length, size]."""
-        found = (stage for stage in self.stages[::-1] if stage.is_apart(flipped=self.flipped))
-        return next((stage for stage in found if stage.heads == self.count), None)
+        found = (one for one in self.stages[::-1] if one.layout.source == one.axes(flipped=self.flipped))
+        return next((one for one in found if one.heads(flipped=self.flipped) == self.count), None)
 
     @property
     def joint(self) -> tuple[Stage, tuple[int, ...]] | None:
@@ -166,7 +173,8 @@ class Heads:
         Where the operand is one of several that lie in it side by side, it is as wide as all of them.
         """
         for stage in self.stages[::-1]:
-            if stage.heads == self.count and stage.layout.source == stage.side_by_side(flipped=self.flipped):
+            wanted = stage.side_by_side(flipped=self.flipped)
+            if stage.layout.source == wanted and stage.heads(flipped=self.flipped) == self.count:
                 return stage, ()
         stage = self.stages[-1]
         wanted, shape = stage.side_by_side(flipped=self.flipped), stage.layout.source_shape
@@ -178,17 +186,6 @@ class Heads:
         if (stage := self.apart) is not None:
             return stage.value, stage.scale
         return edit.op("Transpose", (self.stages[0].value,), {"perm": (0, 1, 3, 2)}), 1.0
-
-
-def _ordered(axes: Axes, flipped: bool) -> Axes:
-    return (*axes[:2], axes[3], axes[2]) if flipped else axes
-
-
-def _number(layout: Layout, leaves: Sequence[int]) -> int:
-    size = product(layout.sizes[leaf] for leaf in leaves)
-    if not isinstance(size, int):
-        raise Declined("the number or the size of the heads is not known")
-    return size
 
 
 def _first(node: ir.Node) -> ir.Value:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.evaluation import Dims
+from onnxopt.evaluation import Dim, Dims, product
 from onnxopt.graph import sole_user
 from onnxopt.passes._heads import Heads, Operand
 from onnxopt.passes._layout import Layout, flat
@@ -32,7 +32,9 @@ def joined(edit: Edit, operands: Sequence[Heads], opset: int) -> list[Operand] |
         value = wide[stage.value] = wide.get(stage.value) or reshaped(edit, stage.value, sizes)
         if stage.pick is not None:
             if value not in parts:
-                parts[value] = _split(edit, value, [operand.count * operand.size] * stage.picks, opset)
+                parts[value] = _split(
+                    edit, value, [operand.count * operand.size] * stage.number(stage.lost), opset
+                )
             value = parts[value][stage.pick]
         found.append((value, stage.scale))
     return found
@@ -45,19 +47,23 @@ def _split(edit: Edit, value: ir.Value, sizes: list[int], opset: int) -> Sequenc
     return edit.ops("Split", (value, constant), {"axis": 2}, outputs=len(sizes))
 
 
-def joined_again(value: ir.Value, dims: Dims) -> tuple[ir.Value, tuple[int, ...]] | None:
-    """What [batch, heads, length, size] ends up as: [batch, length, heads * size].
+def joined_again(value: ir.Value, heads: int, dims: Dims) -> tuple[ir.Value, tuple[int, ...]] | None:
+    """What the product of weights and values ends up as: [batch, length, heads * size].
 
     With sizes, it is a Reshape of that to these.
     """
     shape, found = dims.of(value), None
-    layout = Layout.identity(shape) if shape is not None and len(shape) == 4 else None
+    layout = Layout.identity(shape) if shape is not None and len(shape) in (3, 4) else None
     while layout is not None:
-        batch, heads, length, size = layout.source
-        wanted = batch, length, (*heads, *size)
-        if layout.target == wanted:
+        first, *others = layout.source
+        if len(others) == 2:
+            cut = next((i for i in range(len(first)) if _count(layout, first[i:]) == heads), len(first))
+            first, others = first[:cut], [first[cut:], *others]
+        wanted = first, others[1], (*others[0], *others[2])
+        right = _count(layout, others[0]) == heads
+        if right and layout.target == wanted:
             return value, ()
-        if flat(layout.target) == flat(wanted):
+        if right and flat(layout.target) == flat(wanted):
             sizes = written(layout.target_shape, layout.shape_of(wanted))
             found = (value, tuple(sizes)) if sizes is not None else found
         node = sole_user(value)
@@ -65,6 +71,10 @@ def joined_again(value: ir.Value, dims: Dims) -> tuple[ir.Value, tuple[int, ...]
         layout = None if moves is None else layout.then(moves)
         value = value if node is None else node.outputs[0]
     return found
+
+
+def _count(layout: Layout, leaves: Sequence[int]) -> Dim:
+    return product(layout.sizes[leaf] for leaf in leaves)
 
 
 def keep_shape(new: ir.Value, old: ir.Value, dims: Dims) -> ir.Value:

@@ -52,7 +52,7 @@ def added_mask(
     elif (maker := mask.producer()) is not None:
         choice = _CHOICE.find(maker, scope)
     given = mask or match.get("keep") or match["drop"]
-    _require_fit(given, match["s"], dims)
+    _require_fit(given, match, dims)
     if choice is not None and choice.number("low") <= _FAR_BELOW:
         value = _of_choice(edit, choice, mask, zeros=zeros, contrib=contrib, live=live)
     elif mask is not None:
@@ -138,12 +138,13 @@ def _type_bounds(value: ir.Value | None) -> _Range:
     return (float(dtype.min), float(dtype.max)) if dtype is not None and whole else (-np.inf, np.inf)
 
 
-def _require_fit(mask: ir.Value, scores: ir.Value, dims: Dims) -> None:
+def _require_fit(mask: ir.Value, match: Match, dims: Dims) -> None:
     """Raise `Declined` unless broadcasting surely leaves the shape of the scores as it is."""
+    scores = match["s"]
     own, full = dims.of(mask), dims.of(scores)
-    if own is None or full is None or len(own) > len(full):
+    if own is None or full is None:
         raise Declined("the shape of the mask is not known")
-    for axis in range(-len(own), 0):
+    for axis in range(-len(own), 0) if dims.of(match["m"]) != full else ():
         same = {own[axis], _on_record(mask, axis)} & {full[axis], _on_record(scores, axis)} - {None}
         if own[axis] != 1 and not same:
             raise Declined("the mask is not known to have the sizes of the scores")
@@ -159,8 +160,8 @@ def _whole(
 ) -> ir.Value:
     """The mask, which has the shape of `given`, with the last two sizes in full, as runtimes want them."""
     own, full = dims.of(given) or (), dims.of(match["s"]) or ()
-    behind = (1, 1, *own)[-2:]
-    target: list[Dim] = [size if have == 1 else 1 for have, size in zip(behind, full[-2:], strict=True)]
+    pairs = zip((1, 1, *own)[-2:], full[-2:], strict=True)  # a name that fits a number may stand for 1
+    target = [size if have == 1 or (isinstance(size, int) and have != size) else 1 for have, size in pairs]
     if target == [1, 1] and (len(own) == 4 or not contrib):
         return value
     target = [1, 1, *target] if contrib and len(own) < 4 else target
@@ -169,9 +170,10 @@ def _whole(
     elif all(size in own for size in target):
         shape = _sizes(edit, given, [own.index(size) for size in target])
     else:
-        sources = (match["q"], 2), (match["q"], 2), (match["q"], 2), (match["k"], 3)
-        pairs = zip(target, sources[-len(target) :], strict=True)
-        parts = [_size(edit, scope, dims, size, source) for size, source in pairs]
+        rank = len(dims.of(match["q"]) or ())
+        sources = *[(match["q"], rank - 2)] * 3, (match["k"], rank - 1)
+        given_by = zip(target, sources[-len(target) :], strict=True)
+        parts = [_size(edit, scope, dims, size, source) for size, source in given_by]
         shape = edit.op("Concat", parts, {"axis": 0})
     return edit.op("Expand", (value, shape))
 

@@ -98,6 +98,7 @@ def _fused(row: Sequence[Cell], op_type: str, scope: Scope) -> Edit:
     if any(value not in given and readers_of(value, inside) for value in values):
         raise Declined("a value inside the cell is read elsewhere")
     first, in_time, attributes = row[0], row, dict[str, AttributeValue]()
+    _require_shapes(first, 4 if op_type == "LSTM" else 3)
     edit = Edit(first.anchor, scope)
     if len(row) == 1:
         x = _with_axes(edit, "Unsqueeze", first.x, 0, scope)
@@ -121,6 +122,18 @@ def _fused(row: Sequence[Cell], op_type: str, scope: Scope) -> Edit:
     for old, end in zip(row[-1].results[1:], ends[1:], strict=True):
         edit.replace(old, _with_axes(edit, "Squeeze", end, 0, scope))
     return edit
+
+
+def _require_shapes(cell: Cell, gates: int) -> None:
+    """Raise Declined where a step may broadcast, or is of a type that runtimes have no kernel for."""
+    _, rows, hidden = cell.r.shape
+    batch = cell.x.shape.dims[0] if cell.x.shape is not None else None
+    known = isinstance(batch, int) or (batch is not None and batch.value is not None)
+    fits = (value.shape is not None and value.shape.dims == (batch, hidden) for value in cell.states)
+    if not known or rows != gates * hidden or not all(fits):
+        raise Declined("the states are not known to be as large as the step")
+    if cell.x.dtype == ir.DataType.DOUBLE:
+        raise Declined("the runtime has no kernel for double")
 
 
 def _replace_steps(

@@ -5,9 +5,9 @@ Before: y = MatMul(Softmax(MatMul(q, Transpose(k)) * scale + mask), v)
 After:  y = Attention(x_q, x_k, x_v, mask)                          from opset 23 on
         y = com.microsoft.MultiHeadAttention(x_q, x_k, x_v, mask)   with contrib
 
-    Also with the scale on queries and keys; with Where(keep, scores, low) for a mask; with zeros put in for
-    NaN where a row is masked whole; with keys and values repeated for several queries; with all three
-    side by side in one value.
+    Also with the scale on queries and keys; with batch and heads in one axis; with Where(keep, scores, low)
+    for a mask; with zeros put in for NaN where a row is masked whole; with keys and values repeated for
+    several queries; with all three side by side in one value.
 Declines: a mask that may be -inf all along a row where the fused op gives zeros and the parts NaN, or the
     other way round; a mask, or operands, whose shapes are not known to fit; a scale that is no constant.
 
@@ -26,26 +26,30 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.evaluation import Dims, DimsOf
+from onnxopt.evaluation import Dims, DimsOf, product
 from onnxopt.graph import int_attr
 from onnxopt.passes._heads import Heads
 from onnxopt.passes._joint import joined, joined_again, keep_shape, reshaped
 from onnxopt.passes._masks import added_mask
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule
+from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseAttention"]
 
-_SCORES = "(s := Mul(MatMul(q, k), scale) | Div(MatMul(q, k), scale) | MatMul(q, k))"
-_MASKED = f"(Add({_SCORES}, mask) | Where(keep, {_SCORES}, low) | Where(drop, low, {_SCORES}) | {_SCORES})"
+_SCALED = "(c := Mul(MatMul(q, k), scale) | Div(MatMul(q, k), scale) | MatMul(q, k))"
+_SCORES = f"(s := {_SCALED} | Reshape({_SCALED}, _))"
+_MASKED = (
+    f"(m := Add({_SCORES}, mask) | Where(keep, {_SCORES}, low) | Where(drop, low, {_SCORES}) | {_SCORES})"
+)
 _CORE = Patterns(
     {
-        "zeros for NaN": f"MatMul(Where(IsNaN(p), 0, (p := Softmax((m := {_MASKED})))), v)",
-        "plain": f"MatMul(Softmax((m := {_MASKED})), v)",
+        "zeros for NaN": f"MatMul(Where(IsNaN(p), 0, (p := Softmax({_MASKED} | Reshape({_MASKED}, _)))), v)",
+        "plain": f"MatMul(Softmax({_MASKED} | Reshape({_MASKED}, _)), v)",
     }
 )
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_SWAP = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -86,78 +90,83 @@ class FuseAttention(Pass):
             return None
         if not self.contrib and scope.opset < 23:
             raise Declined("Attention came with opset 23")
-        softmax = next(one for one in match.nodes if one.op_type == "Softmax")
-        if int_attr(softmax, "axis", -1 if scope.opset >= 13 else 1) not in (-1, 3):
-            raise Declined("Softmax is not along the last axis")
         dims, edit = dims_of(scope), Edit(node, scope)
-        operands = _operands(match, dims)
-        if operands[0].stages[-1].value.dtype not in (_TYPES[:1] if self.contrib else _TYPES):
+        q, k, v = _operands(match, dims, repeated=self.contrib)
+        _check_scores(match, scope.opset, q.count, dims)
+        if q.stages[-1].value.dtype not in (_TYPES[:1] if self.contrib else _TYPES):
             raise Declined("the type is none that the fused op takes")
         mask = added_mask(edit, scope, dims, match, contrib=self.contrib, live=self.live)
-        output = _contrib if self.contrib else _standard
-        return output(edit, scope, dims, match, operands, mask)
+        output = node.outputs[0]
+        again = joined_again(output, q.count, dims)
+        joint = joined(edit, (q, k, v), scope.opset) if self.contrib or again is not None else None
+        if len(dims.of(output) or ()) == 3 and (again is None or joint is None):
+            raise Declined("heads are not split in front, or not joined behind")
+        inputs = joint or [one.split(edit) for one in (q, k, v)]
+        scale = _scale(match, inputs[0][1] * inputs[1][1])
+        values = [value for value, _ in inputs]
+        if not self.contrib:
+            counts = {"q_num_heads": q.count, "kv_num_heads": k.count} if joint else {}
+            result = edit.op(
+                "Attention", (*values, mask)[: 3 + (mask is not None)], {"scale": scale, **counts}
+            )
+            old, sizes = again if joint and again else (output, ())
+            result = reshaped(edit, result, sizes)
+        else:
+            if joint is None:
+                values[0] = _together(edit, values[0], q, k.size == v.size)
+            read = (*values, None, None, mask)[: 3 + 3 * (mask is not None)]
+            attributes = {"num_heads": q.count, "scale": scale}
+            result = edit.op("MultiHeadAttention", read, attributes, domain="com.microsoft")
+            old, sizes = again or (output, (0, 0, q.count, v.size))
+            result = reshaped(edit, result, sizes)
+            if again is None:
+                result = edit.op("Transpose", (result,), {"perm": _SWAP})
+        return edit.replace(old, keep_shape(result, old, dims))
 
 
-def _operands(match: Match, dims: Dims) -> list[Heads]:
+def _operands(match: Match, dims: Dims, *, repeated: bool) -> tuple[Heads, Heads, Heads]:
+    """Queries, keys and values; these two with heads that repeat others if `repeated`, or if they must."""
     q, k = Heads.of(match["q"], dims).all_heads(), Heads.of(match["k"], dims, flipped=True)
     v = Heads.of(match["v"], dims, scaled=False)
-    shapes = [dims.of(match[name]) or () for name in "qkv"]
-    if not shapes[0][:2] == shapes[1][:2] == shapes[2][:2] or shapes[1][3] != shapes[2][2]:
+    a, b, c = (dims.of(match[name]) or () for name in "qkv")
+    if not a[:-2] == b[:-2] == c[:-2] or b[-1] != c[-2]:
         raise Declined("queries, keys and values are not known to have the same batch, heads and length")
-    if len(dims.of(match["m"]) or ()) != 4:
+    if repeated or k.count != v.count or k.apart is None or v.apart is None:
+        k, v = k.all_heads(), v.all_heads()
+    if k.count != v.count or (len(a) == 3 and q.count != k.count):
+        raise Declined("queries, keys and values are not split into heads alike")
+    return q, k, v
+
+
+def _check_scores(match: Match, opset: int, heads: int, dims: Dims) -> None:
+    """Raise `Declined` where masking or Softmax see the scores in another shape than [batch, heads, ..]."""
+    scaled, scores, masked = (dims.of(match[name]) or () for name in "csm")
+    softmax = next(one for one in match.nodes if one.op_type == "Softmax")
+    rank = len(scaled)
+    if int_attr(softmax, "axis", -1 if opset >= 13 else 1) not in (-1, rank - 1):
+        raise Declined("Softmax is not along the last axis")
+    split = (*scores[:1], heads, *scaled[-2:])
+    views = scores == split and product(scores[:2]) == product(scaled[:-2])
+    before = dims.of(softmax.inputs[0])
+    if scores != scaled and (not views or before != scaled):
+        raise Declined("scores and mask have other axes than batch, heads and lengths")
+    if len(masked) != 4 and (
+        len(masked) != rank or len(dims.of(match.get("mask")) or ()) > 2 or "low" in match.values
+    ):
         raise Declined("the masked scores are not known to have four axes")
-    return [q, k, v]
 
 
-def _scale(match: Match, q: float, k: float) -> float:
-    """What the product of queries and keys is multiplied by, where these are still to be multiplied."""
+def _scale(match: Match, left: float) -> float:
+    """What queries times keys are multiplied by, of which a part is left that was multiplied to these."""
     number = match.number("scale") if match.get("scale") is not None else 1.0
-    scale = q * k * (1 / number if number and match.node("s").op_type == "Div" else number)
+    scale = left * (1 / number if number and match.node("c").op_type == "Div" else number)
     if not 0 < scale < math.inf:
         raise Declined("the scale is no positive number")
     return scale
 
 
-def _standard(
-    edit: Edit, scope: Scope, dims: Dims, match: Match, operands: Sequence[Heads], mask: ir.Value | None
-) -> Edit:
-    q, k, v = operands
-    if k.count != v.count or k.apart is None or v.apart is None:
-        k, v = k.all_heads(), v.all_heads()
-    output = match.nodes[0].outputs[0]
-    again, attributes = joined_again(output, dims), dict[str, AttributeValue]()
-    inputs = joined(edit, (q, k, v), scope.opset) if again is not None else None
-    if again is None or inputs is None:
-        again, inputs = (output, ()), [one.split(edit) for one in (q, k, v)]
-    else:
-        attributes = {"q_num_heads": q.count, "kv_num_heads": k.count}
-    attributes["scale"] = _scale(match, inputs[0][1], inputs[1][1])
-    values = [value for value, _ in inputs]
-    result = edit.op("Attention", values if mask is None else (*values, mask), attributes)
-    result = reshaped(edit, result, again[1])
-    return edit.replace(again[0], keep_shape(result, again[0], dims))
-
-
-def _contrib(
-    edit: Edit, scope: Scope, dims: Dims, match: Match, operands: Sequence[Heads], mask: ir.Value | None
-) -> Edit:
-    """MultiHeadAttention reads [batch, length, heads * size]; keys and values may also have heads apart."""
-    q, k, v = (one.all_heads() for one in operands)
-    output = match.nodes[0].outputs[0]
-    inputs = joined(edit, (q, k, v), scope.opset)
-    if inputs is None:
-        if k.size != v.size:
-            raise Declined("the contrib op takes keys and values that have heads apart in one size only")
-        (apart, left), keys, values = (one.split(edit) for one in (q, k, v))
-        behind = edit.op("Transpose", (apart,), {"perm": (0, 2, 1, 3)})
-        inputs = [(reshaped(edit, behind, (0, 0, q.count * q.size)), left), keys, values]
-    again = joined_again(output, dims)
-    scale = _scale(match, inputs[0][1], inputs[1][1])
-    read = [*(value for value, _ in inputs), *((None, None, mask) if mask is not None else ())]
-    attributes = {"num_heads": q.count, "scale": scale}
-    result = edit.op("MultiHeadAttention", read, attributes, domain="com.microsoft")
-    result = reshaped(edit, result, (0, 0, q.count, v.size) if again is None else again[1])
-    if again is None:
-        again = output, ()
-        result = edit.op("Transpose", (result,), {"perm": (0, 2, 1, 3)})
-    return edit.replace(again[0], keep_shape(result, again[0], dims))
+def _together(edit: Edit, queries: ir.Value, q: Heads, same_size: bool) -> ir.Value:
+    """Queries as MultiHeadAttention reads them, while keys and values may have heads apart."""
+    if not same_size:
+        raise Declined("the contrib op takes keys and values that have heads apart in one size only")
+    return reshaped(edit, edit.op("Transpose", (queries,), {"perm": _SWAP}), (0, 0, q.count * q.size))

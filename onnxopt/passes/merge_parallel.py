@@ -34,6 +34,7 @@ from onnxopt.graph import (
     sole_user,
     static_shape,
     str_attr,
+    use_count,
 )
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.passes._activation import Step, common_step, redone
@@ -128,7 +129,7 @@ def _groups(graph: ir.Graph) -> list[list[Layer]]:
     found: dict[tuple[object, ...], list[Layer]] = {}
     for node in graph:
         layer = layer_of(node) if node.op_type in ("Conv", "Gemm", "MatMul") else None
-        if layer is None or not layer.stored or len(layer.source.uses()) < 2:
+        if layer is None or not layer.stored or use_count(layer.source) < 2:
             continue
         weight = node.inputs[1]
         assert weight is not None

@@ -17,6 +17,7 @@ from onnxopt.protobuf import dump
 from tests.support import Feeds, Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 SIZES = {"batch": 2, "sequence": 5}
+Sizes = tuple[int | str, int | str]
 NOT_ZEROS = "the mask may be -inf all along a row, which gives NaN, and zeros in Attention"
 NOT_NAN = "the mask may be -inf all along a row, which gives zeros, and NaN in the contrib op"
 
@@ -46,28 +47,30 @@ def check(model: onnx.ModelProto, done: Rewritten, op_type: str = "Attention", *
     assert_equivalent(model, done.model, feeds_of(model, live=live), kind="reorder")
 
 
-@pytest.mark.parametrize("contrib", [False, True])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("split", "scale", "contrib"),
+    [(split, scale, False) for split in SPLITS for scale in SCALES]
+    + [(split, "both", True) for split in SPLITS],
+)
 def test_splits_and_scales(split: str, scale: str, contrib: bool) -> None:
-    if scale == "before" and split not in ("transposed", "twice", "flattened", "rows"):
+    if scale == "before" and split in ("gather", "slice", "split", "apart"):
         scale = "queries"
-    sizes = ("batch", 5) if split == "rows" else ("batch", "sequence")
+    sizes: Sizes = ("batch", 5) if split == "rows" else ("batch", "sequence")
     model = made(split, scale, opset=17 if contrib else 23, sizes=sizes)
     done = fused(model, contrib=contrib)
     check(model, done, "MultiHeadAttention" if contrib else "Attention")
-    if split != "apart":
-        assert done.count("Transpose") == 0
+    assert done.count("Transpose") == (split == "apart")
     assert done.count("Div") + done.count("Mul") == 0
 
 
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("contrib", [False, True])
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if mask])
-def test_masks(mask: str, contrib: bool, guard: bool) -> None:
+@pytest.mark.parametrize("split", ["twice", "batched"])
+def test_masks(split: str, mask: str, contrib: bool, guard: bool) -> None:
     """A row that is masked whole comes out the same, or the mask is declined."""
     sizes = (2, 5) if mask == "causal" else ("batch", "sequence")
-    model = made("twice", "mul", mask, guard=guard, opset=17 if contrib else 23, sizes=sizes)
+    model = made(split, "mul", mask, guard=guard, opset=17 if contrib else 23, sizes=sizes)
     done = fused(model, contrib=contrib)
     unbound = mask in ("input", "product")
     refused = guard or not contrib if unbound else mask == "infinite" and guard == contrib
@@ -126,6 +129,15 @@ def test_masks_of_any_shape_that_fits(mask: str, contrib: bool) -> None:
     check(model, done, "MultiHeadAttention" if contrib else "Attention", live=True)
 
 
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_mask_whose_size_is_that_of_the_scores_or_one(size: int) -> None:
+    model = core(ADDED, inputs=", float[N,7] mask", sizes=(4, 4))
+    done = fused(model, live=True)
+    feeds = random_feeds(model, sizes={"N": size})
+    assert (done.count("Attention"), done.count("Expand"), done.declined) == (1, 1, ())
+    assert_equivalent(model, done.model, feeds, kind="reorder")
+
+
 @pytest.mark.parametrize("dtype", ["float", "float16"])
 @pytest.mark.parametrize("nodes", [PLAIN, PLAIN.replace("axis = -1", "axis = 3")])
 def test_sizes_of_keys_and_values_differ(nodes: str, dtype: str) -> None:
@@ -149,7 +161,6 @@ def test_the_standard_says_the_same() -> None:
         (ADDED.replace("half, s", "zero, s"), ", float[5,7] mask", "the scale is no positive number"),
         (ADDED.replace("half, s", "c, s"), ", float[5,7] mask, float c", "scale is no constant number"),
         (ADDED.replace("half, s", "each, s"), ", float[5,7] mask", "scale is no constant number"),
-        (ADDED, ", float[N,7] mask", "the mask is not known to have the sizes of the scores"),
         (ADDED, ", float[1,1,1,1,7] mask", "the masked scores are not known to have four axes"),
         (f"{PLAIN} z = Relu (w)", "", "the output of its Softmax is also read elsewhere"),
     ],
@@ -199,7 +210,11 @@ def test_sizes_that_may_differ_are_declined() -> None:
             "float[D,3,4,C] k",
             "queries, keys and values are not known to have the same batch",
         ),
-        ("float[A,3,C,4] q", "float[A,C,4] q", "queries, keys or values are not known to have four axes"),
+        (
+            "float[A,3,C,4] q",
+            "float[C,4] q",
+            "queries, keys or values are not known to have three or four axes",
+        ),
     ):
         text = '<ir_version: 10, opset_import: ["" : 23]>' + nodes.replace(old, new)
         done = fused(onnx.shape_inference.infer_shapes(text_model(text)))
@@ -232,12 +247,27 @@ def test_any_spelling(data: st.DataObject) -> None:
         return data.draw(st.sampled_from(choices))
 
     contrib, size, kv_heads = drawn(False, True), drawn(1, 2, 8), drawn(1, 2)
-    split = drawn("transposed", "twice", "flattened", "apart", "gather")
+    split = drawn("transposed", "twice", "flattened", "batched", "apart", "gather")
     heads = kv_heads * drawn(1, 3) if split in ("twice", "flattened") else kv_heads
-    mask = drawn("", "bias", "choice", "keep", "drop")
+    mask, join = (
+        drawn("", "bias", "choice", "keep", "drop"),
+        drawn("joined", "rows" if split == "batched" else "apart"),
+    )
     batch, length = drawn("batch", 1, 2), drawn("sequence", 1, 5)
     how = {"heads": heads, "kv_heads": kv_heads, "size": size, "sizes": (batch, length)}
     scale, opset = drawn("div", "mul", "queries", "both", "none"), drawn(14, 17, 20) if contrib else 23
-    model = made(split, scale, mask, drawn(*JOINS), guard=drawn(False, True), opset=opset, **how)
+    model = made(split, scale, mask, join, guard=drawn(False, True), opset=opset, **how)
     done = fused(model, contrib=contrib)
     check(model, done, "MultiHeadAttention" if contrib else "Attention")
+
+
+def test_heads_that_are_not_joined_behind() -> None:
+    done = fused(made("batched", "div", "", "apart"))
+    assert done.declined == ("heads are not split in front, or not joined behind",)
+
+
+def test_one_head() -> None:
+    nodes = "kt = Transpose <perm = [0, 2, 1]> (k) s = MatMul (q, kt) w = Softmax (s) y = MatMul (w, v)"
+    text = f"agraph (float[B,5,4] q, float[B,7,4] k, float[B,7,6] v) => (float[B,5,6] y) {{ {nodes} }}"
+    model = text_model('<ir_version: 10, opset_import: ["" : 23]>' + text)
+    check(model, fused(model))
