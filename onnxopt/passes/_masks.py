@@ -1,16 +1,19 @@
 """The mask of attention: what is added to the scores, how low it can be, and of which shape.
 
-In a row that -inf masks whole, Softmax and the contrib ops give NaN, the standard Attention zeros. That of
-ONNX Runtime 1.31 takes the lowest number for -inf there, so that a mask that goes so far is raised by a bit.
+In a row that -inf masks whole, Softmax and the contrib ops give NaN, the standard Attention zeros; that of
+ONNX Runtime 1.31 takes the lowest number for -inf there. So a mask that may go so far is raised by the least
+bit, which changes no weight, and is made NaN in rows that are to be NaN.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation import Dim, Dims, named
-from onnxopt.graph import constant_array
+from onnxopt.graph import constant_array, constant_of
 from onnxopt.pattern import Match, Patterns
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope
@@ -22,8 +25,6 @@ _LOWEST = float(np.finfo(np.float32).min)
 _ABOVE_LOWEST = float(np.nextafter(np.float32(_LOWEST), np.float32(0)))
 _FAR_BELOW = -1e30
 """Added to a score of any use, it leaves itself."""
-_NOT_ZEROS = "the mask may be -inf all along a row, which gives NaN, and zeros in Attention"
-_NOT_NAN = "the mask may be -inf all along a row, which gives zeros, and NaN in the contrib op"
 _LARGEST = 1 << 24
 """Bytes of a constant mask that is read."""
 _FAR = 12
@@ -34,75 +35,91 @@ _Range = tuple[float, float]
 
 
 def added_mask(
-    edit: Edit, scope: Scope, dims: Dims, match: Match, *, contrib: bool, live: bool
+    edit: Edit, scope: Scope, dims: Dims, match: Match, *, contrib: bool, half: bool
 ) -> ir.Value | None:
     """What the fused op takes for the mask of a match: a bias, or a bool of what is kept; None without one.
 
     match: names the scores `s`, and the `mask` added to them, or what they are replaced by, `low`, where they
-    are not to `keep` or to `drop`. It may be called `zeros for NaN`. live: no row is masked whole.
+    are not to `keep` or to `drop`. It may be called `zeros for NaN`. half: of float16.
 
     Raises:
         Declined: rows that are masked whole, or shapes, may come out different.
     """
-    mask, choice, zeros = match.get("mask"), None, match.name == "zeros for NaN"
-    if match.get("low") is not None:
-        choice = match
-    elif mask is None:
+    mask, chosen, zeros = match.get("mask"), _chosen(match, scope), match.name == "zeros for NaN"
+    given = mask or (chosen.condition if chosen is not None else None)
+    if given is None:
         return None
-    elif (maker := mask.producer()) is not None:
-        choice = _CHOICE.find(maker, scope)
-    given = mask or match.get("keep") or match["drop"]
     _require_fit(given, match, dims)
-    if choice is not None and choice.number("low") <= _FAR_BELOW:
-        value = _of_choice(edit, choice, mask, zeros=zeros, contrib=contrib, live=live)
+    if chosen is not None and chosen.low == -np.inf and not contrib and (zeros or chosen.is_live):
+        value = chosen.condition if chosen.keeps else edit.op("Not", (chosen.condition,))
     elif mask is not None:
-        value = mask if live else _of_bias(edit, mask, zeros=zeros, contrib=contrib)
+        value = _in_reach(edit, mask, _bounds(mask)[0], zeros=zeros, contrib=contrib, half=half)
     else:
-        raise Declined("masked scores are replaced by a number that is not far below others")
+        assert chosen is not None  # else nothing is masked
+        value = _in_reach(edit, chosen.bias(edit), chosen.low, zeros=zeros, contrib=contrib, half=half)
     return _whole(edit, scope, dims, match, value, given, contrib=contrib)
 
 
-def _of_choice(
-    edit: Edit, choice: Match, mask: ir.Value | None, *, zeros: bool, contrib: bool, live: bool
-) -> ir.Value:
-    """Of Where(keep, 0, low) or Where(drop, low, 0), added to the scores or, as far below, in their place."""
-    keep, low = choice.get("keep"), choice.number("low")
-    condition = keep or choice["drop"]
-    if low == -np.inf:
-        if zeros == contrib and not (live or _has_live_rows(condition, keeps=keep is not None)):
-            raise Declined(_NOT_NAN if contrib else _NOT_ZEROS)
-        if not contrib:
-            return keep or edit.op("Not", (condition,))
-    raised = low if contrib else max(low, _ABOVE_LOWEST)
-    if mask is not None and raised == low:
-        return mask
-    zero, bias = (edit.constant(np.array(end, np.float32), "bias") for end in (0, raised))
-    return edit.op("Where", (condition, zero, bias) if keep is not None else (condition, bias, zero))
+@dataclass(frozen=True)
+class _Choice:
+    """A number where a condition keeps nothing: Where(keep, .., low) or Where(drop, low, ..)."""
+
+    condition: ir.Value
+    keeps: bool
+    low: float
+    number: ir.Value
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it surely leaves something of each row."""
+        array = constant_array(self.condition, _LARGEST)
+        return array is not None and array.ndim > 0 and bool((array == self.keeps).any(axis=-1).all())
+
+    def bias(self, edit: Edit) -> ir.Value:
+        """What can be added in its place; Declined where the number is not far below all scores."""
+        if self.low > _FAR_BELOW:
+            raise Declined("masked scores are replaced by a number that is not far below others")
+        number = constant_of(self.number)
+        zero = edit.constant(np.zeros((), number.numpy().dtype), "zero") if number is not None else None
+        ends = (zero, self.number) if self.keeps else (self.number, zero)
+        return edit.op("Where", (self.condition, *ends))
 
 
-def _of_bias(edit: Edit, mask: ir.Value, *, zeros: bool, contrib: bool) -> ir.Value:
-    """Of what is added to the scores; in float16, a sum with half of the lowest number is still one."""
-    low = _bounds(mask)[0]
-    if low == -np.inf and _has_live_rows(mask):
-        return mask
+def _chosen(match: Match, scope: Scope) -> _Choice | None:
+    """By what scores are replaced; or what is added to them, where that is 0 or a number."""
+    found: Match | None = match
+    if match.get("low") is None:
+        mask = match.get("mask")
+        maker = None if mask is None else mask.producer()
+        found = None if maker is None else _CHOICE.find(maker, scope)
+    if found is None:
+        return None
+    keep = found.get("keep")
+    return _Choice(keep or found["drop"], keep is not None, found.number("low"), found["low"])
+
+
+def _in_reach(edit: Edit, bias: ir.Value, low: float, *, zeros: bool, contrib: bool, half: bool) -> ir.Value:
+    """What is added to the scores, such that rows which it masks whole come out as they did.
+
+    In float16, a sum with half of the lowest number is still one.
+    """
+    rows = constant_array(bias, _LARGEST)
+    if rows is not None and rows.ndim and bool((rows > np.finfo(rows.dtype).min).any(axis=-1).all()):
+        return bias
     if contrib:
         if zeros and low == -np.inf:
-            raise Declined(_NOT_NAN)
-        return mask
-    if low > (float(np.finfo(np.float16).min) / 2 if mask.dtype == ir.DataType.FLOAT16 else _LOWEST):
-        return mask
-    if low == _LOWEST:
-        return edit.op("Max", (mask, edit.constant(np.array(_ABOVE_LOWEST, np.float32), "lowest")))
-    raise Declined(_NOT_ZEROS)
-
-
-def _has_live_rows(mask: ir.Value, *, keeps: bool = True) -> bool:
-    """Whether it is a constant that leaves something of each row; a bool is of what it keeps, or drops."""
-    array = constant_array(mask, _LARGEST)
-    if array is None or not array.ndim:
-        return False
-    kept = array == keeps if array.dtype == bool else array > np.finfo(array.dtype).min
-    return bool(kept.any(axis=-1).all())
+            raise Declined("rows may be masked whole by -inf, which gives zeros, and NaN in the contrib op")
+        return bias
+    if low > (float(np.finfo(np.float16).min) / 2 if half else _LOWEST):
+        return bias
+    if half:
+        raise Declined("rows may be masked whole, which float16 cannot tell from -inf")
+    raised = edit.op("Max", (bias, edit.constant(np.array(_ABOVE_LOWEST, np.float32), "lowest")))
+    if low > -np.inf:
+        return raised
+    highest = edit.op("ReduceMax", (bias, edit.constant(np.array([-1]), "axes")), {"keepdims": 1})
+    dead = edit.constant(np.array(-np.inf if zeros else np.nan, np.float32), "dead")
+    return edit.op("Where", (edit.op("IsInf", (highest,)), dead, raised))
 
 
 def _bounds(value: ir.Value | None, far: int = _FAR) -> _Range:
@@ -142,7 +159,7 @@ def _require_fit(mask: ir.Value, match: Match, dims: Dims) -> None:
     """Raise `Declined` unless broadcasting surely leaves the shape of the scores as it is."""
     scores = match["s"]
     own, full = dims.of(mask), dims.of(scores)
-    if own is None or full is None:
+    if not own or full is None:
         raise Declined("the shape of the mask is not known")
     for axis in range(-len(own), 0) if dims.of(match["m"]) != full else ():
         same = {own[axis], _on_record(mask, axis)} & {full[axis], _on_record(scores, axis)} - {None}

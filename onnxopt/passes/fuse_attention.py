@@ -8,8 +8,8 @@ After:  y = Attention(x_q, x_k, x_v, mask)                          from opset 2
     Also with the scale on queries and keys; with batch and heads in one axis; with Where(keep, scores, low)
     for a mask; with zeros put in for NaN where a row is masked whole; with keys and values repeated for
     several queries; with all three side by side in one value.
-Declines: a mask that may be -inf all along a row where the fused op gives zeros and the parts NaN, or the
-    other way round; a mask, or operands, whose shapes are not known to fit; a scale that is no constant.
+Declines: a mask, or operands, whose shapes are not known to fit; a scale that is no constant; contrib: rows
+    that may be masked whole by -inf, where zeros are put in for NaN.
 
 NaN and infinity in queries or keys come out as NaN, even where the parts put in zeros for NaN. The runtime's
 Attention refuses an empty batch, which the parts let through.
@@ -32,7 +32,7 @@ from onnxopt.passes._heads import Heads
 from onnxopt.passes._joint import joined, joined_again, keep_shape, reshaped
 from onnxopt.passes._masks import added_mask
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseAttention"]
@@ -54,10 +54,7 @@ _SWAP = (0, 2, 1, 3)
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Make one Attention of its parts.
-
-    contrib: MultiHeadAttention of com.microsoft. live: take it that masks leave something of each row.
-    """
+    """Make one Attention of its parts; contrib: MultiHeadAttention of com.microsoft."""
 
     name: ClassVar[str] = "fuse-attention"
     kind: ClassVar[Kind] = "reorder"
@@ -79,7 +76,6 @@ class FuseAttention(Pass):
       }"""
 
     contrib: bool = False
-    live: bool = False
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("attention", ("MatMul",), functools.partial(self._fuse, DimsOf())),)
@@ -88,14 +84,13 @@ class FuseAttention(Pass):
         match = _CORE.find(node, scope)
         if match is None:
             return None
-        if not self.contrib and scope.opset < 23:
-            raise Declined("Attention came with opset 23")
         dims, edit = dims_of(scope), Edit(node, scope)
         q, k, v = _operands(match, dims, repeated=self.contrib)
         _check_scores(match, scope.opset, q.count, dims)
-        if q.stages[-1].value.dtype not in (_TYPES[:1] if self.contrib else _TYPES):
+        dtype = q.stages[-1].value.dtype
+        if dtype not in (_TYPES[:1] if self.contrib else _TYPES):
             raise Declined("the type is none that the fused op takes")
-        mask = added_mask(edit, scope, dims, match, contrib=self.contrib, live=self.live)
+        mask = added_mask(edit, scope, dims, match, contrib=self.contrib, half=dtype == _TYPES[1])
         output = node.outputs[0]
         again = joined_again(output, q.count, dims)
         joint = joined(edit, (q, k, v), scope.opset) if self.contrib or again is not None else None
@@ -105,6 +100,8 @@ class FuseAttention(Pass):
         scale = _scale(match, inputs[0][1] * inputs[1][1])
         values = [value for value, _ in inputs]
         if not self.contrib:
+            if scope.opset < 23:
+                raise NewerOpset("Attention", 23)
             counts = {"q_num_heads": q.count, "kv_num_heads": k.count} if joint else {}
             result = edit.op(
                 "Attention", (*values, mask)[: 3 + (mask is not None)], {"scale": scale, **counts}

@@ -26,7 +26,7 @@ from onnxopt.passes._joint import joined, keep_shape, reshaped
 from onnxopt.passes._layout import Layout
 from onnxopt.passes._steps import layout_of
 from onnxopt.pattern import Match, Patterns
-from onnxopt.rewrite import Declined, Edit, Rule
+from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
 __all__ = ["FuseRotary"]
@@ -77,8 +77,6 @@ def _fuse(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     match = _TURNED.find(node, scope)
     if match is None or not _turns_halves(match, dims_of(scope)):
         return None
-    if scope.opset < 23:
-        raise Declined("RotaryEmbedding came with opset 23")
     dims, x, edit = dims_of(scope), match["x"], Edit(node, scope)
     shape = dims.of(x) or ()
     if x.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
@@ -93,6 +91,8 @@ def _fuse(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
         joint = reshaped(edit, x, (0, 0, heads * size))
     elif (found := joined(edit, [Heads.of(x, dims, scaled=False)], scope.opset)) is not None:
         joint = found[0][0]
+    if scope.opset < 23:
+        raise NewerOpset("RotaryEmbedding", 23)
     attributes = {} if joint is None else {"num_heads": heads}
     result = edit.op("RotaryEmbedding", (joint or x, *tables), attributes)
     if joint is not None:

@@ -79,7 +79,7 @@ def loop_step(graph: Graph) -> None:
     firsts: tuple[np.ndarray | None, ...] = (np.array(0, np.int64), np.array(True), None)
     for name, first in zip(ports, firsts, strict=True):
         arrays = state.arrays if first is None else (first,) * (2 * SAMPLES)
-        shape = None if first is None else []
+        shape: list[int] | None = None if first is None else []
         inner.inputs.append(helper.make_tensor_value_info(name, element(arrays[0]), shape))
         inner.add(Known(name, arrays, exact=False))
     carried = inner.known[-1]
@@ -108,14 +108,14 @@ def loop_step(graph: Graph) -> None:
     ]
     trips = graph.constant(np.array(rng.choice((0, 1, 1, 2, 3)), np.int64))
     trips = rng.choice(counts) if counts and rng.random() < 0.4 else trips
-    first = graph.constant(np.array(rng.random() < 0.8)) if rng.random() < 0.4 else None
+    runs = graph.constant(np.array(rng.random() < 0.8)) if rng.random() < 0.4 else None
     node = helper.make_node(
         "Loop",
-        [trips.name, first.name if first else "", state.name],
+        [trips.name, runs.name if runs else "", state.name],
         [model.fresh("v") for _ in outputs[1:]],
         body=body,
     )
-    graph.append(node, [trips, *([first] if first else []), state, *captured(graph, body)], exact=False)
+    graph.append(node, [trips, *([runs] if runs else []), state, *captured(graph, body)], exact=False)
 
 
 def _goes_on(inner: Graph) -> Known | None:
@@ -127,11 +127,9 @@ def _goes_on(inner: Graph) -> Known | None:
         case 1:
             return inner.constant(np.array(rng.random() < 0.3))
         case 2:
-            as_float = inner.op("Cast", [Known(number.name, number.arrays, exact=True)], to=1)
+            trip = inner.op("Cast", [Known(number.name, number.arrays, exact=True)], to=1)
             limit = inner.constant(np.array(rng.choice((0.5, 1.5)), np.float32))
-            return (
-                inner.op("Less", [Known(as_float.name, as_float.arrays, True), limit]) if as_float else None
-            )
+            return inner.op("Less", [Known(trip.name, trip.arrays, exact=True), limit]) if trip else None
         case _:
             return inner.op("Identity", [go])
 
