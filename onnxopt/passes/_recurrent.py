@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import nested
-from onnxopt.ledger import Ledger, site_of
+from onnxopt.ledger import Ledger
 from onnxopt.passes._forms import split, with_axes
 from onnxopt.passes._parts import readers_of, sequence_of, stack_of
 from onnxopt.passes._weight import rounded
-from onnxopt.rewrite import AttributeValue, Declined, Edit
+from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule, visit
 from onnxopt.scope import Scope, scopes
 
 __all__ = ["Cell", "Rows", "fuse_cells"]
@@ -54,22 +55,12 @@ Find = Callable[[ir.Node, Scope, Rows], Cell | None]
 
 def fuse_cells(model: ir.Model, ledger: Ledger, op_type: str, find: Find, steps: int) -> None:
     """Make one operator of each row of at least `steps` cells."""
-    rule = f"{op_type} in pieces"
     for scope in scopes(model):
         for graph in (scope.graph, *nested(scope.graph)):
             for row in reversed(_rows(graph, find, scope)):  # what a row reads is replaced after it
-                if len(row) < steps:
-                    continue
-                site = site_of(row[-1].anchor)
-                try:
-                    edit = _fused(row, op_type, scope)
-                    edit.check()
-                except Declined as reason:
-                    ledger.decline(rule, site, str(reason))
-                    continue
-                if ledger.claim(rule, site):
-                    new, near = edit.commit()
-                    ledger.touch((*new, *near))
+                if len(row) >= steps:
+                    rule = Rule(f"{op_type} in pieces", (), partial(_fused, row, op_type))
+                    visit(row[-1].anchor, (rule,), scope, ledger)
 
 
 def _rows(graph: ir.Graph, find: Find, scope: Scope) -> list[list[Cell]]:
@@ -92,7 +83,7 @@ def _rows(graph: ir.Graph, find: Find, scope: Scope) -> list[list[Cell]]:
     return rows
 
 
-def _fused(row: Sequence[Cell], op_type: str, scope: Scope) -> Edit:
+def _fused(row: Sequence[Cell], op_type: str, _node: ir.Node, scope: Scope) -> Edit:
     inside = {node for cell in row for node in cell.nodes}
     given = {row[-1].results[-1], *(cell.results[0] for cell in row)}
     values = (value for cell in row for node in cell.nodes for value in node.outputs)
