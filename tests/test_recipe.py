@@ -105,6 +105,7 @@ def test_recipes_from_toml(tmp_path: Path) -> None:
         ('pases = ["sample"]', r"unknown key 'pases' \(did you mean 'passes'\?\)"),
         ('passes = ["nope"]', "unknown pass 'nope'"),
         ('passes = ["sample"]\nrounds = 0', "rounds must be a positive integer"),
+        ('passes = ["sample"]\nrounds = true', "rounds must be a positive integer"),
         ('base = "defualt"', r"unknown recipe 'defualt' \(did you mean 'default'\?\)"),
         ('base = "bad.toml"', "builds on itself"),
         ("base = 3", 'expected base = "default"'),

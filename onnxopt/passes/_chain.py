@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxopt.graph import constant_array, has_reference, ints_attr, use_count
 from onnxopt.rewrite import Declined
 
-__all__ = ["axes_of", "before", "constant_ints", "freed_by", "normalised", "rank_of", "require_alone"]
+__all__ = ["axes_of", "before", "constant_ints", "dies", "freed_by", "normalised", "rank_of", "require_alone"]
 
 _SMALL = 4096
 """Bytes: no list of axes, sizes or pads is larger."""
@@ -75,16 +75,13 @@ def freed_by(node: ir.Node, kept: Collection[ir.Value | None]) -> int:
     while work:
         for value in work.pop().inputs:
             maker = None if value is None else value.producer()
-            if (
-                maker is None
-                or maker in dying
-                or any(not _dies(v, dying) or v in kept for v in maker.outputs)
-            ):
+            if maker is None or maker in dying or any(not dies(v, dying) or v in kept for v in maker.outputs):
                 continue
             dying.add(maker)
             work.append(maker)
     return sum(one.op_type != "Constant" for one in dying)
 
 
-def _dies(value: ir.Value, dying: Collection[ir.Node]) -> bool:
+def dies(value: ir.Value, dying: Collection[ir.Node]) -> bool:
+    """Whether nobody but nodes that go away reads the value."""
     return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())
