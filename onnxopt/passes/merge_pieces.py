@@ -59,7 +59,7 @@ def _merge(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
     lists = [picked] if picked else [tracer.pieces(value) for value in used]
     pieces = [piece for one in lists for piece in one or ()]
-    if None in lists or not pieces or any(piece.value in node.outputs for piece in pieces):
+    if not all(lists) or any(piece.value in node.outputs for piece in pieces):
         return None
     parts = dict.fromkeys(p for p in pieces if picked or p.stop - p.start != tracer.size(p.value))
     made = len(parts) + sum(len(one or ()) > 1 for one in lists)
