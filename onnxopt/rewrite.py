@@ -21,7 +21,7 @@ from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive", "visit"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -272,7 +272,7 @@ def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
         while work and not ledger.exhausted:
             node = work.popleft()
             waiting.discard(node)
-            touched = _visit(node, by_operator.get(operator_of(node), ()), scope, ledger)
+            touched = visit(node, by_operator.get(operator_of(node), ()), scope, ledger)
             left -= bool(touched)
             if left < 0:
                 raise UnendingError(f"{ledger.pass_name}: keeps rewriting around node {node.name!r}")
@@ -282,8 +282,8 @@ def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
                     waiting.add(other)
 
 
-def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
-    """Apply the first rule that fires; the nodes to look at again."""
+def visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
+    """Apply the first of these rules that fires at a node; the nodes to look at again."""
     for rule in rules:
         if node.graph is None:
             break

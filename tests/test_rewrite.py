@@ -256,7 +256,7 @@ def test_visits_and_questions_grow_with_the_nodes(monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(onnxopt.rewrite, "_visit")
+    counted(onnxopt.rewrite, "visit")
     counted(onnxopt.structure, "_node_problem")
     counted(onnxopt.ledger, "Index")
     found = []
@@ -266,7 +266,7 @@ def test_visits_and_questions_grow_with_the_nodes(monkeypatch: pytest.MonkeyPatc
         found.append(dict(counts))
     short, long = found
     assert long["Index"] == short["Index"]
-    for name in ("_visit", "_node_problem"):
+    for name in ("visit", "_node_problem"):
         assert 0 < long[name] <= 4.1 * short[name]
 
 
