@@ -5,7 +5,7 @@ After:  y = Gelu(x)                                        opset 20
         y = com.microsoft.Gelu(x)                          with contrib, before opset 20
 
 Likewise HardSigmoid, HardSwish (14), Swish (24; contrib QuickGelu), Gelu by tanh (20; contrib FastGelu), Mish
-    (18), Softplus, Sigmoid, Softsign, LeakyRelu, Elu, Selu and Relu: a row each in `_functions.py`. Before
+    (18), Softplus, Sigmoid, Softsign, LeakyRelu, Elu, Selu, Relu: a row each in `_functions.py`. Before
     opset 14 a HardSwish becomes x * HardSigmoid(x).
     Products and sums are found in any order and nesting. Numbers are compared to the rounding of their type.
 Declines: the operator came with a later opset; a value inside is read elsewhere, or is a graph output; the
