@@ -155,6 +155,12 @@ def test_each_target_has_a_recipe_of_its_own() -> None:
     assert {target.recipe for target in TARGETS.values()} == set(recipes())
 
 
+def test_tensorrt_moves_no_data_while_it_is_quantized() -> None:
+    spelled = [str(one) for one in load_recipe("tensorrt").passes]
+    assert "merge-qdq{movement=false}" in spelled
+    assert "merge-qdq" not in spelled
+
+
 def test_missing_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         load_recipe(tmp_path / "none.toml")
