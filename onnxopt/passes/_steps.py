@@ -207,7 +207,7 @@ def apply_steps(steps: Iterable[Step], array: np.ndarray) -> np.ndarray:
         else:
             change = np.squeeze if step.op_type == "Squeeze" else np.expand_dims
             array = np.asarray(change(array, step.numbers))
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def take(edit: Edit, value: ir.Value, steps: Sequence[Step], opset: int) -> ir.Value:

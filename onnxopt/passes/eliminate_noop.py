@@ -58,10 +58,10 @@ def _rule(name: str, op_types: tuple[str, ...], since: int, holds: Holds) -> Rul
     def apply(node: ir.Node, scope: Scope) -> Edit | None:
         if scope.opset < since or has_reference(node):
             return None
-        for kept in node.inputs[: 2 if node.op_type in _COMMUTES else 1]:
+        for index, kept in enumerate(node.inputs[: 2 if node.op_type in _COMMUTES else 1]):
             if kept is None or not holds(node, kept):
                 continue
-            if any(value is not kept and _is_overridable(value) for value in node.inputs):
+            if any(map(_is_overridable, (*node.inputs[:index], *node.inputs[index + 1 :]))):
                 raise Declined("the constant is a graph input (overridable; --freeze-initializers fixes it)")
             return Edit(node, scope).replace(node.outputs[0], kept)
         return None

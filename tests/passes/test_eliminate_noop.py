@@ -160,9 +160,11 @@ def test_a_constant_of_higher_rank_enlarges() -> None:
     assert_equivalent(proto, result.model)
 
 
-def test_a_constant_that_can_be_overridden_is_declined() -> None:
+@pytest.mark.parametrize("factor", ["x", "k"])
+def test_a_constant_that_can_be_overridden_is_declined(factor: str) -> None:
     proto = text_model(
-        "g (float[3] x, float k) => (float[3] y) <float k = {1}> { t = Mul(x, k)\n y = Neg(t) }"
+        f"g (float[3] x, float[1] k) => (float[?] y) <float[1] k = {{1}}>"
+        f"{{ t = Mul({factor}, k)\n y = Neg(t) }}"
     )
     result = run_pass(proto, EliminateNoop())
     assert result.changes == 0

@@ -219,3 +219,14 @@ def test_random_graphs(data: st.DataObject) -> None:
     done = run_pass(proto, MergeDistantLayout(), rounds=8)
     assert len(done.op_types) <= len(proto.graph.node)
     assert_equivalent(proto, done.model, kind="reorder")
+
+
+def test_a_constant_without_axes_stays_one() -> None:
+    proto = text_model(
+        """agraph (float x) => (float[1] y) <int64[2] both = {0, 1}, int64[1] last = {1}, float[1] c = {2}> {
+            a = Unsqueeze (x, both)
+            b = Mul (a, c)
+            y = Squeeze (b, last)
+        }"""
+    )
+    assert check(onnx.shape_inference.infer_shapes(proto)).op_types == ["Mul", "Unsqueeze"]
