@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole_user, use_count
+from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sizes_of, sole_user, use_count
 from onnxopt.passes._weight import Weight, rounded
 from onnxopt.rewrite import Declined, Edit
 
@@ -72,7 +72,7 @@ def along(tensor: ir.TensorProtocol, channels: int, trailing: int, rank: int | N
         trailing: how many axes that operand has after its channel axis.
         rank: of that operand; None where unknown, but at least 1.
     """
-    shape = tensor.shape.numpy()
+    shape = sizes_of(tensor)
     if len(shape) > (1 if rank is None else rank):
         return False
     position = len(shape) - 1 - trailing
@@ -143,8 +143,9 @@ class Layer:
         value, op_type = self.node.inputs[1], self.node.op_type
         tensor = constant(value, "weight")
         assert value is not None
-        rank = len(tensor.shape)
-        if not tensor.size or rank < 2 or (rank > 2) != ("Conv" in op_type):
+        shape = sizes_of(tensor)
+        rank = len(shape)
+        if 0 in shape or rank < 2 or (rank > 2) != ("Conv" in op_type):
             raise Declined(f"the weight of the {op_type} has rank {rank} or is empty")
         if "Conv" in op_type:
             return Weight(value, tensor, int_attr(self.node, "group", 1), op_type == "ConvTranspose")

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import nbytes
+from onnxopt.graph import nbytes, sizes_of, use_count
 from onnxopt.rewrite import Declined
 from onnxopt.streamed import LARGE, is_on_disk, mapped, read
 
@@ -35,7 +35,7 @@ class Weight:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """The stored shape."""
-        return tuple(self.tensor.shape.numpy())
+        return sizes_of(self.tensor)
 
     @property
     def outputs(self) -> int:
@@ -72,7 +72,7 @@ class Weight:
         if (scale == 1).all():
             return self.tensor
         large = nbytes(self.tensor) > LARGE
-        if large and len(self.value.uses()) > 1:
+        if large and use_count(self.value) > 1:
             raise Declined("the weight is shared and too large to duplicate")
         factors = self._along(scale, outputs)
         if not isinstance(self.tensor, ir.ExternalTensor | ir.LazyTensor):

@@ -16,9 +16,18 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import function_name, graphs, has_reference, int_attr, nodes, roots, subgraphs_of, walk
+from onnxopt.graph import (
+    detach,
+    function_name,
+    graphs,
+    has_reference,
+    int_attr,
+    nodes,
+    roots,
+    subgraphs_of,
+    walk,
+)
 from onnxopt.ledger import Ledger, site_of
-from onnxopt.rewrite import detach
 
 __all__ = ["EliminateDead"]
 
