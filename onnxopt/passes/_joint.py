@@ -17,7 +17,8 @@ from onnxopt.rewrite import Edit
 
 __all__ = ["joined", "joined_again", "keep_shape", "reshaped"]
 
-_NAME = re.compile(r"[\w.]+")
+_NAME = re.compile(r"([\w.]+)\*1")
+"""A size that is a name and nothing else."""
 
 
 def joined(edit: Edit, operands: Sequence[Heads], opset: int) -> list[Operand] | None:
@@ -32,9 +33,8 @@ def joined(edit: Edit, operands: Sequence[Heads], opset: int) -> list[Operand] |
         value = wide[stage.value] = wide.get(stage.value) or reshaped(edit, stage.value, sizes)
         if stage.pick is not None:
             if value not in parts:
-                parts[value] = _split(
-                    edit, value, [operand.count * operand.size] * stage.number(stage.lost), opset
-                )
+                width, count = operand.count * operand.size, stage.number(stage.lost)
+                parts[value] = _split(edit, value, [width] * count, opset)
             value = parts[value][stage.pick]
         found.append((value, stage.scale))
     return found
@@ -79,10 +79,11 @@ def _count(layout: Layout, leaves: Sequence[int]) -> Dim:
 
 def keep_shape(new: ir.Value, old: ir.Value, dims: Dims) -> ir.Value:
     """Put on record of a new value what is worked out of the one it stands for, where that has names."""
-    names = [str(size).removesuffix("*1") for size in dims.of(old) or ()]
-    if names:
-        sizes = [int(name) if name.isdigit() else name if _NAME.fullmatch(name) else None for name in names]
-        new.shape = ir.Shape(sizes)
+    shape = dims.of(old)
+    if shape is not None:
+        named = [None if isinstance(size, int) else _NAME.fullmatch(str(size)) for size in shape]
+        pairs = zip(shape, named, strict=True)
+        new.shape = ir.Shape([size if isinstance(size, int) else name and name[1] for size, name in pairs])
     return new
 
 
