@@ -62,13 +62,17 @@ class RuntimeMissingError(OnnxoptError, ImportError):
     exit_code = 2
 
 
+_LISTED = 12
+"""Known words that a message lists, at most."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown word: `` (did you mean 'x'?)``, or the list of known words."""
+    """The tail of a message about an unknown word: `` (did you mean 'x'?)``, or the known words, if few."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if near:
         return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(words)})" if words else ""
+    return f" (known: {', '.join(words)})" if 0 < len(words) <= _LISTED else ""
 
 
 def one_line(error: BaseException) -> str:

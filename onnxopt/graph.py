@@ -34,6 +34,7 @@ __all__ = [
     "tensor_bytes",
     "tensors",
     "tensors_of",
+    "use_count",
     "uses_external_data",
     "value_names",
     "walk",
@@ -204,12 +205,16 @@ def constant_array(value: ir.Value | None, limit: int | None = None) -> np.ndarr
     return tensor.numpy()
 
 
+def use_count(value: ir.Value) -> int:
+    """How often nodes read a value. `uses` copies them all, which takes long where thousands read it."""
+    return len(getattr(value, "_uses", None) or value.uses())
+
+
 def sole_user(value: ir.Value) -> ir.Node | None:
     """The one node, in the value's own graph, that reads it, once; None if shared or a graph output."""
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
+    if use_count(value) != 1 or value.is_graph_output():
         return None
-    user = next(iter(uses)).node
+    user = next(iter(value.uses())).node
     producer = value.producer()
     return user if producer is None or user.graph is producer.graph else None
 

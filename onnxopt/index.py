@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain
 
@@ -26,7 +27,7 @@ class Index:
         self._by_operator: dict[ir.Graph, dict[str, list[ir.Node]]] = {}
         self._place: dict[ir.Node, int] = {}
         for root in roots(model):
-            self._by_operator[root] = {}
+            self._by_operator[root] = defaultdict(list)
             self._add(root, self._by_operator[root])
 
     def _add(self, graph: ir.Graph, by_operator: dict[str, list[ir.Node]]) -> None:
@@ -34,7 +35,7 @@ class Index:
         self._bytes += sum(nbytes(tensor) for tensor in held if tensor is not None)
         for node in graph:
             self._place[node] = len(self._place)
-            by_operator.setdefault(operator_of(node), []).append(node)
+            by_operator[operator_of(node)].append(node)
             if node.attributes.data:
                 self._bytes += sum(map(nbytes, tensors_of(node)))
                 for body in subgraphs_of(node):

@@ -45,7 +45,7 @@ def is_foreign(kind: str) -> bool:
 def value_for(array: np.ndarray, kind: str, ort_value: Any) -> Any:
     """An OrtValue of the foreign type `kind` with the content of `array`; `ort_value` is the class."""
     dtype = ir.DataType[_element(kind).upper()]
-    words = np.ascontiguousarray(array, dtype.numpy()).view(f"u{dtype.numpy().itemsize}")
+    words = np.asarray(array, dtype.numpy(), order="C").view(f"u{dtype.numpy().itemsize}")
     return ort_value.ortvalue_from_numpy_with_onnx_type(words, int(dtype))
 
 

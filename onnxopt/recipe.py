@@ -23,7 +23,7 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ __all__ = [
     "parse_pass",
     "parse_passes",
     "recipes",
+    "unknown_pass",
 ]
 
 ENTRY_POINTS = "onnxopt.passes"
@@ -111,7 +112,7 @@ def _built(name: str, above: tuple[str, ...]) -> Pipeline:
     rounds = table.get("rounds", below.rounds)
     if not passes:
         raise UsageError(f'{who}: expected a list: passes = ["fold-constants", ...]')
-    if not isinstance(rounds, int) or rounds < 1:
+    if type(rounds) is not int or rounds < 1:
         raise UsageError(f"{who}: rounds must be a positive integer, not {rounds!r}")
     return Pipeline(tuple(passes), rounds)
 
@@ -196,7 +197,7 @@ def parse_pass(text: str, known: Mapping[str, PassFactory] | None = None) -> ir.
     name, options = match[1], match[2] or ""
     known = known_passes() if known is None else known
     if name not in known:
-        raise UsageError(f"unknown pass {name!r}{did_you_mean(name, known)}")
+        raise UsageError(unknown_pass(name, known))
     given = {}
     for part in filter(None, (p.strip() for p in options.split(","))):
         key, equals, value = part.partition("=")
@@ -210,6 +211,11 @@ def parse_pass(text: str, known: Mapping[str, PassFactory] | None = None) -> ir.
         return known[name](**typed)
     except TypeError as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def unknown_pass(name: str, known: Iterable[str]) -> str:
+    """What is said of a name that no pass has."""
+    return f"unknown pass {name!r}{did_you_mean(name, known) or ': `onnxopt passes` lists them'}"
 
 
 def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[str, object]:

@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
-from onnxopt.graph import subgraphs_of, walk
+from onnxopt.graph import subgraphs_of, use_count, walk
 from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
 
-__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive"]
+__all__ = ["AttributeValue", "Declined", "Edit", "NewerOpset", "Rule", "drive", "visit"]
 
 AttributeValue = (
     int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol | ir.Attr
@@ -219,7 +219,7 @@ def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
         node = work.popleft()
         if node in unread or not isinstance(node.graph, ir.Graph):
             continue
-        if any(v.uses() or v.is_graph_output() for v in node.outputs):
+        if any(use_count(v) or v.is_graph_output() for v in node.outputs):
             above[node] = None
             continue
         unread[node] = node.graph
@@ -272,7 +272,7 @@ def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
         while work and not ledger.exhausted:
             node = work.popleft()
             waiting.discard(node)
-            touched = _visit(node, by_operator.get(operator_of(node), ()), scope, ledger)
+            touched = visit(node, by_operator.get(operator_of(node), ()), scope, ledger)
             left -= bool(touched)
             if left < 0:
                 raise UnendingError(f"{ledger.pass_name}: keeps rewriting around node {node.name!r}")
@@ -282,8 +282,8 @@ def drive(model: ir.Model, rules: Sequence[Rule], ledger: Ledger) -> None:
                     waiting.add(other)
 
 
-def _visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
-    """Apply the first rule that fires; the nodes to look at again."""
+def visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) -> list[ir.Node]:
+    """Apply the first of these rules that fires at a node; the nodes to look at again."""
     for rule in rules:
         if node.graph is None:
             break

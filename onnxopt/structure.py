@@ -19,6 +19,9 @@ from onnxopt.protobuf import skeleton
 __all__ = ["Signature", "all_problems", "checker_complaint", "find_problem", "signature_of"]
 
 
+_UNDEFINED = ir.DataType.UNDEFINED
+
+
 @dataclass(frozen=True)
 class Port:
     """A graph input or output: its name, type and shape as text."""
@@ -170,7 +173,7 @@ def _clash(value: ir.Value, inferred: Type) -> str | None:
     if isinstance(inferred, bytes) or not isinstance(value.type, ir.TensorType):
         return None
     dtype, sizes = inferred
-    if dtype not in (ir.DataType.UNDEFINED, value.type.dtype):
+    if dtype not in (_UNDEFINED, value.type.dtype):
         return f"is {value.type.dtype.name} on record, {dtype.name} by its operator"
     if value.shape is None or sizes is None:
         return None

@@ -174,6 +174,8 @@ class Op:
         tensors = [constant_of(value) for value in inputs]
         most = max((len(tensor.shape) for tensor in tensors if tensor is not None), default=0)
         others = [value for value, tensor in zip(inputs, tensors, strict=True) if value and tensor is None]
+        if not others:  # a constant that is computed from others has any shape
+            return not most
         return not most or all(v.shape is not None and len(v.shape) >= most for v in others)
 
 

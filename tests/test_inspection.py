@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -530,13 +531,14 @@ def test_costs_take_time_linear_in_the_nodes(
     def seconds(nodes: int) -> float:
         model = ir.from_proto(build(nodes))
         times = []
-        for _ in range(3):
+        for _ in range(5):
+            gc.collect()
             start = time.process_time()
             measure(model)
             times.append(time.process_time() - start)
         return min(times)
 
-    assert seconds(4000) < 8 * seconds(1000)
+    assert seconds(4000) < 10 * seconds(1000)  # 16 times would be quadratic
 
 
 @pytest.mark.slow

@@ -65,6 +65,10 @@ def test_a_pattern_is_found_where_it_stands(pattern: str, body: str) -> None:
         ("Mul(x, 2)", "c = Constant<value_floats=[2.0, 2.0, 2.0]>() y = Mul(x, c)"),
         ("Mul(x, 2)", "c = Constant<value = float[1,1,1] {2}>() y = Mul(x, c)"),
         ("Mul(x, 2)", "c = Constant<value = float {2.000001}>() y = Mul(x, c)"),
+        (
+            "Mul(x, 2)",
+            "c = Constant<value = float[1] {2}>() d = Constant<value_float = 3.0>() y = Mul(d, c)",
+        ),
     ],
 )
 def test_what_differs_is_not_found(pattern: str, body: str) -> None:

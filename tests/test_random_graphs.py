@@ -1,4 +1,4 @@
-"""The default recipe, and each of its passes alone, on random graphs: never undone, never another number."""
+"""Recipes, and each of their passes alone, on random graphs: never undone, never another number."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from onnxopt.pipeline import Pipeline
 from onnxopt.protobuf import dump
 from onnxopt.recipe import load_recipe
 from onnxopt.structure import signature_of
-from tests.random_graphs import RandomModel, random_model
+from tests.random_graphs import FAMILIES, RandomModel, random_model
 from tests.support import assert_equivalent, execute, run_pass
 
-DEFAULT = load_recipe("default")
+RECIPES = {name: load_recipe(name) for name in ("default", "cpu")}
 SEEDS = st.integers(0, 2**32 - 1)
 STEPS = st.integers(1, 12)
+KINDS = st.sampled_from(sorted(FAMILIES))
 
 
 def runs(model: RandomModel) -> bool:
@@ -48,16 +49,17 @@ def optimized(proto: onnx.ModelProto, pipeline: Pipeline) -> ir.Model:
     return done[0].model
 
 
-@given(seed=SEEDS, steps=STEPS)
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_default_recipe(seed: int, steps: int) -> None:
-    model = random_model(seed, steps)
+@pytest.mark.parametrize("recipe", RECIPES)
+@given(seed=SEEDS, steps=STEPS, family=KINDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_recipe(recipe: str, seed: int, steps: int, family: str) -> None:
+    model, pipeline = random_model(seed, steps, family), RECIPES[recipe]
     assume(runs(model))
     onnx.checker.check_model(model.proto)
-    after = optimized(model.proto, DEFAULT)
+    after = optimized(model.proto, pipeline)
     onnx.checker.check_model(dump(after))
     assert_equivalent(model.proto, after, model.feeds, kind="reorder")
-    assert DEFAULT.run(opener(dump(after))).changes == 0
+    assert pipeline.run(opener(dump(after))).changes == 0
 
 
 class LookEverywhere(Index):
@@ -77,7 +79,7 @@ def test_what_is_passed_over_would_have_changed_nothing(seed: int, steps: int, l
     proto = random_model(seed, steps).proto
 
     def outcome() -> object:
-        done = DEFAULT.run(opener(proto), stop_after=limit)
+        done = RECIPES["default"].run(opener(proto), stop_after=limit)
         said = [(step.name, step.changes, step.declined, step.nodes, step.bytes) for step in done.steps]
         return dump(done.model).SerializeToString(deterministic=True), said
 
@@ -87,10 +89,10 @@ def test_what_is_passed_over_would_have_changed_nothing(seed: int, steps: int, l
         assert outcome() == quick
 
 
-@given(seed=SEEDS, steps=STEPS, one=st.sampled_from(DEFAULT.passes))
+@given(seed=SEEDS, steps=STEPS, family=KINDS, one=st.sampled_from(RECIPES["cpu"].passes))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_one_pass(seed: int, steps: int, one: Pass) -> None:
-    model = random_model(seed, steps)
+def test_one_pass(seed: int, steps: int, family: str, one: Pass) -> None:
+    model = random_model(seed, steps, family)
     assume(runs(model))
     # Around 16-bit operators the runtime puts Casts, and takes out pairs: what rounds depends on the graph.
     kind = "reorder" if model.dtype == "float16" else one.kind

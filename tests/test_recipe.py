@@ -105,6 +105,7 @@ def test_recipes_from_toml(tmp_path: Path) -> None:
         ('pases = ["sample"]', r"unknown key 'pases' \(did you mean 'passes'\?\)"),
         ('passes = ["nope"]', "unknown pass 'nope'"),
         ('passes = ["sample"]\nrounds = 0', "rounds must be a positive integer"),
+        ('passes = ["sample"]\nrounds = true', "rounds must be a positive integer"),
         ('base = "defualt"', r"unknown recipe 'defualt' \(did you mean 'default'\?\)"),
         ('base = "bad.toml"', "builds on itself"),
         ("base = 3", 'expected base = "default"'),
@@ -152,6 +153,12 @@ def test_each_target_has_a_recipe_of_its_own() -> None:
         names = [pass_name(one) for one in load_recipe(target.recipe).passes]
         assert [name for name in names if name in common] == [name for name in common if name in names]
     assert {target.recipe for target in TARGETS.values()} == set(recipes())
+
+
+def test_tensorrt_moves_no_data_while_it_is_quantized() -> None:
+    spelled = [str(one) for one in load_recipe("tensorrt").passes]
+    assert "merge-qdq{movement=false}" in spelled
+    assert "merge-qdq" not in spelled
 
 
 def test_missing_recipes_are_refused(tmp_path: Path) -> None:

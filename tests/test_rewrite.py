@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxopt.ledger
+import onnxopt.rewrite
+import onnxopt.structure
+from models.scale import chain
 from onnxopt.graph import nodes, roots, walk
 from onnxopt.index import Index, operator_of
 from onnxopt.ledger import Ledger
-from onnxopt.model import load
+from onnxopt.model import load, opener
+from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.recipe import load_recipe
 from onnxopt.rewrite import Declined, Edit, Rule, drive
 from onnxopt.scope import Scope, scopes
 from onnxopt.structure import find_problem
@@ -164,17 +170,22 @@ def long_chain(length: int) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def test_driver_time_grows_linearly_with_nodes() -> None:
-    def seconds(length: int) -> float:
-        model = long_chain(length)
-        started = time.process_time()
-        ledger = Ledger(pass_name="test")
-        drive(model, (NEG_TO_MUL,), ledger)
-        assert len(ledger.granted) == length
-        return time.process_time() - started
+def test_the_driver_looks_at_each_node_a_few_times_however_many_there_are() -> None:
+    def looks(length: int) -> int:
+        seen = 0
 
-    seconds(200)
-    assert seconds(8000) < 10 * 2 * max(seconds(800), 0.01)
+        def apply(node: ir.Node, scope: Scope) -> Edit | None:
+            nonlocal seen
+            seen += 1
+            return NEG_TO_MUL.apply(node, scope)
+
+        ledger = Ledger(pass_name="test")
+        drive(long_chain(length), (Rule("Neg to Mul", NEG_TO_MUL.op_types, apply),), ledger)
+        assert len(ledger.granted) == length
+        return seen
+
+    assert looks(4000) <= 10 * looks(400)
+    assert looks(400) <= 3 * 400
 
 
 @given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 12))
@@ -209,6 +220,58 @@ def test_passes_share_the_index_until_something_changes(monkeypatch: pytest.Monk
     assert [node.op_type for node in found] == ["Mul"] * 3
     other = long_chain(1)
     assert len(ledger.index(other).find(other.graph, ("Neg",))) == 1
+
+
+def test_what_thousands_read_is_not_listed_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = 0
+    uses = ir.Value.uses
+
+    def counted(value: ir.Value) -> Collection[object]:
+        nonlocal listed
+        listed += len(uses(value))
+        return uses(value)
+
+    monkeypatch.setattr(ir.Value, "uses", counted)
+    growth = []
+    for readers in (50, 200):
+        names = [f"a{number}" for number in range(readers)]
+        lines = "\n".join(f"i{name} = Identity(r)\n {name} = Neg(i{name})" for name in names)
+        text = (
+            f"agraph (float[2] x) => (float[2] y) {{ r = Relu(x)\n {lines}\n y = Sum({', '.join(names)}) }}"
+        )
+        model, listed = load(text_model(text)), 0
+        ledger = Ledger(pass_name="eliminate-identity")
+        EliminateIdentity().apply(model, ledger)
+        assert len(ledger.granted) == readers
+        growth.append(listed)
+    assert growth[1] <= 4 * growth[0]
+
+
+def test_visits_and_questions_grow_with_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of repeated layers: each node is looked at as often in a long one as in a short one."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: object, **options: object) -> object:
+            counts[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(onnxopt.rewrite, "visit")
+    counted(onnxopt.structure, "_node_problem")
+    counted(onnxopt.ledger, "Index")
+    found = []
+    for length in (100, 400):
+        counts.clear()
+        load_recipe("default").run(opener(chain(length)))
+        found.append(dict(counts))
+    short, long = found
+    assert long["Index"] == short["Index"]
+    for name in ("visit", "_node_problem"):
+        assert 0 < long[name] <= 4.1 * short[name]
 
 
 def test_only_nodes_of_the_rules_operators_are_looked_at() -> None:

@@ -74,14 +74,16 @@ def test_sequences_strings_and_empty_optionals_come_as_they_are() -> None:
         ("float16", np.float16),
     ],
 )
-def test_types_without_numpy_pass_in_and_out(name: str, dtype: Any) -> None:
+@pytest.mark.parametrize("axes", [2, 0])
+def test_types_without_numpy_pass_in_and_out(name: str, dtype: Any, axes: int) -> None:
+    shape = "[2, 2]" if axes else ""
     model = parse(
-        f"g ({name}[2, 2] x, float[2] p) => ({name}[2, 2] y, float[2] q) {{ y = Identity(x) q = Abs(p) }}"
+        f"g ({name}{shape} x, float[2] p) => ({name}{shape} y, float[2] q) {{ y = Identity(x) q = Abs(p) }}"
     )
-    x = np.array([[0.5, -1], [2, 3]], dtype)
+    x = np.array([[0.5, -1], [2, 3]] if axes else 0.5, dtype)
     with open_session(model) as session:
         out = session.run({"x": x, "p": np.array([-1, 2], np.float32)})
-    assert out["y"].dtype == dtype
+    assert (out["y"].dtype, out["y"].shape) == (dtype, x.shape)
     assert out["y"].tobytes() == x.tobytes()
     assert out["q"].tolist() == [1, 2]
 

@@ -38,7 +38,7 @@ def bound(session: Session, sample: Mapping[str, Any], device: str) -> Run:
             continue
         if not info.type.startswith("tensor(") or info.dtype.kind not in "biuf":
             raise UsageError(f"bench: input {info.name!r} is {info.type}, which cannot be timed on {device}")
-        binding.bind_cpu_input(info.name, np.ascontiguousarray(sample[info.name]))
+        binding.bind_cpu_input(info.name, np.asarray(sample[info.name], order="C"))
     for info in session.outputs:
         binding.bind_output(info.name, device)
     binding.synchronize_inputs()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
+from onnxopt.errors import UsageError
 
 __all__ = ["command"]
 
@@ -56,6 +57,8 @@ def command(
     onnxopt passes fold-batchnorm --for model.onnx
     """
     keep_apart(json_file, model)
+    if model is None and (recipe is not None or list_declined):
+        raise UsageError("--recipe and --list-declined say how to run the passes --for a model: name it")
     out = console(json_file)
     if model is not None:
         report = _fire(model, name, target, recipe, list_declined, out)
@@ -108,12 +111,11 @@ def _facts(name: str, one: Callable[..., Any]) -> dict[str, Any]:
 
 def _explain(name: str, out: Console) -> dict[str, Any]:
     """A pass in full: what it does, when it declines, its options, and its example before and after."""
-    from onnxopt.errors import UsageError, did_you_mean
-    from onnxopt.recipe import known_passes
+    from onnxopt.recipe import known_passes, unknown_pass
 
     known = known_passes()
     if name not in known:
-        raise UsageError(f"unknown pass {name!r}{did_you_mean(name, known)}")
+        raise UsageError(unknown_pass(name, known))
     one = known[name]
     facts = _facts(name, one)
     text = inspect.getdoc(inspect.getmodule(one)) or inspect.getdoc(one) or ""

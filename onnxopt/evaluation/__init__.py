@@ -5,10 +5,10 @@ from __future__ import annotations
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.dims import Dims, DimsOf
 from onnxopt.evaluation.evaluator import KERNELS, MOVES, evaluate
-from onnxopt.evaluation.extents import BROADCAST, broadcast
+from onnxopt.evaluation.extents import BROADCAST
 from onnxopt.evaluation.facts import UNKNOWN, Facts
 from onnxopt.evaluation.known import known_array
-from onnxopt.evaluation.sizes import Dim, Size, divide, is_natural, named, product
+from onnxopt.evaluation.sizes import Dim, Size, broadcast, divide, is_natural, named, product
 
 __all__ = [
     "BROADCAST",

@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from onnxopt.evaluation.call import CannotEvaluateError
 from onnxopt.evaluation.evaluator import MOVES, evaluate
-from onnxopt.evaluation.extents import ARITHMETIC, SHAPES, Shape
-from onnxopt.evaluation.sizes import Dim, Size, named, product
+from onnxopt.evaluation.extents import SHAPES
+from onnxopt.evaluation.sizes import ARITHMETIC, Dim, Shape, Size, named, product
 from onnxopt.graph import (
     constant_array,
     constant_of,

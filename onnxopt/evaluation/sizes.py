@@ -6,11 +6,12 @@ Two sizes are equal if they are written the same; of any others nothing is known
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Dim", "Size", "divide", "is_natural", "named", "product"]
+__all__ = ["ARITHMETIC", "Dim", "Shape", "Size", "broadcast", "divide", "is_natural", "named", "product"]
 
 _Monomial = tuple[str, ...]
 
@@ -45,6 +46,7 @@ class Size:
 
 
 Dim = int | Size
+Shape = tuple[Dim, ...]
 
 
 def named(name: str) -> Size:
@@ -100,3 +102,61 @@ def _sum(parts: Iterable[Mapping[_Monomial, int]]) -> Dim:
     if not terms:
         return 0
     return terms[0][1] if len(terms) == 1 and not terms[0][0] else Size(terms)
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """The shape of an element-wise operator's result."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(_joint(sizes) for sizes in zip(*padded, strict=True))
+
+
+def _joint(sizes: Sequence[Dim]) -> Dim:
+    """Where a number above 1 meets a name, what the name stands for is that number or 1."""
+    large = list(dict.fromkeys(size for size in sizes if size != 1))
+    large = [size for size in large if not any(_is_part(size, other) for other in large)]
+    numbers = [size for size in large if isinstance(size, int)]
+    if len(large) < 2 or numbers:
+        return numbers[0] if numbers else large[0] if large else 1
+    return named(f"joint({', '.join(sorted(map(str, large)))})")
+
+
+def _is_part(size: Dim, whole: Dim) -> bool:
+    """Whether it is the least of the other and a positive number: broadcast to each other, they are equal."""
+    return bool(re.fullmatch(rf"least\(\d+, {re.escape(str(whole))}\)\*1", str(size)))
+
+
+def _equal(a: Dim, b: Dim) -> bool | None:
+    if a == b or (isinstance(a, int) and isinstance(b, int)):
+        return a == b
+    number, other = (a, b) if isinstance(a, int) else (b, a)
+    return False if isinstance(number, int) and number < 0 and is_natural(other) else None
+
+
+def _quotient(a: Dim, b: Dim) -> Dim | None:
+    if isinstance(a, int) and isinstance(b, int):
+        return None if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    exact = divide(a, b)
+    if exact is None and is_natural(a) and is_natural(b):
+        return named(f"floor(({a}) / ({b}))")
+    return exact
+
+
+def _largest(a: Dim, b: Dim) -> Dim | None:
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    number, other = (a, b) if isinstance(a, int) else (b, a)
+    return a if a == b else other if isinstance(number, int) and number <= 0 and is_natural(other) else None
+
+
+ARITHMETIC: dict[str, Callable[..., object]] = {
+    "Add": lambda a, b: a + b,
+    "Cast": lambda a: int(a) if isinstance(a, bool) else a,
+    "Div": _quotient,
+    "Equal": _equal,
+    "Max": _largest,
+    "Mul": lambda a, b: a * b,
+    "Sub": lambda a, b: a - b,
+    "Where": lambda condition, a, b: (a if condition else b) if isinstance(condition, bool) else None,
+}
+"""What is done to integers, element by element; None where the result is not known."""

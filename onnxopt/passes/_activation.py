@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, has_reference, sole_user
+from onnxopt.graph import constant_array, constant_of, has_reference, sole_user
 from onnxopt.rewrite import Edit
 
 __all__ = ["Step", "common_step", "redone"]
@@ -38,6 +38,8 @@ def _step(value: ir.Value) -> Step | None:
     if any(node.op_type in _ACTIVATIONS and has_reference(node) for node in users):
         return None
     gates = [node for node in users if node.op_type in _ACTIVATIONS and node.inputs[0] is value]
+    if any(_is_computed(other) for node in gates for other in node.inputs[1:]):
+        return None
     if len(gates) == len(users) == 1:
         return (gates[0],)
     if len(users) != 2 or len(gates) != 1:
@@ -56,6 +58,11 @@ def _alike(a: Step, b: Step) -> bool:
     return attributes[0] == attributes[1] and all(_same(x, y) for x, y in pairs)
 
 
+def _is_computed(value: ir.Value | None) -> bool:
+    """Whether a node makes the value, perhaps after the first of the branches."""
+    return value is not None and value.producer() is not None and constant_of(value) is None
+
+
 def _same(a: ir.Value | None, b: ir.Value | None) -> bool:
     if a is b:
         return True
@@ -66,7 +73,12 @@ def _same(a: ir.Value | None, b: ir.Value | None) -> bool:
 
 
 def redone(edit: Edit, step: Step, value: ir.Value) -> ir.Value:
-    """The activation of another value."""
+    """The activation of another value; constants that are nodes, and may come after it, are made anew."""
     first = step[0]
-    gate = edit.op(first.op_type, (value, *first.inputs[1:]), first.attributes, name=first.name or "")
+    inputs: list[ir.Value | None] = [value, *first.inputs[1:]]
+    for place, bound in enumerate(inputs[1:], 1):
+        tensor = constant_of(bound)
+        if bound is not None and bound.producer() is not None and tensor is not None:
+            inputs[place] = edit.constant(tensor, bound.name)
+    gate = edit.op(first.op_type, inputs, first.attributes, name=first.name or "")
     return gate if len(step) == 1 else edit.op("Mul", (value, gate), name=step[1].name or "")

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, has_reference, ints_attr
+from onnxopt.graph import constant_array, has_reference, ints_attr, use_count
 from onnxopt.rewrite import Declined
 
-__all__ = ["axes_of", "before", "constant_ints", "freed_by", "normalised", "rank_of", "require_alone"]
+__all__ = ["axes_of", "before", "constant_ints", "dies", "freed_by", "normalised", "rank_of", "require_alone"]
 
 _SMALL = 4096
 """Bytes: no list of axes, sizes or pads is larger."""
@@ -31,7 +31,8 @@ def before(value: ir.Value | None, node: ir.Node, op_types: Sequence[str]) -> ir
 def require_alone(first: ir.Node, node: ir.Node) -> None:
     """Raise Declined unless only `node` reads the output of `first`, in the same graph."""
     value = first.outputs[0]
-    alone = all(usage.node is node for usage in value.uses()) and first.graph is node.graph
+    alone = use_count(value) <= len(node.inputs) and first.graph is node.graph
+    alone = alone and all(usage.node is node for usage in value.uses())
     if not alone or value.is_graph_output():
         raise Declined("the value in between is read elsewhere too")
 
@@ -74,16 +75,13 @@ def freed_by(node: ir.Node, kept: Collection[ir.Value | None]) -> int:
     while work:
         for value in work.pop().inputs:
             maker = None if value is None else value.producer()
-            if (
-                maker is None
-                or maker in dying
-                or any(not _dies(v, dying) or v in kept for v in maker.outputs)
-            ):
+            if maker is None or maker in dying or any(not dies(v, dying) or v in kept for v in maker.outputs):
                 continue
             dying.add(maker)
             work.append(maker)
     return sum(one.op_type != "Constant" for one in dying)
 
 
-def _dies(value: ir.Value, dying: Collection[ir.Node]) -> bool:
+def dies(value: ir.Value, dying: Collection[ir.Node]) -> bool:
+    """Whether nobody but nodes that go away reads the value."""
     return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())

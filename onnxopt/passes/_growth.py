@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxopt.evaluation import Facts
 from onnxopt.graph import static_shape
 from onnxopt.inference import refine
+from onnxopt.passes._chain import dies
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope
 
@@ -51,13 +52,13 @@ class Growth:
         dying, work, seen, total = set(nodes), list(nodes), set[ir.Value](), 0
         while work:
             for value in work.pop().inputs:
-                if value is None or value in seen or not self.facts.has(value) or not _dies(value, dying):
+                if value is None or value in seen or not self.facts.has(value) or not dies(value, dying):
                     continue
                 seen.add(value)
                 producer = value.producer()
                 if not self.facts.learned(value):
                     total += self.facts.nbytes(value)
-                elif producer is not None and all(_dies(output, dying) for output in producer.outputs):
+                elif producer is not None and all(dies(output, dying) for output in producer.outputs):
                     dying.add(producer)
                     work.append(producer)
         return total
@@ -66,8 +67,3 @@ class Growth:
 def used(node: ir.Node) -> list[ir.Value]:
     """The outputs of a node that are read, by another one or by the user of the model."""
     return [value for value in node.outputs if value.uses() or value.is_graph_output()]
-
-
-def _dies(value: ir.Value, dying: set[ir.Node]) -> bool:
-    """Whether nobody but nodes that go away reads the value."""
-    return not value.is_graph_output() and all(usage.node in dying for usage in value.uses())

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxopt.evaluation import Dim, Dims, product
 from onnxopt.graph import sole_user
+from onnxopt.passes._forms import split
 from onnxopt.passes._heads import Heads, Operand
 from onnxopt.passes._layout import Layout, flat
 from onnxopt.passes._steps import layout_of, written
@@ -33,18 +34,11 @@ def joined(edit: Edit, operands: Sequence[Heads], opset: int) -> list[Operand] |
         value = wide[stage.value] = wide.get(stage.value) or reshaped(edit, stage.value, sizes)
         if stage.pick is not None:
             if value not in parts:
-                width, count = operand.count * operand.size, stage.number(stage.lost)
-                parts[value] = _split(edit, value, [width] * count, opset)
+                widths = [operand.count * operand.size] * stage.number(stage.lost)
+                parts[value] = split(edit, value, widths, 2, opset)
             value = parts[value][stage.pick]
         found.append((value, stage.scale))
     return found
-
-
-def _split(edit: Edit, value: ir.Value, sizes: list[int], opset: int) -> Sequence[ir.Value]:
-    if opset < 13:
-        return edit.ops("Split", (value,), {"axis": 2, "split": sizes}, outputs=len(sizes))
-    constant = edit.constant(np.array(sizes, np.int64), "sizes")
-    return edit.ops("Split", (value, constant), {"axis": 2}, outputs=len(sizes))
 
 
 def joined_again(value: ir.Value, heads: int, dims: Dims) -> tuple[ir.Value, tuple[int, ...]] | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole_user
+from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sole_user, use_count
 from onnxopt.passes._weight import Weight, rounded
 from onnxopt.rewrite import Declined, Edit
 
@@ -59,7 +59,7 @@ def require_sole_reader(node: ir.Node) -> None:
     if value.is_graph_output():
         raise Declined(f"the output of the {node.op_type} is also a graph output")
     if sole_user(value) is None:
-        where = "elsewhere" if len(value.uses()) > 1 else "in another graph"
+        where = "elsewhere" if use_count(value) > 1 else "in another graph"
         raise Declined(f"the output of the {node.op_type} is also read {where}")
 
 

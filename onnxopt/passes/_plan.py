@@ -169,13 +169,18 @@ def cheapest(planner: Planner, node: ir.Node, scope: Scope) -> Edit | None:
     # Runtimes have DepthToSpace and SpaceToDepth for few other types.
     modes = ("DCR", "CRD")[: 1 + (scope.opset >= 11)] if node.outputs[0].dtype == ir.DataType.FLOAT else ()
     best: tuple[Cost, Plan, list[Step]] | None = None
-    unwritten = False
+    unwritten, readers = False, _changes_behind(planner, node)
     for plan in planner.ends(node):
         steps = steps_for(plan.layout, modes)
         if steps is None:
             unwritten |= plan.cost < (-1, 0)
             continue
         total = _sum(plan.cost, cost(steps))
+        for reader, layout in readers:
+            joined = plan.layout.then(layout)
+            behind = steps_for(joined) if joined is not None else None
+            saved = (0, 0) if behind is None else _sum(cost(behind), (-1, -weight_of(reader)))
+            total = _sum(total, min(saved, (0, 0)))
         if total < (best[0] if best else (0, 0)):
             best = total, plan, steps
     if best is None:
@@ -184,6 +189,14 @@ def cheapest(planner: Planner, node: ir.Node, scope: Scope) -> Edit | None:
         return None
     edit = Edit(node, scope)
     return edit.replace(node.outputs[0], take(edit, best[1].build(edit), best[2], scope.opset))
+
+
+def _changes_behind(planner: Planner, node: ir.Node) -> list[tuple[ir.Node, Layout]]:
+    """The changes of layout that read the result of a node which is none, where others read it too."""
+    users = [usage.node for usage in node.outputs[0].uses()]
+    if len(users) < 2 or layout_of(node, planner.dims) is not None:
+        return []
+    return [(user, layout) for user in users if (layout := layout_of(user, planner.dims)) is not None]
 
 
 def _fits(shape: Shape, wanted: Shape) -> bool:

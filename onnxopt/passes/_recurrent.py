@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import nested
-from onnxopt.ledger import Ledger, site_of
+from onnxopt.ledger import Ledger
+from onnxopt.passes._forms import split, with_axes
 from onnxopt.passes._parts import readers_of, sequence_of, stack_of
 from onnxopt.passes._weight import rounded
-from onnxopt.rewrite import AttributeValue, Declined, Edit
+from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule, visit
 from onnxopt.scope import Scope, scopes
 
 __all__ = ["Cell", "Rows", "fuse_cells"]
@@ -53,22 +55,12 @@ Find = Callable[[ir.Node, Scope, Rows], Cell | None]
 
 def fuse_cells(model: ir.Model, ledger: Ledger, op_type: str, find: Find, steps: int) -> None:
     """Make one operator of each row of at least `steps` cells."""
-    rule = f"{op_type} in pieces"
     for scope in scopes(model):
         for graph in (scope.graph, *nested(scope.graph)):
             for row in reversed(_rows(graph, find, scope)):  # what a row reads is replaced after it
-                if len(row) < steps:
-                    continue
-                site = site_of(row[-1].anchor)
-                try:
-                    edit = _fused(row, op_type, scope)
-                    edit.check()
-                except Declined as reason:
-                    ledger.decline(rule, site, str(reason))
-                    continue
-                if ledger.claim(rule, site):
-                    new, near = edit.commit()
-                    ledger.touch((*new, *near))
+                if len(row) >= steps:
+                    rule = Rule(f"{op_type} in pieces", (), partial(_fused, row, op_type))
+                    visit(row[-1].anchor, (rule,), scope, ledger)
 
 
 def _rows(graph: ir.Graph, find: Find, scope: Scope) -> list[list[Cell]]:
@@ -91,16 +83,17 @@ def _rows(graph: ir.Graph, find: Find, scope: Scope) -> list[list[Cell]]:
     return rows
 
 
-def _fused(row: Sequence[Cell], op_type: str, scope: Scope) -> Edit:
+def _fused(row: Sequence[Cell], op_type: str, _node: ir.Node, scope: Scope) -> Edit:
     inside = {node for cell in row for node in cell.nodes}
     given = {row[-1].results[-1], *(cell.results[0] for cell in row)}
     values = (value for cell in row for node in cell.nodes for value in node.outputs)
     if any(value not in given and readers_of(value, inside) for value in values):
         raise Declined("a value inside the cell is read elsewhere")
     first, in_time, attributes = row[0], row, dict[str, AttributeValue]()
+    _require_shapes(first, 4 if op_type == "LSTM" else 3)
     edit = Edit(first.anchor, scope)
     if len(row) == 1:
-        x = _with_axes(edit, "Unsqueeze", first.x, 0, scope)
+        x = with_axes(edit, "Unsqueeze", first.x, (0,), scope.opset)
     else:
         x, axis, backwards = sequence_of([cell.x for cell in row])
         if axis == 1:
@@ -111,16 +104,28 @@ def _fused(row: Sequence[Cell], op_type: str, scope: Scope) -> Edit:
     if dtype is None:
         raise Declined("the type of the input is unknown")
     weights = [edit.constant(rounded(getattr(first, name), dtype), name.upper()) for name in "wrb"]
-    states = [_with_axes(edit, "Unsqueeze", state, 0, scope) for state in first.states]
+    states = [with_axes(edit, "Unsqueeze", state, (0,), scope.opset) for state in first.states]
     attributes["hidden_size"] = first.r.shape[2]
     if first.linear_before_reset:
         attributes["linear_before_reset"] = 1
     every, *ends = edit.ops(op_type, [x, *weights, None, *states], attributes, outputs=1 + len(states))
     if not _replace_steps(edit, every, in_time, inside, scope):
-        edit.replace(row[-1].results[0], _with_axes(edit, "Squeeze", ends[0], 0, scope))
+        edit.replace(row[-1].results[0], with_axes(edit, "Squeeze", ends[0], (0,), scope.opset))
     for old, end in zip(row[-1].results[1:], ends[1:], strict=True):
-        edit.replace(old, _with_axes(edit, "Squeeze", end, 0, scope))
+        edit.replace(old, with_axes(edit, "Squeeze", end, (0,), scope.opset))
     return edit
+
+
+def _require_shapes(cell: Cell, gates: int) -> None:
+    """Raise Declined where a step may broadcast, or is of a type that runtimes have no kernel for."""
+    _, rows, hidden = cell.r.shape
+    batch = cell.x.shape.dims[0] if cell.x.shape is not None else None
+    known = isinstance(batch, int) or (batch is not None and batch.value is not None)
+    fits = (value.shape is not None and value.shape.dims == (batch, hidden) for value in cell.states)
+    if not known or rows != gates * hidden or not all(fits):
+        raise Declined("the states are not known to be as large as the step")
+    if cell.x.dtype == ir.DataType.DOUBLE:
+        raise Declined("the runtime has no kernel for double")
 
 
 def _replace_steps(
@@ -133,22 +138,14 @@ def _replace_steps(
     middle = [readers for step, readers in enumerate(read) if step != last]
     if not any(middle):
         return False
-    steps = _with_axes(edit, "Squeeze", every, 1, scope)
+    steps = with_axes(edit, "Squeeze", every, (1,), scope.opset)
     concat, axis = stack_of(hidden, inside)
     if concat is not None and all(len(readers) == 1 for readers in middle):
         steps = edit.op("Transpose", [steps], {"perm": (1, 0, 2)}) if axis == 1 else steps
         edit.replace(concat.outputs[0], steps)
         return False
-    count = {"num_outputs": len(hidden)} if scope.opset >= 18 else {}
-    parts = edit.ops("Split", [steps], {"axis": 0, **count}, outputs=len(hidden))
+    parts = split(edit, steps, (1,) * len(hidden), 0, scope.opset)
     for value, readers, part in zip(hidden, read, parts, strict=True):
         if readers:
-            edit.replace(value, _with_axes(edit, "Squeeze", part, 0, scope))
+            edit.replace(value, with_axes(edit, "Squeeze", part, (0,), scope.opset))
     return True
-
-
-def _with_axes(edit: Edit, op_type: str, value: ir.Value, axis: int, scope: Scope) -> ir.Value:
-    """A Squeeze or Unsqueeze of one axis."""
-    if scope.opset < 13:
-        return edit.op(op_type, [value], {"axes": (axis,)})
-    return edit.op(op_type, [value, edit.constant(np.array([axis]), "axes")])

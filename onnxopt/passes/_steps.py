@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxopt.evaluation import Dim, Dims, product
 from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr
+from onnxopt.passes._forms import with_axes
 from onnxopt.passes._layout import Layout, Shape, flat, layout_between
 from onnxopt.rewrite import Edit
 
@@ -206,22 +207,19 @@ def apply_steps(steps: Iterable[Step], array: np.ndarray) -> np.ndarray:
         else:
             change = np.squeeze if step.op_type == "Squeeze" else np.expand_dims
             array = np.asarray(change(array, step.numbers))
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def take(edit: Edit, value: ir.Value, steps: Sequence[Step], opset: int) -> ir.Value:
     """New nodes that change the layout of a value; what comes out."""
     for step in steps:
-        numbers = np.array(step.numbers, np.int64)
         if step.op_type == "Transpose":
             value = edit.op("Transpose", (value,), {"perm": step.numbers})
         elif step.op_type == "Reshape":
-            value = edit.op("Reshape", (value, edit.constant(numbers, "shape")))
+            value = edit.op("Reshape", (value, edit.constant(np.array(step.numbers, np.int64), "shape")))
         elif step.op_type in ("DepthToSpace", "SpaceToDepth"):
             mode = {"mode": step.mode} if step.mode == "CRD" else {}
             value = edit.op(step.op_type, (value,), {"blocksize": step.numbers[0], **mode})
-        elif opset < 13:
-            value = edit.op(step.op_type, (value,), {"axes": step.numbers})
         else:
-            value = edit.op(step.op_type, (value, edit.constant(numbers, "axes")))
+            value = with_axes(edit, step.op_type, value, step.numbers, opset)
     return value

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import int_attr, ints_attr, static_shape, walk
+from onnxopt.passes._forms import with_axes
 from onnxopt.passes._inline import Inliner
 from onnxopt.rewrite import Declined, Edit
 
@@ -66,7 +67,7 @@ def unroll_step(node: ir.Node, inliner: Inliner) -> None:
     edit = Edit(node, inliner.scope)
     axes = _axes(node, "scan_input_axes", count)
     taken = [
-        _along(edit, "Squeeze", value, axis, inliner)
+        with_axes(edit, "Squeeze", value, (axis,), inliner.scope.opset)
         for value, axis in zip(node.inputs[states:], axes, strict=True)
     ]
     inliner.add(edit, node)
@@ -75,7 +76,7 @@ def unroll_step(node: ir.Node, inliner: Inliner) -> None:
     outputs = inliner.place(body, node, inputs)
     edit, axes = Edit(node, inliner.scope), _axes(node, "scan_output_axes", len(outputs) - states)
     given = [
-        _along(edit, "Unsqueeze", value, axis, inliner)
+        with_axes(edit, "Unsqueeze", value, (axis,), inliner.scope.opset)
         for value, axis in zip(outputs[states:], axes, strict=True)
     ]
     inliner.add(edit, node)
@@ -112,12 +113,5 @@ def _forget_shapes(body: ir.Graph, formals: Sequence[ir.Value], inputs: Sequence
 
 def _stack(edit: Edit, values: Sequence[ir.Value | None], inliner: Inliner) -> ir.Value:
     """The values of all trips along a new first axis."""
-    rows = [_along(edit, "Unsqueeze", value, 0, inliner) for value in values]
+    rows = [with_axes(edit, "Unsqueeze", value, (0,), inliner.scope.opset) for value in values]
     return rows[0] if len(rows) == 1 else edit.op("Concat", rows, {"axis": 0})
-
-
-def _along(edit: Edit, op_type: str, value: ir.Value | None, axis: int, inliner: Inliner) -> ir.Value:
-    """Squeeze or Unsqueeze of one axis, which is an attribute before opset 13."""
-    if inliner.scope.opset < 13:
-        return edit.op(op_type, [value], {"axes": [axis]})
-    return edit.op(op_type, [value, edit.constant(np.array([axis]), "axes")])

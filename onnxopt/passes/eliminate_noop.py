@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr
+from onnxopt.graph import constant_array, has_reference, int_attr, ints_attr, str_attr
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -58,10 +58,10 @@ def _rule(name: str, op_types: tuple[str, ...], since: int, holds: Holds) -> Rul
     def apply(node: ir.Node, scope: Scope) -> Edit | None:
         if scope.opset < since or has_reference(node):
             return None
-        for kept in node.inputs[: 2 if node.op_type in _COMMUTES else 1]:
+        for index, kept in enumerate(node.inputs[: 2 if node.op_type in _COMMUTES else 1]):
             if kept is None or not holds(node, kept):
                 continue
-            if any(value is not kept and _is_overridable(value) for value in node.inputs):
+            if any(map(_is_overridable, (*node.inputs[:index], *node.inputs[index + 1 :]))):
                 raise Declined("the constant is a graph input (overridable; --freeze-initializers fixes it)")
             return Edit(node, scope).replace(node.outputs[0], kept)
         return None
@@ -169,6 +169,18 @@ def _slice(node: ir.Node, source: ir.Value) -> bool:
     return True
 
 
+def _resize(node: ir.Node, source: ir.Value) -> bool:
+    """By scales of 1, or to the sizes that are there; a crop looks elsewhere, cubic weights may round."""
+    crops = str_attr(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    numbers = _array([value for value in node.inputs if value is not None][-1])
+    if crops or str_attr(node, "mode", "nearest") == "cubic" or "axes" in node.attributes:
+        return False
+    if numbers is None or source.shape is None:
+        return False
+    wanted = list(source.shape.dims) if numbers.dtype == np.int64 else [1] * len(source.shape)
+    return bool(numbers.tolist() == wanted)
+
+
 _TABLE: tuple[tuple[str, tuple[str, ...], int, Holds], ...] = (
     # Since opset 7, broadcasting is no attribute; since 6, Cast's type is a number; since 2, Pad says pads.
     ("neutral constant", tuple(_NEUTRAL), 7, _neutral),
@@ -182,6 +194,14 @@ _TABLE: tuple[tuple[str, tuple[str, ...], int, Holds], ...] = (
     ("Unsqueeze of no axes", ("Unsqueeze",), 1, lambda node, _: _ints(node, 1, "axes") == []),
     ("Slice of everything", ("Slice",), 1, _slice),
     ("Pad by nothing", ("Pad",), 2, lambda node, _: set(_ints(node, 1, "pads") or (1,)) == {0}),
+    ("Resize to the same size", ("Resize", "Upsample"), 9, _resize),
+    ("Tile once", ("Tile",), 6, lambda node, _: set(_ints(node, 1, "repeats") or (0,)) == {1}),
+    (
+        "blocks of one",
+        ("DepthToSpace", "SpaceToDepth"),
+        1,
+        lambda node, _: int_attr(node, "blocksize", 0) == 1,
+    ),
     ("one input", ("Concat", "Sum", "Max", "Min", "Mean"), 1, lambda node, _: len(node.inputs) == 1),
     ("Split into one", ("Split",), 1, lambda node, _: len(node.outputs) == 1),
 )

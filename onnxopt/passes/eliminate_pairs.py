@@ -2,7 +2,8 @@
 
 Before: y = Neg(Neg(x)); z = Floor(Ceil(y)); w = Where(Not(c), z, y); v = Add(w, Neg(u))
 After:  z = Ceil(x); w = Where(c, x, z); v = Sub(w, u)
-Declines: the value in between is read elsewhere too, or is a graph output.
+Declines: the value in between is read elsewhere too, or is a graph output. Left alone: Div(Neg(x), Neg(y))
+    of other types than floating point, since the least integer by -1 is a fault of the processor.
 
 All are bit-equal for every number, NaN, the infinities and both zeros included, and for integers that
 wrap around. A Sum of two is an Add, which more kernels and quantizers know.
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.graph import has_reference
+from onnxopt.passes._layer import FLOATS
 from onnxopt.pattern import Patterns
 from onnxopt.rewrite import Edit, Rule
 from onnxopt.scope import Scope
@@ -90,6 +92,8 @@ def _same_twice(node: ir.Node, scope: Scope) -> Edit | None:
 def _replace(node: ir.Node, scope: Scope) -> Edit | None:
     match = None if has_reference(node) else _PATTERNS.find(node, scope)
     if match is None or (node.op_type == "Sum" and scope.opset < 8):
+        return None
+    if match.name == "Div(x, y)" and match["x"].dtype not in FLOATS:
         return None
     edit = Edit(node, scope)
     return edit.replace(node.outputs[0], match.build(edit, match.name))

@@ -5,7 +5,7 @@ After:  y = Gelu(x)                                        opset 20
         y = com.microsoft.Gelu(x)                          with contrib, before opset 20
 
 Likewise HardSigmoid, HardSwish (14), Swish (24; contrib QuickGelu), Gelu by tanh (20; contrib FastGelu), Mish
-    (18), Softplus, Sigmoid, Softsign, LeakyRelu, Elu, Selu and Relu: a row each in `_functions.py`. Before
+    (18), Softplus, Sigmoid, Softsign, LeakyRelu, Elu, Selu, Relu: a row each in `_functions.py`. Before
     opset 14 a HardSwish becomes x * HardSigmoid(x).
     Products and sums are found in any order and nesting. Numbers are compared to the rounding of their type.
 Declines: the operator came with a later opset; a value inside is read elsewhere, or is a graph output; the
@@ -110,7 +110,7 @@ def _holds(match: Match) -> bool:
     """Whether the numbers are in range and the type is one that runtimes have the operator for.
 
     Raises:
-        Declined: the type is another one.
+        Declined: the type is another one, or the runtime's operator does not take a single number.
     """
     if "fraction" in match.values and not 0 < match.number("fraction") <= 1:
         return False
@@ -119,4 +119,6 @@ def _holds(match: Match) -> bool:
         return True
     if dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         raise Declined("its type is unknown" if dtype is None else f"its type is {dtype.name}")
+    if "FastGelu" in match.name and not match["x"].shape:
+        raise Declined("FastGelu takes no tensor without axes, and there may be none")
     return True

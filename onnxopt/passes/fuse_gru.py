@@ -10,7 +10,8 @@ After:  GRU[linear_before_reset=1]
 The gates may stand in any order, in one matrix or several, with x and h joined or apart, split or sliced;
 h' may be n + z * (h - n).
 Declines: the inputs of the steps are not the parts of one sequence, in order; a value inside a cell is read
-    elsewhere; a gate that does not depend on both input and state.
+    elsewhere; a gate that does not depend on both input and state; a state that is broadcast to
+    the batch; double, which runtimes do not take.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ The gates may stand in any order, in one matrix or several, with x and h joined 
 ONNX Runtime on the CPU takes 0.10 to 0.35 of the time for 16 steps and more; for a single step the time
 stays (1.00 to 1.08), with half the nodes.
 Declines: the inputs of the steps are not the parts of one sequence, in order; a value inside a cell, or the
-    cell state between two steps, is read elsewhere; a gate that does not depend on both input and state.
+    cell state between two steps, is read elsewhere; a gate that does not depend on both input and state; a
+    state that is broadcast to the batch; double, which runtimes do not take.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.graph import int_attr
 from onnxopt.passes._chain import axes_of, normalised
+from onnxopt.passes._forms import with_axes
 from onnxopt.pattern import Patterns
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
@@ -71,8 +71,5 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
         raise Declined("the size of an axis is not known")
     edit = Edit(node, scope)
     keepdims = {"keepdims": int_attr(total, "keepdims", 1)}
-    if scope.opset < 18:
-        mean = edit.op("ReduceMean", (x,), {**keepdims, "axes": axes})
-    else:
-        mean = edit.op("ReduceMean", (x, edit.constant(np.array(axes, np.int64), "axes")), keepdims)
+    mean = with_axes(edit, "ReduceMean", x, axes, scope.opset, keepdims)
     return edit.replace(node.outputs[0], mean)

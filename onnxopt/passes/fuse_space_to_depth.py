@@ -45,7 +45,9 @@ class FuseSpaceToDepth(Pass):
 
 def _concat(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     block = round(len(node.inputs) ** 0.5)
-    if block < 2 or block**2 != len(node.inputs) or int_attr(node, "axis", 0) not in (1, -3):
+    if block < 2 or block**2 != len(node.inputs) or has_reference(node):
+        return None
+    if int_attr(node, "axis", 0) not in (1, -3):
         return None
     makers = [None if value is None else value.producer() for value in node.inputs]
     slices = [

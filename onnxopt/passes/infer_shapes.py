@@ -29,6 +29,7 @@ from onnxopt.protobuf import LARGEST_PROTOBUF, skeleton
 __all__ = ["InferShapes"]
 
 _RULE = "types and shapes"
+_UNDEFINED = ir.DataType.UNDEFINED
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 _Names = Mapping[str, ir.SymbolicDim]
@@ -180,7 +181,8 @@ def _refine(value: ir.Value, inferred: Type, names: _Names) -> _Refined | None:
         found = ir.serde.deserialize_type_proto_for_type(onnx.TypeProto.FromString(inferred))
         return None if found is None or value.type is not None else _Refined(value, found, value.shape)
     (dtype, sizes), shape = inferred, value.shape
-    if dtype == ir.DataType.UNDEFINED or (value.type is not None and value.type != ir.TensorType(dtype)):
+    on_record = value.type.dtype if isinstance(value.type, ir.TensorType) else value.type
+    if dtype == _UNDEFINED or on_record not in (None, dtype):
         return None
     if sizes is not None and shape is None:
         shape = ir.Shape([size if isinstance(size, int) else names.get(size or "") for size in sizes])

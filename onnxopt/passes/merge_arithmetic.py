@@ -12,7 +12,8 @@ After:  y = Div(x, z)
 Float constants are computed in float64 and rounded once. Integers are added as they wrap; Div of integers
 is left alone.
 Declines: the value in between is read elsewhere too, or is a graph output; the merged constant would be
-    larger than both, is not finite, or is no normal number of its type.
+    larger than both, is not finite, or is no normal number of its type; sums of floats whose constants
+    cancel out, as (x + 1.5 * 2^23) - 1.5 * 2^23 does to round x.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ _SMALLEST = {
     ir.DataType.DOUBLE: 2.0**-1022,
 }
 """The smallest normal number of each floating-point type."""
+_ROUNDING = {
+    ir.DataType.FLOAT: 2.0**12,
+    ir.DataType.FLOAT16: 2.0**5,
+    ir.DataType.BFLOAT16: 2.0**4,
+    ir.DataType.DOUBLE: 2.0**26,
+}
+"""From here on a constant that is added and taken away again rounds visibly: to half of the type's digits."""
 _INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _LARGEST = 1 << 20
 """Bytes of a constant that is merged."""
@@ -111,6 +119,9 @@ def _constants(node: ir.Node, scope: Scope) -> Edit | None:
         return edit.replace(node.outputs[0], edit.op("Mul", (inner.source, merged)))
     sign, shift = _shifted(above.op_type, inner.first, 1, np.zeros((), a.dtype), a)
     sign, shift = _shifted(node.op_type, outer.first, sign, shift, b)
+    larger = np.maximum(np.abs(a), np.abs(b))
+    if dtype in _ROUNDING and ((larger >= _ROUNDING[dtype]) & (np.abs(shift) < larger / 64)).any():
+        raise Declined("the constants cancel out, which may be there to round")
     merged = edit.constant(_rounded(shift, dtype, (a, b)), outer.constant.name)
     operands = (inner.source, merged) if sign > 0 else (merged, inner.source)
     return edit.replace(node.outputs[0], edit.op("Add" if sign > 0 else "Sub", operands))

@@ -79,6 +79,9 @@ def _scaled_before(node: ir.Node, scope: Scope) -> Edit | None:
             continue
         inner, source, number = scale
         require_sole_reader(inner)
+        ranks = [len(tensor.shape) for v in inner.inputs if (tensor := constant_of(v)) is not None]
+        if 2 in ranks and (source.shape is None or len(source.shape) != 2):
+            raise Declined("what is scaled is not known to be a matrix")
         factors = (source, product.factors[1]) if place == 0 else (product.factors[0], source)
         edit = Edit(node, scope)
         scaled = replace(product, factors=factors, alpha=_times(product, product.alpha, number))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import ClassVar
 
@@ -34,18 +35,18 @@ from onnxopt.graph import (
     sole_user,
     static_shape,
     str_attr,
+    use_count,
 )
-from onnxopt.ledger import Ledger, site_of
+from onnxopt.ledger import Ledger
 from onnxopt.passes._activation import Step, common_step, redone
+from onnxopt.passes._forms import split
 from onnxopt.passes._layer import Layer, layer_of
 from onnxopt.passes._weight import Weight
-from onnxopt.rewrite import Declined, Edit
+from onnxopt.rewrite import Declined, Edit, Rule, visit
 from onnxopt.scope import Scope, scopes
 from onnxopt.streamed import LARGE, concatenated, is_on_disk
 
 __all__ = ["MergeParallel"]
-
-_RULE = "layers that read one value"
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,10 @@ class MergeParallel(Pass):
         for scope in scopes(model):
             for graph in (scope.graph, *nested(scope.graph)):
                 for group in _groups(graph):
-                    self._visit(group, scope, ledger)
+                    rule = Rule("layers that read one value", (), partial(self._merge, group))
+                    visit(group[0].node, (rule,), scope, ledger)
 
-    def _visit(self, group: Sequence[Layer], scope: Scope, ledger: Ledger) -> None:
-        site = site_of(group[0].node)
-        try:
-            edit = self._merge(group, scope)
-            if edit is None:
-                return
-            edit.check()
-        except Declined as reason:
-            ledger.decline(_RULE, site, str(reason))
-            return
-        if ledger.claim(_RULE, site):
-            new, near = edit.commit()
-            ledger.touch((*new, *near))
-
-    def _merge(self, group: Sequence[Layer], scope: Scope) -> Edit | None:
+    def _merge(self, group: Sequence[Layer], _node: ir.Node, scope: Scope) -> Edit | None:
         is_conv = group[0].node.op_type == "Conv"
         if is_conv and self.channels:
             group = [layer for layer in group if layer.weight().outputs <= self.channels]
@@ -118,7 +106,9 @@ class MergeParallel(Pass):
         value = first.rebuilt(edit, first.source, _beside(weights), bias)
         for nodes in steps:
             value = redone(edit, nodes, value)
-        for old, new in zip(ends, _split(edit, value, first, weights, scope), strict=True):
+        axis = -1 if first.axis is None else first.axis
+        parts = split(edit, value, [weight.outputs for weight in weights], axis, scope.opset)
+        for old, new in zip(ends, parts, strict=True):
             edit.replace(old, new)
         return edit
 
@@ -128,7 +118,7 @@ def _groups(graph: ir.Graph) -> list[list[Layer]]:
     found: dict[tuple[object, ...], list[Layer]] = {}
     for node in graph:
         layer = layer_of(node) if node.op_type in ("Conv", "Gemm", "MatMul") else None
-        if layer is None or not layer.stored or len(layer.source.uses()) < 2:
+        if layer is None or not layer.stored or use_count(layer.source) < 2:
             continue
         weight = node.inputs[1]
         assert weight is not None
@@ -178,17 +168,3 @@ def _beside(weights: Sequence[Weight]) -> ir.TensorProtocol:
     tensors = [weight.tensor for weight in weights]
     joined = concatenated(tensors, int(weights[0].inputs_first))
     return joined if any(map(is_on_disk, tensors)) else ir.Tensor(joined.numpy(), dtype=joined.dtype)
-
-
-def _split(
-    edit: Edit, value: ir.Value, layer: Layer, weights: Sequence[Weight], scope: Scope
-) -> tuple[ir.Value, ...]:
-    """The parts of what a wide layer gives."""
-    sizes = [weight.outputs for weight in weights]
-    axis = -1 if layer.node.op_type == "MatMul" else 1
-    if scope.opset >= 13:
-        constant = edit.constant(np.array(sizes, np.int64), "sizes")
-        return edit.ops("Split", [value, constant], {"axis": axis}, outputs=len(sizes))
-    if axis < 0 and layer.rank is not None:
-        axis = layer.rank - 1  # axes that count from the end came with opset 11
-    return edit.ops("Split", [value], {"axis": axis, "split": sizes}, outputs=len(sizes))

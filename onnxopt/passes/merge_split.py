@@ -12,22 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.evaluation import Dims
 from onnxopt.graph import nested
-from onnxopt.ledger import Ledger, site_of
+from onnxopt.ledger import Ledger
+from onnxopt.passes._forms import split
 from onnxopt.passes._pieces import Tracer, axis_of
-from onnxopt.rewrite import AttributeValue, Declined, Edit
+from onnxopt.rewrite import Declined, Edit, Rule, visit
 from onnxopt.scope import Scope, scopes
 
 __all__ = ["MergeSplit"]
 
-_RULE = "Slices that make up a value"
 _TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64")
 
 
@@ -48,7 +48,8 @@ class MergeSplit(Pass):
             dims = Dims(scope)
             for graph in (scope.graph, *nested(scope.graph)):
                 for slices, axis in list(_groups(graph, dims, scope.opset)):
-                    _merge(slices, axis, dims, scope, ledger)
+                    rule = Rule("Slices that make up a value", (), partial(_merge, slices, axis, dims))
+                    visit(slices[0], (rule,), scope, ledger)
 
 
 def _groups(graph: ir.Graph, dims: Dims, opset: int) -> Iterator[tuple[list[ir.Node], int]]:
@@ -62,32 +63,21 @@ def _groups(graph: ir.Graph, dims: Dims, opset: int) -> Iterator[tuple[list[ir.N
     return ((slices, axis) for (_, axis), slices in found.items() if len(slices) > 1)
 
 
-def _merge(slices: list[ir.Node], axis: int, dims: Dims, scope: Scope, ledger: Ledger) -> None:
-    first, source, tracer = slices[0], slices[0].inputs[0], Tracer(dims, scope.opset, axis)
+def _merge(slices: list[ir.Node], axis: int, dims: Dims, first: ir.Node, scope: Scope) -> Edit | None:
+    source, tracer = first.inputs[0], Tracer(dims, scope.opset, axis)
     assert source is not None  # as _groups found it
     cuts = [tracer.cut(node) for node in slices]
     size = tracer.size(source)
     known = sorted((cut, index) for index, cut in enumerate(cuts) if cut is not None)
     if size is None or len(known) < len(slices):
-        return
-    try:
-        if source.dtype is None or source.dtype.name not in _TYPES:
-            raise Declined("not each runtime has a Split for the type")
-        ends = [0, *(stop for (_, stop), _ in known)]
-        if [start for (start, _), _ in known] != ends[:-1] or ends[-1] != size:
-            raise Declined("the Slices do not make up the value")
-        edit = Edit(first, scope)
-        sizes = [stop - start for (start, stop), _ in known]
-        by_attribute = scope.opset < 13
-        given = () if by_attribute else (edit.constant(np.array(sizes, np.int64), "split"),)
-        attributes: dict[str, AttributeValue] = {"axis": axis, **({"split": sizes} if by_attribute else {})}
-        parts = edit.ops("Split", (source, *given), attributes, outputs=len(sizes))
-        for part, (_, index) in zip(parts, known, strict=True):
-            edit.replace(slices[index].outputs[0], part)
-        edit.check()
-    except Declined as reason:
-        ledger.decline(_RULE, site_of(first), str(reason))
-        return
-    if ledger.claim(_RULE, site_of(first)):
-        new, near = edit.commit()
-        ledger.touch((*new, *near))
+        return None
+    if source.dtype is None or source.dtype.name not in _TYPES:
+        raise Declined("not each runtime has a Split for the type")
+    ends = [0, *(stop for (_, stop), _ in known)]
+    if [start for (start, _), _ in known] != ends[:-1] or ends[-1] != size:
+        raise Declined("the Slices do not make up the value")
+    edit = Edit(first, scope)
+    parts = split(edit, source, [stop - start for (start, stop), _ in known], axis, scope.opset)
+    for part, (_, index) in zip(parts, known, strict=True):
+        edit.replace(slices[index].outputs[0], part)
+    return edit

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
 from onnxopt.passes._chain import axes_of, before, normalised, rank_of, require_alone
+from onnxopt.passes._forms import with_axes
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -72,10 +72,8 @@ def _made(node: ir.Node, scope: Scope, source: ir.Value, op_type: str, axes: _Ax
     edit = Edit(node, scope)
     if axes is None:
         value = edit.op(op_type, (source,))
-    elif scope.opset < 13:
-        value = edit.op(op_type, (source,), {"axes": axes})
     else:
-        value = edit.op(op_type, (source, edit.constant(np.array(axes, np.int64), "axes")))
+        value = with_axes(edit, op_type, source, axes, scope.opset)
     return edit.replace(node.outputs[0], value)
 
 

@@ -45,7 +45,7 @@ class ReorderNodes(Pass):
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         for graph in graphs(model):
-            constants = [node for node in graph if node.op_type == "Constant"]
+            constants = [node for node in graph if _is_constant(node)]
             schedule = _Schedule(graph, self.symbol)
             better = schedule.greedy()
             if schedule.peak(better) >= schedule.peak(schedule.nodes):
@@ -62,7 +62,7 @@ class _Schedule:
 
     def __init__(self, graph: ir.Graph, symbol: int) -> None:
         self._symbol = symbol
-        self.nodes = [node for node in graph if node.op_type != "Constant"]
+        self.nodes = [node for node in graph if not _is_constant(node)]
         self._place = {node: place for place, node in enumerate(self.nodes)}
         self._reads = {node: self._activations(graph, node) for node in self.nodes}
         self._readers: dict[ir.Value, list[ir.Node]] = {}
@@ -125,7 +125,7 @@ class _Schedule:
     def _activations(self, graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
         """What a node reads, in its bodies too, of this graph's own values; no constants."""
         own = dict.fromkeys(v for v in _read(node) if v.graph is graph or _made_in(v, graph))
-        return [v for v in own if not v.is_initializer() and not _is_constant(v)]
+        return [v for v in own if not v.is_initializer() and not _is_constant(v.producer())]
 
 
 def _read(node: ir.Node) -> Iterable[ir.Value]:
@@ -141,6 +141,5 @@ def _made_in(value: ir.Value, graph: ir.Graph) -> bool:
     return producer is not None and producer.graph is graph
 
 
-def _is_constant(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and producer.op_type == "Constant"
+def _is_constant(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "Constant" and not node.domain

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.evaluation import Dim, Dims, DimsOf, product
 from onnxopt.graph import constant_of, has_reference, str_attr
+from onnxopt.passes._forms import with_axes
 from onnxopt.passes._layout import Layout
 from onnxopt.passes._steps import Step, apply_steps, steps_for, take
 from onnxopt.rewrite import Declined, Edit, Rule
@@ -100,9 +100,7 @@ def _made(
             inputs.append(take(edit, values[index], steps, scope.opset))
     value = inputs[0]
     if way.op_type == "ReduceSum":
-        axes = edit.constant(np.array(way.axes, np.int64), "axes") if scope.opset >= 13 else None
-        given = {} if axes is not None else {"axes": way.axes}
-        value = edit.op("ReduceSum", (value, *([axes] if axes else [])), {"keepdims": 0, **given})
+        value = with_axes(edit, "ReduceSum", value, way.axes, scope.opset, {"keepdims": 0})
     elif way.op_type:
         value = edit.op(way.op_type, inputs)
     return edit.replace(node.outputs[0], take(edit, value, last, scope.opset))

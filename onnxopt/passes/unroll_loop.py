@@ -123,7 +123,7 @@ def _known(value: ir.Value | None) -> int | None:
             "the trip count or condition is an initializer that is also a graph input "
             "(overridable; --freeze-initializers fixes it)"
         )
-    return None if array is None else int(array.reshape(-1)[0])
+    return None if array is None or array.size != 1 else int(array.reshape(-1)[0])
 
 
 def _goes_on(body: ir.Graph) -> int | None:

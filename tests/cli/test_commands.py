@@ -314,6 +314,13 @@ def test_an_unknown_pass_is_refused_with_the_nearest(run: Run) -> None:
     ran = run("passes", "merge-afine")
     assert ran.code == 2
     assert ran.err == "onnxopt: unknown pass 'merge-afine' (did you mean 'merge-affine'?)\n"
+    assert run("passes", "xyz").err == "onnxopt: unknown pass 'xyz': `onnxopt passes` lists them\n"
+
+
+@pytest.mark.parametrize("option", [["--list-declined"], ["--recipe", "cpu"]])
+def test_what_needs_a_model_says_so(run: Run, option: list[str]) -> None:
+    ran = run("passes", *option)
+    assert (ran.code, "name it" in ran.err) == (2, True)
 
 
 def test_which_passes_fire_on_a_model(run: Run, model: str) -> None:

@@ -160,9 +160,11 @@ def test_a_constant_of_higher_rank_enlarges() -> None:
     assert_equivalent(proto, result.model)
 
 
-def test_a_constant_that_can_be_overridden_is_declined() -> None:
+@pytest.mark.parametrize("factor", ["x", "k"])
+def test_a_constant_that_can_be_overridden_is_declined(factor: str) -> None:
     proto = text_model(
-        "g (float[3] x, float k) => (float[3] y) <float k = {1}> { t = Mul(x, k)\n y = Neg(t) }"
+        f"g (float[3] x, float[1] k) => (float[?] y) <float[1] k = {{1}}>"
+        f"{{ t = Mul({factor}, k)\n y = Neg(t) }}"
     )
     result = run_pass(proto, EliminateNoop())
     assert result.changes == 0
@@ -224,6 +226,37 @@ def test_references_to_function_attributes_are_unknown() -> None:
     result = run_pass(proto, EliminateNoop())
     assert result.count("Mul") == 0
     assert result.count("Transpose") == 1
+    assert_equivalent(proto, result.model)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "left"),
+    [
+        ("t = Resize(x, , ones)", 0),
+        ('t = Resize<mode = "linear", coordinate_transformation_mode = "align_corners">(x, roi, ones)', 0),
+        ("t = Resize(x, , , same)", 0),
+        ("t = Resize(x, , twice)", 1),
+        ("t = Resize(x, , , larger)", 1),
+        ('t = Resize<mode = "cubic">(x, , ones)', 1),
+        ('t = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(x, roi, ones)', 1),
+        ("t = Tile(x, once)", 0),
+        ("t = Tile(x, repeats)", 1),
+        ("t = DepthToSpace<blocksize = 1>(x)", 0),
+        ("t = SpaceToDepth<blocksize = 1>(x)", 0),
+        ("t = SpaceToDepth<blocksize = 2>(x)", 1),
+    ],
+)
+def test_resize_tile_and_blocks(nodes: str, left: int) -> None:
+    proto = text_model(
+        f"""g (float[1, 2, 4, 6] x) => (float[a, b, c, d] y)
+          <float[4] ones = {{1, 1, 1, 1}}, float[4] twice = {{1, 1, 2, 2}},
+           float[8] roi = {{0, 0, 0, 0, 1, 1, 0.5, 1}}, int64[4] same = {{1, 2, 4, 6}},
+           int64[4] larger = {{1, 2, 8, 6}}, int64[4] once = {{1, 1, 1, 1}},
+           int64[4] repeats = {{1, 2, 1, 1}}> {{ {nodes}
+            y = Neg(t) }}"""
+    )
+    result = run_pass(proto, EliminateNoop())
+    assert len(result.op_types) == 1 + left
     assert_equivalent(proto, result.model)
 
 

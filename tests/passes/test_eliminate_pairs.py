@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.passes.eliminate_pairs import EliminatePairs
-from tests.support import assert_equivalent, run_pass, text_model
+from tests.support import assert_equivalent, execute, run_pass, text_model
 
 ODD = np.array([0.0, -0.0, 0.5, -0.5, 2.5, -3.5, np.inf, -np.inf, np.nan, 1e30, 1e-40, -7], np.float32)
 FEEDS = {"x": ODD, "u": ODD[::-1].copy()}
@@ -89,6 +89,17 @@ def test_other_types_wrap_and_round_alike(dtype: str) -> None:
     assert_equivalent(
         before, done.model, {"x": np.array([low, 1, -5], kind), "u": np.array([low, 3, 5], kind)}
     )
+
+
+def test_integers_that_cannot_be_divided_stay() -> None:
+    before = text_model(
+        "agraph (int32[2] x, int32[2] y) => (int32[2] z) { a = Neg(x) b = Neg(y) z = Div(a, b) }"
+    )
+    done = run_pass(before, EliminatePairs())
+    assert done.changes == 0
+    least = np.iinfo(np.int32).min
+    feeds = {"x": np.array([least, 7], np.int32), "y": np.array([-1, -2], np.int32)}
+    np.testing.assert_array_equal(execute(done.model, feeds)[0], [least, -3])
 
 
 def test_bodies_of_control_flow_are_graphs_too() -> None:

@@ -120,6 +120,15 @@ def test_contrib_operators_are_used_only_when_asked_for(spelling: str, opset: in
     assert_equivalent(model, done.model, numbers(), kind="reorder")
 
 
+def test_a_tensor_without_axes_is_none_for_the_contrib_operator() -> None:
+    model = expression_model(f"Mul(Mul(x, 0.5), Add({TANH}, 1.0))", opset=17)
+    for port in (*model.graph.input, *model.graph.output):
+        del port.type.tensor_type.shape.dim[:]
+    done = run_pass(model, FuseActivation(contrib=True))
+    assert done.changes == 0
+    assert "without axes" in done.declined[0]
+
+
 @pytest.mark.parametrize("alpha", [None, 1.702])
 def test_swish_of_the_standard_only_when_asked_for(alpha: float | None) -> None:
     gate = "Sigmoid(x)" if alpha is None else f"Sigmoid(Mul(x, {alpha}))"

@@ -20,6 +20,7 @@ from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass
 
 PARTS = "the inputs of the steps are not the parts of one sequence"
 INSIDE = "a value inside the cell is read elsewhere"
+SMALL = "the states are not known to be as large as the step"
 
 
 def lstm(net: Unrolled, h: str = "h", c: str = "c") -> tuple[list[str], list[str]]:
@@ -152,6 +153,34 @@ def test_initial_states_that_are_constants() -> None:
     net.constants["zero"] = np.zeros((2, 4), np.float32)
     hs, _ = lstm(net, "zero", "zero")
     fused(net.model([hs[-1]]), FuseLstm(), ["LSTM", *["Unsqueeze"] * 2, "Squeeze"])
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize(
+    ("x", "h", "c"),
+    [(2, 1, 2), (2, 2, 1), (1, 2, 2), ("n", 1, "n"), ("n", "m", "n"), (2, 2, None)],
+)
+def test_states_that_are_broadcast_stay(cell: str, x: int | str, h: int | str, c: int | str | None) -> None:
+    if cell == "GRU" and x == h:
+        return
+    net = Unrolled(2, "gemms" if x == h else "sums")
+    net.given = {"x": [2, x, 3], "h": [h, 4], "c": [4] if c is None else [c, 4]}
+    hs, cs = lstm(net) if cell == "LSTM" else (gru(net, reset_after=True, short=False), [])
+    model = net.model([hs[-1], *cs[-1:]])
+    kept(model, FuseLstm() if cell == "LSTM" else FuseGru(), SMALL)
+
+
+def test_double_stays() -> None:
+    net = Unrolled(2)
+    hs, cs = lstm(net)
+    model = net.model([hs[-1], cs[-1]])
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    kept(model, FuseLstm(), "the runtime has no kernel for double")
 
 
 def test_other_weights_end_a_row() -> None:

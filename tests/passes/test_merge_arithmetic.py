@@ -48,11 +48,13 @@ def test_products_and_quotients_become_one(first: str, second: str) -> None:
         ("Mul(x, tiny)", "Mul(v, tiny)", "the merged constant is no normal number of its type"),
         ("Mul(x, huge)", "Mul(v, huge)", "the merged constant is not finite"),
         ("Div(x, zero)", "Mul(v, a)", "the merged constant is not finite"),
+        ("Add(x, magic)", "Sub(v, magic)", "the constants cancel out, which may be there to round"),
     ],
 )
 def test_what_would_lose_numbers_is_declined(first: str, second: str, reason: str) -> None:
     text = f"""agraph (float[2,3] x) => (float[2,3] y) <float[3] a = {{1, 2, 3}}, float[2,1] c = {{7, 5}},
-        float tiny = {{1e-30}}, float huge = {{1e30}}, float zero = {{0}}> {{ v = {first} y = {second} }}"""
+        float tiny = {{1e-30}}, float huge = {{1e30}}, float zero = {{0}},
+        float magic = {{12582912}}> {{ v = {first} y = {second} }}"""
     done = run_pass(text, MergeArithmetic())
     assert (done.changes, done.declined) == (0, (reason,))
 

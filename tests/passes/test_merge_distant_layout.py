@@ -21,6 +21,7 @@ HELD = """float[3] c = {1, 2, 3}, float[1] one = {4}, float s = {0.5}, bool yes 
   int64[8] pads = {0, 1, 0, 0, 0, 0, 2, 0}, int64[2] flat = {-1, 5}, int64[4] full = {-1, 3, 4, 5},
   int64[2] rows = {-1, 4}, int64[2] k1k3 = {1, 3}, int64[2] k3k1 = {3, 1}, int64[4] mixed = {1, 6, 1, 5}"""
 TO = "Transpose <perm = [0, 2, 3, 1]>"
+SUM = "f = ReduceMax (e)\n y = Add (d, f)"
 BACK = "Transpose <perm = [0, 3, 1, 2]>"
 
 
@@ -132,6 +133,23 @@ def test_channel_shuffle_needs_no_transpose() -> None:
     assert check(model(nodes, shape="1, 3, 1, 5")).op_types == ["Concat", "Reshape"]
 
 
+def test_residual_blocks_lose_all_but_the_last_transpose() -> None:
+    """Each value between two blocks is read twice: by the next block, turned back, and by the Add."""
+    blocks = f"a = Conv (x, kernel)\n b = {TO} (a)\n r0 = Relu (b)\n"
+    for number in range(3):
+        blocks += f"""t{number} = {BACK} (r{number})
+          c{number} = Conv (t{number}, kernel)
+          d{number} = {TO} (c{number})
+          e{number} = Add (r{number}, d{number})
+          r{number + 1} = Relu (e{number})\n"""
+    proto = model(f"{blocks} y = {BACK} (r3)")
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 1, 1)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(kernel, "kernel"))
+    proto = onnx.shape_inference.infer_shapes(proto)
+    done = check(proto)
+    assert done.count("Transpose") == 0
+
+
 def test_constants_are_turned_once_each() -> None:
     done = check(model(f"a = {TO} (x)\n b = Add (a, c)\n y = {BACK} (b)"))
     array = constant_array(done.model.graph.node(0).inputs[1])
@@ -147,7 +165,7 @@ def test_constants_are_turned_once_each() -> None:
         f"a = {TO} (x)\n b = CumSum (a, first)\n y = {BACK} (b)",
         "a = Reshape (x, flat)\n b = Softmax <axis = -1> (a)\n y = Reshape (b, full)",
         "a = Reshape (x, rows)\n b = ReduceMax <axes = [1]> (a)\n y = Reshape (b, k2)",
-        f"a = {TO} (x)\n b = Relu (a)\n d = {BACK} (b)\n y = MatMul (d, b)",
+        f"a = {TO} (x)\n b = Relu (a)\n d = {BACK} (b)\n e = CumSum (b, first)\n {SUM}",
     ],
 )
 def test_gain_or_nothing(nodes: str) -> None:
@@ -201,3 +219,14 @@ def test_random_graphs(data: st.DataObject) -> None:
     done = run_pass(proto, MergeDistantLayout(), rounds=8)
     assert len(done.op_types) <= len(proto.graph.node)
     assert_equivalent(proto, done.model, kind="reorder")
+
+
+def test_a_constant_without_axes_stays_one() -> None:
+    proto = text_model(
+        """agraph (float x) => (float[1] y) <int64[2] both = {0, 1}, int64[1] last = {1}, float[1] c = {2}> {
+            a = Unsqueeze (x, both)
+            b = Mul (a, c)
+            y = Squeeze (b, last)
+        }"""
+    )
+    assert check(onnx.shape_inference.infer_shapes(proto)).op_types == ["Mul", "Unsqueeze"]

@@ -110,6 +110,12 @@ def test_a_constant_of_more_axes_makes_the_result_larger() -> None:
     kept(model)
 
 
+def test_a_vector_that_the_scale_makes_a_matrix_stays() -> None:
+    model = text_model("""agraph (float[5] v, float[5,4] b) => (float[1,4] y) <float[1,1] k = {2}>
+        { m = Mul(v, k) y = Gemm(m, b) }""")
+    kept(model, "what is scaled is not known to be a matrix")
+
+
 @pytest.mark.parametrize("number", ["0", "inf", "nan"])
 def test_scales_that_are_no_factor(number: str) -> None:
     model = case("k = Constant<value = float {1}>() g = Gemm(a, b) y = Mul(g, k)")

@@ -315,6 +315,27 @@ def test_in_a_function_constants_are_nodes() -> None:
     assert_equivalent(model, after.model, kind="reorder")
 
 
+@pytest.mark.parametrize(
+    ("bound", "op_types"),
+    [
+        ("Constant<value_float = 0.5>()", ["MatMul", "Clip", "Split"]),
+        ("ReduceMin<keepdims = 0>(x)", ["MatMul", "MatMul", "ReduceMin", "Clip", "Clip"]),
+    ],
+)
+def test_bounds_that_come_after_the_first_layer(bound: str, op_types: list[str]) -> None:
+    model = text_model(f"""
+        <ir_version: 10, opset_import: ["" : 17, "my" : 1]>
+        agraph (float[1,2] x) => (float[1,1] p, float[1,1] q) {{ p, q = my.three(x) }}
+        <opset_import: ["" : 17], domain: "my">
+        three (x) => (p, q) {{
+            a = Constant<value = float[2,1] {{1, 2}}>() b = Constant<value = float[2,1] {{3, 4}}>()
+            m = MatMul(x, a) n = MatMul(x, b) low = {bound} p = Clip(m, low) q = Clip(n, low)
+        }}""")
+    after = run_pass(model, FREE)
+    assert [one for one in after.op_types if one not in ("Constant", "three")] == op_types
+    assert_equivalent(model, after.model, kind="reorder")
+
+
 def test_float16() -> None:
     sketch = Sketch((1, 4), "float16")
     for i in range(3):

@@ -113,6 +113,12 @@ def test_dynamic_sizes_stay() -> None:
     assert check(model(nodes, "float[N, 3] a, float[4, 3] b")).changes == 0
 
 
+def test_empty_parts() -> None:
+    nodes = JOIN + "s = Slice (j, k3, k3)\n u = Concat <axis = 0> (s, a)\n y = Neg (u)"
+    assert check(model(nodes, TWO)).op_types == ["Neg"]
+    assert check(model(JOIN + "s = Slice (j, k3, k3)\n y = Neg (s)", TWO)).changes == 0
+
+
 def test_a_graph_output_keeps_its_name() -> None:
     nodes = JOIN + "y = Slice (j, k2, k6)"
     done = check(model(nodes, TWO))

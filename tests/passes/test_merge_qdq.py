@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from onnxopt.passes.merge_qdq import MergeQdq
 from tests.support import Rewritten, assert_equivalent, execute, run_pass, text_model
@@ -151,3 +152,93 @@ def test_any_chain(ops: list[str]) -> None:
     before.graph.output[0].type.tensor_type.ClearField("shape")
     done = run_pass(before, MergeQdq())
     np.testing.assert_array_equal(execute(before, X)[0], execute(done.model, X)[0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "bound", "declined"),
+    [
+        (0.1, "Clip(x, edge, high)", ()),
+        (-0.1, "Relu(x)", ("a scale is not positive",)),
+    ],
+)
+def test_bounds_that_round_to_the_last_numbers_go(scale: float, bound: str, declined: tuple[str]) -> None:
+    before = text_model(f"""agraph (float[2,3,4] x) => (int8[2,3,4] q) <float n = {{{scale}}},
+        int8 z = {{-128}}, float edge = {{0.02}}, float high = {{25.48}}> {{
+            r = {bound}
+            q = QuantizeLinear(r, n, z)
+        }}""")
+    done = run_pass(before, MergeQdq())
+    assert (len(done.op_types), done.declined) == (1 + len(declined), declined)
+    assert_equivalent(before, done.model, X)
+
+
+@pytest.mark.parametrize(
+    ("kind", "between", "scale", "reason"),
+    [
+        ("int8", "float16", 0.0371, None),
+        ("int16", "float32", 0.0371, None),
+        ("int16", "float16", 0.0371, "the type in between is not known to hold what is quantized"),
+        ("int8", "float16", 1000.0, "a scale is not positive, or takes the numbers out of range"),
+        ("int8", "float32", 0.0, "a scale is not positive, or takes the numbers out of range"),
+    ],
+)
+def test_each_number_survives_the_type_in_between(
+    kind: str, between: str, scale: float, reason: str | None
+) -> None:
+    info = np.iinfo(kind)
+    every = np.arange(info.min, info.max + 1).astype(kind)
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["p"]),
+        helper.make_node("DequantizeLinear", ["p", "s", "z"], ["d"]),
+        helper.make_node("QuantizeLinear", ["d", "s", "z"], ["q"]),
+    ]
+    value = helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(every.dtype), every.shape)
+    result = helper.make_tensor_value_info("q", helper.np_dtype_to_tensor_dtype(every.dtype), every.shape)
+    constants = [
+        numpy_helper.from_array(np.array(scale, between), "s"),
+        numpy_helper.from_array(every[:1] * 0, "z"),
+    ]
+    constants[1].dims[:] = []
+    graph = helper.make_graph(nodes, "g", [value], [result], constants)
+    before = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    done = run_pass(before, MergeQdq())
+    assert (done.changes, done.declined) == ((1, ()) if reason is None else (0, (reason,)))
+    assert_equivalent(before, done.model, {"x": every})
+
+
+def test_four_bits_are_not_moved() -> None:
+    done = run_pass(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        agraph (float[2,3] x) => (float[3,2] y) <float s = {0.1}, int4 z = {0}, int4[2,3] p, int4[3,2] q> {
+            p = QuantizeLinear(x, s, z)
+            d = DequantizeLinear(p, s, z)
+            m = Transpose(d)
+            q = QuantizeLinear(m, s, z)
+            y = DequantizeLinear(q, s, z)
+        }""",
+        MergeQdq(),
+    )
+    assert done.declined == ("runtimes do not move data of this quantized type",)
+
+
+def test_a_type_that_is_not_known_is_not_guessed() -> None:
+    body = "d = DequantizeLinear(p, s) q = QuantizeLinear(d, s)"
+    before = text_model(f"""<ir_version: 10, opset_import: ["" : 17, "my" : 1]>
+        agraph (int8[3] p, float s) => (uint8[3] q) {{ q = my.Twice(p, s) }}
+        <domain: "my", opset_import: ["" : 17]> Twice (p, s) => (q) {{ {body} }}""")
+    done = run_pass(before, MergeQdq())
+    assert done.declined == ("the quantized types differ or are unknown",)
+
+
+@pytest.mark.parametrize(("opset", "shape", "changes"), [(12, "[2,3]", 1), (17, "[2,3]", 1), (17, "", 0)])
+def test_a_scale_of_one_element_has_no_axis_before_opset_13(opset: int, shape: str, changes: int) -> None:
+    numbers = "{1, 2, 3, 4, 5, 6}" if shape else "{7}"
+    before = text_model(f"""<ir_version: 7, opset_import: ["" : {opset}]>
+        agraph () => (float{"[3,2]" if shape else ""} y)
+        <uint8{shape} w = {numbers}, float[1] s = {{0.5}}, uint8[1] z = {{0}}> {{
+            d = DequantizeLinear(w, s, z)
+            y = Transpose(d)
+        }}""")
+    done = run_pass(before, MergeQdq())
+    assert done.changes == changes
+    assert_equivalent(before, done.model, {})

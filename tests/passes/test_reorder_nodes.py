@@ -58,6 +58,15 @@ def test_constant_nodes_come_before_what_reads_them() -> None:
     assert_equivalent(before, done.model)
 
 
+def test_only_the_standard_constant_is_one() -> None:
+    before = heads(3)
+    for node in before.graph.node[:2]:
+        node.op_type, node.domain = "Constant", "my"
+    before.opset_import.append(onnx.helper.make_opsetid("my", 1))
+    after = run_pass(before, ReorderNodes()).model
+    assert [node.op_type for node in after.graph] == ["Constant", "ReduceMax"] * 2 + ["Tile", "ReduceMax"]
+
+
 def test_bodies_are_ordered_and_captures_are_kept_alive() -> None:
     before = text_model("""agraph (float[4,4] x, bool c) => (float[1,1] y) <int64[2] many = {8, 8}> {
         outer = Neg(x)

@@ -135,6 +135,14 @@ def test_declines(one: UnrollLoop, inner: str, reason: str) -> None:
     assert (result.changes, result.declined) == (0, (reason,))
 
 
+def test_a_trip_count_without_an_element_is_none() -> None:
+    text = """g (float[3] x) => (float[3] y) <int64[0] m = {}> {
+        y = Loop(m, , x) <body = b (int64 i, bool go, float[3] a) => (bool on, float[3] c) {
+            on = Identity(go) c = Neg(a) }>
+    }"""
+    assert run_pass(text, UnrollLoop()).changes == 0
+
+
 def test_no_trip_and_a_stacked_output_of_unknown_shape() -> None:
     result = unrolled(
         """g (float[3] x) => (float[T, 3] y) <int64 m = {0}, bool yes = {1}> {

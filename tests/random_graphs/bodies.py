@@ -79,10 +79,10 @@ def loop_step(graph: Graph) -> None:
     firsts: tuple[np.ndarray | None, ...] = (np.array(0, np.int64), np.array(True), None)
     for name, first in zip(ports, firsts, strict=True):
         arrays = state.arrays if first is None else (first,) * (2 * SAMPLES)
-        shape = None if first is None else []
+        shape: list[int] | None = None if first is None else []
         inner.inputs.append(helper.make_tensor_value_info(name, element(arrays[0]), shape))
         inner.add(Known(name, arrays, exact=False))
-    carried = inner.known[-1]
+    number, going, carried = inner.known
     inner.grow(rng.randint(1, 4), nested=rng.random() < 0.7)
     if rng.random() < 0.3:
         inner.op("Concat", [carried, carried], axis=0)
@@ -91,7 +91,7 @@ def loop_step(graph: Graph) -> None:
         for v in inner.known
         if v.arrays[0].dtype == state.arrays[0].dtype and v.name != carried.name and not v.stored
     ]
-    go = _goes_on(inner)
+    go = _goes_on(inner, number, going)
     if not results or go is None:
         return
     outputs = [go, results[-1], *results[-1:0:-1][:1]] if rng.random() < 0.4 else [go, results[-1]]
@@ -108,32 +108,30 @@ def loop_step(graph: Graph) -> None:
     ]
     trips = graph.constant(np.array(rng.choice((0, 1, 1, 2, 3)), np.int64))
     trips = rng.choice(counts) if counts and rng.random() < 0.4 else trips
-    first = graph.constant(np.array(rng.random() < 0.8)) if rng.random() < 0.4 else None
+    runs = graph.constant(np.array(rng.random() < 0.8)) if rng.random() < 0.4 else None
     node = helper.make_node(
         "Loop",
-        [trips.name, first.name if first else "", state.name],
+        [trips.name, runs.name if runs else "", state.name],
         [model.fresh("v") for _ in outputs[1:]],
         body=body,
     )
-    graph.append(node, [trips, *([first] if first else []), state, *captured(graph, body)], exact=False)
+    graph.append(node, [trips, *([runs] if runs else []), state, *captured(graph, body)], exact=False)
 
 
-def _goes_on(inner: Graph) -> Known | None:
+def _goes_on(inner: Graph, number: Known, going: Known) -> Known | None:
     """What says whether a loop goes on: what came in, always, never, or up to some trip."""
-    rng, (number, go) = inner.rng, inner.known[:2]
+    rng = inner.rng
     match rng.randrange(6):
         case 0:
             return inner.constant(np.array(True))
         case 1:
             return inner.constant(np.array(rng.random() < 0.3))
         case 2:
-            as_float = inner.op("Cast", [Known(number.name, number.arrays, exact=True)], to=1)
+            trip = inner.op("Cast", [Known(number.name, number.arrays, exact=True)], to=1)
             limit = inner.constant(np.array(rng.choice((0.5, 1.5)), np.float32))
-            return (
-                inner.op("Less", [Known(as_float.name, as_float.arrays, True), limit]) if as_float else None
-            )
+            return inner.op("Less", [Known(trip.name, trip.arrays, exact=True), limit]) if trip else None
         case _:
-            return inner.op("Identity", [go])
+            return inner.op("Identity", [going])
 
 
 def function(graph: Graph) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import helper
 
-from tests.random_graphs.growing import Graph
+from tests.random_graphs.growing import Graph, Known
 from tests.random_graphs.movement import some_axes, with_axes
 
 
@@ -109,10 +109,14 @@ def reduce(graph: Graph) -> None:
 
 def odd(graph: Graph) -> None:
     """One of the rarer operators."""
-    rng, x = graph.rng, graph.pick(lambda v: v.rank > 0)
-    if x is None:
-        return
-    match rng.randrange(18):
+    x = graph.pick(lambda v: v.rank > 0)
+    if x is not None:
+        graph.rng.choice((_rare, _rare_index, _rare_layer))(graph, x)
+
+
+def _rare(graph: Graph, x: Known) -> None:
+    rng = graph.rng
+    match rng.randrange(8):
         case 0:
             graph.op("Tile", [x, graph.ints([rng.randint(1, 2) for _ in range(x.rank)])])
         case 1:
@@ -120,63 +124,61 @@ def odd(graph: Graph) -> None:
         case 2:
             graph.op("NonZero", [x])
         case 3:
-            graph.op("ArgMax", [x], axis=rng.randrange(x.rank), keepdims=rng.choice((0, None)))
-        case 4:
             graph.op("Pow", [x, graph.constant(np.ones(rng.choice(((), (1,))), graph.model.dtype))])
-        case 5 if graph.model.opset >= 15:
+        case 4 if graph.model.opset >= 15:
             graph.op("CastLike", [x, graph.weights((1,))]) if x.exact else None
-        case 6:
+        case 5:
             step = rng.choice((1, 2, -1))
             graph.op("Range", [graph.constant(np.array(n, np.int64)) for n in (0, 4 * step, step)])
-        case 7:
-            size = graph.ints([rng.randint(1, 3)])
-            by_input = graph.model.opset >= 10
-            given = {} if by_input else {"k": 1}
-            graph.op("TopK", [x, size] if by_input else [x], 2, axis=rng.randrange(x.rank), **given)
-        case 8:
-            graph.op(
-                "CumSum", [x, graph.constant(np.array(rng.randrange(x.rank)))], reverse=rng.choice((None, 1))
-            )
-        case 9 if x.rank == 4:
-            graph.op(rng.choice(("DepthToSpace", "SpaceToDepth")), [x], blocksize=2)
-        case 10 if x.rank == 2 or graph.model.opset >= 14:
+        case 6:
             graph.op("Trilu", [x], upper=rng.choice((0, 1, None)))
-        case 11:
-            index = graph.constant(np.asarray(graph.model.numbers.integers(-1, 1, x.shape), np.int64))
-            graph.op("GatherElements", [x, index], axis=rng.randrange(x.rank))
-        case 12 if x.is_float and x.filled and x.rank > 2:
-            graph.op(rng.choice(("GlobalAveragePool", "GlobalMaxPool")), [x])
-        case 13:
-            row = np.zeros((1, 1), np.int64)
-            graph.op(
-                "ScatterND",
-                [x, graph.constant(row), graph.constant(np.zeros((1, *x.shape[1:]), x.arrays[0].dtype))],
-            )
-        case 14 if x.rank in (3, 4) and x.filled and x.is_float:
-            scales = graph.constant(
-                np.array([1, 1, *(rng.choice((1, 2)) for _ in range(x.rank - 2))], np.float32)
-            )
-            roi = None if graph.model.opset >= 13 else graph.constant(np.zeros(0, np.float32))
-            mode = rng.choice(("nearest", "linear", None))
-            graph.op(
-                "Upsample" if graph.model.opset == 9 else "Resize",
-                [x, scales] if graph.model.opset < 11 else [x, roi, scales],
-                mode=mode,
-            )
-        case 15 if x.rank == 3 and x.is_float and x.filled and x.fixed(2):
-            kind, gates = rng.choice((("GRU", 3), ("LSTM", 4), ("RNN", 1)))
-            shapes = ((1, gates * 2, x.shape[2]), (1, gates * 2, 2))
-            graph.op(
-                kind, [x, *(graph.weights(shape) for shape in shapes)], rng.choice((1, 2)), hidden_size=2
-            )
-        case 16 if x.exact and x.is_int:
-            count = graph.constant(np.array(3))
-            graph.op(
-                "OneHot",
-                [x, count, graph.constant(np.array([0, 1], graph.model.dtype))],
-                axis=rng.choice((-1, 0)),
-            )
         case _:
             noise = graph.op("RandomNormal", [], shape=list(x.shape), seed=float(rng.randint(1, 9)))
             if noise is not None and rng.random() < 0.5:
                 graph.op("RandomUniform", [], shape=list(x.shape), seed=float(rng.randint(1, 9)))
+
+
+def _rare_index(graph: Graph, x: Known) -> None:
+    rng, axis = graph.rng, graph.rng.randrange(x.rank)
+    match rng.randrange(6):
+        case 0:
+            graph.op("ArgMax", [x], axis=axis, keepdims=rng.choice((0, None)))
+        case 1 if graph.model.opset < 10:
+            graph.op("TopK", [x], 2, axis=axis, k=1)
+        case 1:
+            graph.op("TopK", [x, graph.ints([rng.randint(1, 3)])], 2, axis=axis)
+        case 2:
+            graph.op("CumSum", [x, graph.constant(np.array(axis))], reverse=rng.choice((None, 1)))
+        case 3:
+            index = graph.model.numbers.integers(-1, 1, x.shape)
+            graph.op("GatherElements", [x, graph.constant(index, "int64")], axis=axis)
+        case 4:
+            row = graph.constant(np.zeros((1, *x.shape[1:]), x.arrays[0].dtype))
+            graph.op("ScatterND", [x, graph.constant(np.zeros((1, 1), np.int64)), row])
+        case _:
+            ends = graph.constant(np.array([0, 1], graph.model.dtype))
+            if x.exact and x.is_int:
+                graph.op("OneHot", [x, graph.constant(np.array(3)), ends], axis=rng.choice((-1, 0)))
+
+
+def _rare_layer(graph: Graph, x: Known) -> None:
+    rng, opset = graph.rng, graph.model.opset
+    if not x.is_float or not x.filled or x.rank not in (3, 4):
+        return
+    match rng.randrange(4):
+        case 0 if x.rank == 4:
+            graph.op(rng.choice(("DepthToSpace", "SpaceToDepth")), [x], blocksize=2)
+        case 1 if x.rank == 3 and x.fixed(2):
+            kind, gates = rng.choice((("GRU", 3), ("LSTM", 4), ("RNN", 1)))
+            weights = [graph.weights((1, gates * 2, size)) for size in (x.shape[2], 2)]
+            graph.op(kind, [x, *weights], rng.choice((1, 2)), hidden_size=2)
+        case 2:
+            graph.op(rng.choice(("GlobalAveragePool", "GlobalMaxPool")), [x])
+        case _:
+            factors = [1, 1, *(rng.choice((1, 2)) for _ in range(x.rank - 2))]
+            scales = graph.constant(np.array(factors, np.float32))
+            roi = None if opset >= 13 else graph.constant(np.zeros(0, np.float32))
+            inputs = [x, scales] if opset < 11 else [x, roi, scales]
+            graph.op(
+                "Upsample" if opset == 9 else "Resize", inputs, mode=rng.choice(("nearest", "linear", None))
+            )

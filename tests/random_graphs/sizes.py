@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import helper
 
-from tests.random_graphs.growing import Graph, Known
+from tests.random_graphs.growing import Attributes, Graph, Known
 from tests.random_graphs.movement import with_axes
 
 
@@ -218,7 +218,10 @@ def _resized(graph: Graph, x: Known, axis: int) -> None:
     target = _joined(graph, wanted)
     if target is not None:
         empty = None if opset >= 13 else graph.constant(np.zeros(0, np.float32))
-        given = {"coordinate_transformation_mode": rng.choice(("asymmetric", None)), "mode": "nearest"}
+        given: Attributes = {
+            "coordinate_transformation_mode": rng.choice(("asymmetric", None)),
+            "mode": "nearest",
+        }
         graph.op("Resize", [x, empty, empty, target], nearest_mode=rng.choice(("floor", None)), **given)
 
 
@@ -281,17 +284,8 @@ def sizes(graph: Graph) -> None:
             graph.op("Size", [x])
         case 1:
             graph.op("ReduceProd", [whole], keepdims=rng.choice((0, 1, None)))
-        case 2:
-            free = graph.op("Equal", [whole, graph.ints([-1])])
-            target = graph.op("Where", [free, graph.ints([1]), whole]) if free else None
-            if target is not None:
-                graph.op("Expand", [x, target])
-        case 3:
-            other = graph.pick(lambda v: v.rank == x.rank)
-            shape = graph.op("Shape", [other]) if other else None
-            larger = graph.op("Max", [whole, shape]) if shape else None
-            if larger is not None:
-                graph.op("Expand", [x, larger])
+        case 2 | 3:
+            _expand_to(graph, x, whole)
         case 4:
             rank = graph.op("Size", [whole])
             if rank is not None:
@@ -302,3 +296,16 @@ def sizes(graph: Graph) -> None:
                 graph.op("Reshape", [x, turned])
         case _:
             _worked(graph, whole, 3)
+
+
+def _expand_to(graph: Graph, x: Known, whole: Known) -> None:
+    """Expand to a shape without the sizes that are open, or to the larger of two."""
+    if graph.rng.random() < 0.5:
+        free = graph.op("Equal", [whole, graph.ints([-1])])
+        target = graph.op("Where", [free, graph.ints([1]), whole]) if free else None
+    else:
+        other = graph.pick(lambda v: v.rank == x.rank)
+        shape = graph.op("Shape", [other]) if other else None
+        target = graph.op("Max", [whole, shape]) if shape else None
+    if target is not None:
+        graph.op("Expand", [x, target])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import helper
 
-from tests.random_graphs.growing import Graph, Known, element
+from tests.random_graphs.growing import Attributes, Graph, Known, element
 from tests.random_graphs.movement import with_axes
 
 _CLIP = "(Clip(Add(x, 3), 0, 6) | Min(Relu(Add(x, 3)), 6) | Max(Min(Add(x, 3), 6), 0))"
@@ -96,7 +96,8 @@ class _Speller:
         return self.graph.constant(np.full(shape, number, self.dtype))
 
     def op(self, op_type: str, *inputs: Known, **given: float) -> Known:
-        made = self.graph.op(op_type, inputs, **given)
+        attributes: Attributes = {**given}
+        made = self.graph.op(op_type, inputs, **attributes)
         if made is None:
             raise _Missing
         return made
@@ -117,12 +118,23 @@ class _Speller:
             if made is None:
                 raise _Missing
             return made
+        if (other := self.otherwise(op_type, inputs)) is not None:
+            return other
+        if op_type == "Clip" and rng.random() < 0.9:
+            return self.op("Clip", inputs[0], *(self.scalar(one) for one in arguments[1:]))
+        if rng.random() < self.off:
+            given = {name: value + 0.01 for name, value in given.items()}
+        return self.op(op_type, *inputs, **given)
+
+    def otherwise(self, op_type: str, inputs: list[Known]) -> Known | None:
+        """A square, inverse or root by one of the operators that give it."""
+        rng = self.rng
         match op_type:
             case "Square" if rng.random() < 0.5:
                 return self.op("Mul", inputs[0], inputs[0])
             case "Square":
-                kind = rng.choice((self.dtype, self.dtype, np.dtype("int64"), np.dtype("float32")))
-                return self.op("Pow", inputs[0], graph.constant(np.array(2, kind)))
+                dtype = rng.choice((self.dtype, self.dtype, np.dtype("int64"), np.dtype("float32")))
+                return self.op("Pow", inputs[0], self.graph.constant(np.array(2, dtype)))
             case "Inverse" if rng.random() < 0.4:
                 return self.op("Reciprocal", inputs[0])
             case "Inverse" if rng.random() < 0.5:
@@ -131,11 +143,7 @@ class _Speller:
                 return self.op("Pow", inputs[0], self.number(-1))
             case "Sqrt" if rng.random() < 0.2:
                 return self.op("Pow", inputs[0], self.number(0.5))
-            case "Clip" if rng.random() < 0.9:
-                return self.op("Clip", inputs[0], *(self.scalar(one) for one in arguments[1:]))
-        if rng.random() < self.off:
-            given = {name: value + 0.01 for name, value in given.items()}
-        return self.op(op_type, *inputs, **given)
+        return None
 
     def scalar(self, tree: ast.expr) -> Known:
         return self.graph.constant(np.array(ast.literal_eval(tree), self.dtype))
@@ -223,9 +231,8 @@ def normalization(graph: Graph) -> None:
         case 0 if x.rank > 2 and x.fixed(1) and all(array[0, 0].size > 1 for array in x.arrays):
             pair = [graph.weights((x.shape[1],), 0.5, 2) for _ in range(2)]
             made = graph.op("InstanceNormalization", [x, *pair], epsilon=epsilon)
-        case 1 if x.rank > 2 and x.fixed(1) and x.shape[1] % 2 == 0:
-            size = 2 if graph.model.opset < 21 else x.shape[1]
-            pair = [graph.weights((size,), 0.5, 2) for _ in range(2)]
+        case 1 if x.rank > 2 and x.fixed(1) and x.shape[1] % 2 == 0 and graph.model.opset >= 21:
+            pair = [graph.weights((x.shape[1],), 0.5, 2) for _ in range(2)]
             made = graph.op("GroupNormalization", [x, *pair], epsilon=epsilon, num_groups=2)
         case 2 if x.fixed(-1):
             made = graph.op(
