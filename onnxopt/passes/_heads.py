@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from onnxopt.evaluation import Dims, product
-from onnxopt.graph import constant_array, int_attr
+from onnxopt.graph import constant_array, has_reference, int_attr
 from onnxopt.passes._layout import Axes, Layout, flat
 from onnxopt.passes._steps import layout_of, written
 from onnxopt.rewrite import Declined, Edit
@@ -38,7 +38,7 @@ class Stage:
     def above(self, dims: Dims, *, scaled: bool) -> Stage | None:
         """What this value is made of; None where a node does more than to move, to repeat or to scale it."""
         node, layout = self.value.producer(), self.layout
-        if node is None or node.domain:
+        if node is None or node.domain or has_reference(node):
             return None
         moves = layout_of(node, dims)
         if moves is not None:

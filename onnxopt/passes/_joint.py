@@ -18,7 +18,8 @@ from onnxopt.rewrite import Edit
 
 __all__ = ["joined", "joined_again", "keep_shape", "reshaped"]
 
-_NAME = re.compile(r"[\w.]+")
+_NAME = re.compile(r"([\w.]+)\*1")
+"""A size that is a name and nothing else."""
 
 
 def joined(edit: Edit, operands: Sequence[Heads], opset: int) -> list[Operand] | None:
@@ -72,10 +73,11 @@ def _count(layout: Layout, leaves: Sequence[int]) -> Dim:
 
 def keep_shape(new: ir.Value, old: ir.Value, dims: Dims) -> ir.Value:
     """Put on record of a new value what is worked out of the one it stands for, where that has names."""
-    names = [str(size).removesuffix("*1") for size in dims.of(old) or ()]
-    if names:
-        sizes = [int(name) if name.isdigit() else name if _NAME.fullmatch(name) else None for name in names]
-        new.shape = ir.Shape(sizes)
+    shape = dims.of(old)
+    if shape is not None:
+        named = [None if isinstance(size, int) else _NAME.fullmatch(str(size)) for size in shape]
+        pairs = zip(shape, named, strict=True)
+        new.shape = ir.Shape([size if isinstance(size, int) else name and name[1] for size, name in pairs])
     return new
 
 

@@ -75,6 +75,25 @@ class FuseAttention(Pass):
         y = Reshape (back, join)
       }"""
 
+    pattern: ClassVar[str] = """<ir_version: 10, opset_import: ["" : 23]>
+      agraph (float[1, 128, 384] q, float[1, 128, 384] k, float[1, 128, 384] v) => (float[1, 128, 384] y)
+      <int64[4] split = {0, 0, 12, 32}, int64[3] join = {0, 0, 384}, float root = {5.656854},
+       float[1, 1, 128] mask> {
+        q4 = Reshape (q, split)
+        k4 = Reshape (k, split)
+        v4 = Reshape (v, split)
+        qh = Transpose <perm = [0, 2, 1, 3]> (q4)
+        kh = Transpose <perm = [0, 2, 3, 1]> (k4)
+        vh = Transpose <perm = [0, 2, 1, 3]> (v4)
+        dot = MatMul (qh, kh)
+        scores = Div (dot, root)
+        masked = Add (scores, mask)
+        weights = Softmax <axis = -1> (masked)
+        mixed = MatMul (weights, vh)
+        back = Transpose <perm = [0, 2, 1, 3]> (mixed)
+        y = Reshape (back, join)
+      }"""
+
     contrib: bool = False
 
     def rules(self) -> Sequence[Rule]:
@@ -103,17 +122,16 @@ class FuseAttention(Pass):
             if scope.opset < 23:
                 raise NewerOpset("Attention", 23)
             counts = {"q_num_heads": q.count, "kv_num_heads": k.count} if joint else {}
-            result = edit.op(
-                "Attention", (*values, mask)[: 3 + (mask is not None)], {"scale": scale, **counts}
-            )
+            read = (*values, mask)[: 3 + (mask is not None)]
+            result = edit.op("Attention", read, {"scale": scale, **counts})
             old, sizes = again if joint and again else (output, ())
             result = reshaped(edit, result, sizes)
         else:
             if joint is None:
                 values[0] = _together(edit, values[0], q, k.size == v.size)
-            read = (*values, None, None, mask)[: 3 + 3 * (mask is not None)]
+            wide = (*values, None, None, mask)[: 3 + 3 * (mask is not None)]
             attributes = {"num_heads": q.count, "scale": scale}
-            result = edit.op("MultiHeadAttention", read, attributes, domain="com.microsoft")
+            result = edit.op("MultiHeadAttention", wide, attributes, domain="com.microsoft")
             old, sizes = again or (output, (0, 0, q.count, v.size))
             result = reshaped(edit, result, sizes)
             if again is None:

@@ -44,6 +44,18 @@ class FuseProjections(Pass):
         y = com.microsoft.MultiHeadAttention <num_heads = 2> (q, k, v)
       }"""
 
+    pattern: ClassVar[str] = """<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>
+      agraph (float[batch_1, length_128, 384] x) => (float[batch_1, length_128, 384] y)
+      <float[384, 384] A, float[384, 384] C, float[384, 384] D, float[384] a, float[384] c, float[384] d> {
+        q0 = MatMul (x, A)
+        k0 = MatMul (x, C)
+        v0 = MatMul (x, D)
+        q = Add (q0, a)
+        k = Add (k0, c)
+        v = Add (v0, d)
+        y = com.microsoft.MultiHeadAttention <num_heads = 12> (q, k, v)
+      }"""
+
     def rules(self) -> Sequence[Rule]:
         return (Rule("attention of products of one value", ("com.microsoft::MultiHeadAttention",), _fuse),)
 
