@@ -381,3 +381,24 @@ def test_random_windows(data: st.DataObject) -> None:
     model = window(op_type, pads, fill=fill, shape=shape, pads=own, **options)
     after = run_pass(model, MergePad())
     assert_equivalent(model, after.model, kind="reorder")
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "declined"),
+    [
+        ("32", 16, "many windows would touch the padding, which the runtime takes one by one"),
+        ("400", 16, None),
+        ("N", 16, "how many windows would touch the padding is not known"),
+        ("N", 7, None),
+    ],
+)
+def test_padding_that_many_windows_touch_stays_if_asked(size: str, width: int, declined: str | None) -> None:
+    half = width // 2
+    before = text_model(f"""agraph (float[1,1,{size}] x) => (float[1,1,M] y)
+        <float[1,1,{width}] w = {{{", ".join(["1"] * width)}}}, int64[6] p = {{0, 0, {half}, 0, 0, {half}}}> {{
+        a = Pad(x, p) y = Conv(a, w)
+    }}""")
+    done = run_pass(before, MergePad(edges=0.25))
+    assert done.declined == ((declined,) if declined else ())
+    assert run_pass(before, MergePad()).op_types == ["Conv"]
+    assert_equivalent(before, done.model, random_feeds(before, sizes={"N": 40}), kind="reorder")
