@@ -393,9 +393,9 @@ def test_random_windows(data: st.DataObject) -> None:
     ],
 )
 def test_padding_that_many_windows_touch_stays_if_asked(size: str, width: int, declined: str | None) -> None:
-    half = width // 2
+    half, ones = width // 2, ", ".join(["1"] * width)
     before = text_model(f"""agraph (float[1,1,{size}] x) => (float[1,1,M] y)
-        <float[1,1,{width}] w = {{{", ".join(["1"] * width)}}}, int64[6] p = {{0, 0, {half}, 0, 0, {half}}}> {{
+        <float[1,1,{width}] w = {{{ones}}}, int64[6] p = {{0, 0, {half}, 0, 0, {half}}}> {{
         a = Pad(x, p) y = Conv(a, w)
     }}""")
     done = run_pass(before, MergePad(edges=0.25))
