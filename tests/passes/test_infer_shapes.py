@@ -123,6 +123,19 @@ def test_a_shape_that_is_cut_where_the_user_says_is_unknown(cut: str, inside: bo
     assert record(run_pass(text, InferShapes()).model)["a"] in ("None None", "FLOAT None")
 
 
+@pytest.mark.parametrize("opset", [9, 10, 11])
+def test_a_size_that_is_cut_loses_its_name(opset: int) -> None:
+    """In onnx, a Slice of opset 10 keeps it."""
+    constants = "" if opset < 10 else "<int64[1] s = {1}, int64[1] e = {3}>"
+    cut = "Slice<starts = [1], ends = [3]>(x)" if opset < 10 else "Slice(x, s, e)"
+    proto = text_model(
+        f"""<ir_version: 5, opset_import: ["" : {opset}]>
+        g (float[N, 3] x) => (float[A, 3] y) {constants} {{ t = {cut}\n u = Neg(t)\n y = Neg(u) }}"""
+    )
+    proto.graph.value_info.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info[1:])
+    assert record(run_pass(proto, InferShapes()).model)["t"] == "FLOAT [None,3]"
+
+
 @pytest.mark.parametrize("lift", [False, True])
 def test_bodies_also_after_their_constants_were_lifted(lift: bool) -> None:
     proto = text_model(
