@@ -14,6 +14,7 @@ __all__ = [
     "NONDETERMINISTIC",
     "constant_array",
     "constant_of",
+    "detach",
     "domains",
     "float_attr",
     "function_name",
@@ -27,6 +28,7 @@ __all__ = [
     "nodes",
     "rename_nodes_apart",
     "roots",
+    "sizes_of",
     "sole_user",
     "static_shape",
     "str_attr",
@@ -128,11 +130,17 @@ def _held(node: ir.Node, one: ir.AttributeType, many: ir.AttributeType) -> tuple
     return held
 
 
-def nbytes(tensor: ir.TensorProtocol) -> int:
-    """Bytes of a tensor; one that wraps a protobuf would make a shape of it each time it is asked."""
+def sizes_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape of a tensor; one that wraps a protobuf would make a new `ir.Shape` each time it is asked."""
     if type(tensor) is ir.TensorProtoTensor:  # isinstance takes long over a class that has protocols as bases
-        size: int = math.prod(tensor.raw.dims)
-        return math.ceil(_itemsize(tensor.raw.data_type) * size)
+        return tuple(tensor.raw.dims)
+    return tuple(tensor.shape.numpy())
+
+
+def nbytes(tensor: ir.TensorProtocol) -> int:
+    """Bytes of a tensor."""
+    if type(tensor) is ir.TensorProtoTensor:
+        return math.ceil(_itemsize(tensor.raw.data_type) * math.prod(sizes_of(tensor)))
     return tensor.nbytes
 
 
@@ -217,6 +225,13 @@ def sole_user(value: ir.Value) -> ir.Node | None:
     user = next(iter(value.uses())).node
     producer = value.producer()
     return user if producer is None or user.graph is producer.graph else None
+
+
+def detach(node: ir.Node) -> None:
+    """Let a node that goes away read nothing."""
+    for position, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(position, None)
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import onnx
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, nbytes
+from onnxopt.graph import constant_of, nbytes, sizes_of
 
 __all__ = [
     *("REMEMBERED", "Form", "Type", "form_of", "hide_misread", "infer_outputs", "refine", "sort_axes"),
@@ -127,7 +127,7 @@ def _data_of(value: ir.Value | None, known: Type | None) -> _Data | None:
     tensor = constant_of(value)
     if tensor is None or tensor.dtype == ir.DataType.STRING or nbytes(tensor) > _READABLE:
         return None
-    return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
+    return tensor.dtype, sizes_of(tensor), tensor.tobytes()
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

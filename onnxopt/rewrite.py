@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import OnnxoptError
-from onnxopt.graph import subgraphs_of, use_count, walk
+from onnxopt.graph import detach, sizes_of, subgraphs_of, use_count, walk
 from onnxopt.index import operator_of
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.scope import Scope, scopes
@@ -82,7 +82,7 @@ class Edit:
     def constant(self, array: np.ndarray | ir.TensorProtocol, like: str | None) -> ir.Value:
         """A new constant; its name is fresh and starts with `like`."""
         tensor = ir.Tensor(array) if isinstance(array, np.ndarray) else array
-        value = ir.Value(type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+        value = ir.Value(type=ir.TensorType(tensor.dtype), shape=ir.Shape(sizes_of(tensor)))
         self._named[value] = like or "constant"
         if self._scope.holds_initializers:
             value.const_value = tensor
@@ -195,7 +195,7 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
     """Let all that read `old` read `new`; where `old` is a graph output, `new` takes its place and name."""
     if new.type is None:
         new.type = old.type
-    if new.shape is None and old.shape is not None and _graph_of(new) is _graph_of(old):
+    if new.shape is None and old.shape is not None and new.graph is old.graph:
         new.shape = old.shape.copy()  # what is known in a branch holds where the branch runs only
     if old.is_graph_output():
         if old.name is not None:
@@ -204,11 +204,6 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
         new.type = old.type
         new.shape = old.shape.copy() if old.shape is not None else None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def _graph_of(value: ir.Value) -> object:
-    producer = value.producer()
-    return value.graph if producer is None else producer.graph
 
 
 def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
@@ -232,13 +227,6 @@ def _remove_unread(start: Iterable[ir.Node]) -> list[ir.Node]:
     for graph in dict.fromkeys(unread.values()):
         graph.remove([node for node in unread if unread[node] is graph])
     return [node for node in above if node.graph is not None]
-
-
-def detach(node: ir.Node) -> None:
-    """Let a node that goes away read nothing."""
-    for position, value in enumerate(node.inputs):
-        if value is not None:
-            node.replace_input_with(position, None)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def test_user_samples_replace_synthetic_ones() -> None:
 
 
 def test_passes_given_as_objects() -> None:
-    from onnxopt.passes.eliminate_identity import EliminateIdentity
+    from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 
     result = onnxopt.optimize(text_model(TEXT), passes=[EliminateIdentity()], bench=False)
     assert result.report.passes == ("eliminate-identity",)

@@ -59,7 +59,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def test_passes_import_only_the_engine_below_them() -> None:
-    files = sorted((ROOT / "passes").glob("*.py"))
+    files = sorted((ROOT / "passes").rglob("*.py"))
     assert len(files) > 3
     for file in files:
         assert not imports_of(file) & FORBIDDEN_IN_PASSES, file.name

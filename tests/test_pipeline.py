@@ -15,8 +15,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxopt.claims import Kind, Pass
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.model import opener
-from onnxopt.passes.eliminate_dead import EliminateDead
-from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
+from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope

@@ -11,7 +11,7 @@ import pytest
 from onnxopt import recipe
 from onnxopt.claims import Pass, pass_name
 from onnxopt.errors import UsageError
-from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
 from onnxopt.recipe import build_pipeline, known_passes, load_recipe, parse_pass, parse_passes, recipes
 from onnxopt.targets import TARGETS

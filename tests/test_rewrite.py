@@ -19,7 +19,7 @@ from onnxopt.graph import nodes, roots, walk
 from onnxopt.index import Index, operator_of
 from onnxopt.ledger import Ledger
 from onnxopt.model import load, opener
-from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from onnxopt.recipe import load_recipe
 from onnxopt.rewrite import Declined, Edit, Rule, drive
 from onnxopt.scope import Scope, scopes

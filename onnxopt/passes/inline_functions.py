@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import function_name, subgraphs_of, walk
 from onnxopt.ledger import Ledger
-from onnxopt.passes._inline import Inliner
+from onnxopt.passes.shared.inline import Inliner
 from onnxopt.rewrite import Declined
 from onnxopt.scope import scopes
 

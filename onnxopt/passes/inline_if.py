@@ -26,8 +26,8 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import constant_array, subgraphs_of
 from onnxopt.ledger import Ledger, site_of
-from onnxopt.passes._inline import Inliner
-from onnxopt.passes._ranks import branches_of, cannot_end, ranks_differ
+from onnxopt.passes.shared.inline import Inliner
+from onnxopt.passes.shared.ranks import branches_of, cannot_end, ranks_differ
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope, scopes
 

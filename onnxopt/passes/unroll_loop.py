@@ -20,8 +20,8 @@ import onnx_ir as ir
 from onnxopt.claims import Pass
 from onnxopt.graph import constant_array, has_reference, is_deterministic, subgraphs_of, walk
 from onnxopt.ledger import Ledger, site_of
-from onnxopt.passes._inline import Inliner
-from onnxopt.passes._trips import empty_stack, is_one_step, unroll, unroll_step
+from onnxopt.passes.shared.inline import Inliner
+from onnxopt.passes.shared.trips import empty_stack, is_one_step, unroll, unroll_step
 from onnxopt.rewrite import Declined
 from onnxopt.scope import scopes
 

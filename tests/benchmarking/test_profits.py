@@ -21,8 +21,8 @@ from onnxopt.benchmarking.profits import Guard, Profit, find_profit, pattern_of,
 from onnxopt.errors import ProviderError, RuntimeMissingError
 from onnxopt.examples import rewritten
 from onnxopt.job import Job
-from onnxopt.passes.eliminate_dead import EliminateDead
-from onnxopt.passes.merge_matmul import MergeMatmul
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
+from onnxopt.passes.merge.merge_matmul import MergeMatmul
 from onnxopt.pipeline import Pipeline
 from onnxopt.recipe import known_passes
 from onnxopt.runtimes import runtime_version

@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from onnxopt import streamed
 from onnxopt.ledger import Ledger
 from onnxopt.model import load
-from onnxopt.passes import fold_constants
-from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.fold import fold_constants
+from onnxopt.passes.fold.fold_constants import FoldConstants
 from onnxopt.storage import save
 from onnxopt.streamed import Streamed
 from onnxopt.structure import find_problem

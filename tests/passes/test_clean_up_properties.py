@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from onnxopt.claims import Pass
 from onnxopt.model import opener
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
-from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
-from onnxopt.passes.eliminate_dead import EliminateDead
-from onnxopt.passes.eliminate_identity import EliminateIdentity
-from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.eliminate.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
+from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
+from onnxopt.passes.eliminate.eliminate_noop import EliminateNoop
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.passes.lift_constants import LiftConstants

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from onnxopt.passes.eliminate.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from tests.support import assert_equivalent, run_pass, text_model
 
 PASS = EliminateCommonSubexpressions()

@@ -11,7 +11,7 @@ import pytest
 
 from onnxopt.graph import nodes, subgraphs_of
 from onnxopt.ledger import Ledger, Rewrite
-from onnxopt.passes.eliminate_dead import EliminateDead
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from tests.support import assert_equivalent, run_pass, text_model
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.passes.eliminate_expand import EliminateExpand
+from onnxopt.passes.eliminate.eliminate_expand import EliminateExpand
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 

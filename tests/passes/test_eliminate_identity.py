@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxopt.passes.eliminate_identity import EliminateIdentity
+from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from tests.support import assert_equivalent, run_pass, text_model
 
 

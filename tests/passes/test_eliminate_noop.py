@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.eliminate_noop import EliminateNoop
+from onnxopt.passes.eliminate.eliminate_noop import EliminateNoop
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 BIG = 2**63 - 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.eliminate_pairs import EliminatePairs
+from onnxopt.passes.eliminate.eliminate_pairs import EliminatePairs
 from tests.support import assert_equivalent, execute, run_pass, text_model
 
 ODD = np.array([0.0, -0.0, 0.5, -0.5, 2.5, -3.5, np.inf, -np.inf, np.nan, 1e30, 1e-40, -7], np.float32)

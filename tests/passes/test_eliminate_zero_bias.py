@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.eliminate_zero_bias import EliminateZeroBias
+from onnxopt.passes.eliminate.eliminate_zero_bias import EliminateZeroBias
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 W = "float[2,3,1] w = {1, 2, 3, 4, 5, 6}"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxopt.passes.fold_batchnorm import FoldBatchnorm
+from onnxopt.passes.fold.fold_batchnorm import FoldBatchnorm
 from onnxopt.protobuf import dump
 from tests.passes.layers import KINDS, Kind, Sketch
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onnxopt.graph import constant_array, constant_of
 from onnxopt.ledger import Ledger
-from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.fold.fold_constants import FoldConstants
 from onnxopt.structure import find_problem
 from tests.support import Rewritten, assert_equivalent, run_pass, text_model
 

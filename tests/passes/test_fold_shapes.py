@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.graph import constant_array
-from onnxopt.passes.fold_shapes import FoldShapes
+from onnxopt.passes.fold.fold_shapes import FoldShapes
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 OPEN = "the shape has a size that is neither a number nor one of the input"

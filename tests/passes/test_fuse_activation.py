@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.fuse_activation import FuseActivation
+from onnxopt.passes.fuse.fuse_activation import FuseActivation
 from tests.passes.expressions import expression_model
 from tests.support import Feeds, assert_equivalent, run_pass, text_model
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from models.attention import JOINS, MASKS, SCALES, SPLITS, attention
-from onnxopt.passes.fuse_attention import FuseAttention
+from onnxopt.passes.fuse.fuse_attention import FuseAttention
 from onnxopt.protobuf import dump
 from tests.support import Feeds, Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from onnxopt.passes.fuse_cache import FuseCache
+from onnxopt.passes.fuse.fuse_cache import FuseCache
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 GROWN = "keys = Concat <axis = {axis}> (pk, k) values = Concat <axis = 2> (pv, v)"

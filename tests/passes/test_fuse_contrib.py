@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from onnxopt.benchmarking.profits import pattern_of
 from onnxopt.claims import Pass
 from onnxopt.examples import rewritten
-from onnxopt.passes.fuse_bias_gelu import FuseBiasGelu
-from onnxopt.passes.fuse_embed_layernorm import FuseEmbedLayernorm
-from onnxopt.passes.fuse_skip_layernorm import FuseSkipLayernorm
+from onnxopt.passes.fuse.fuse_bias_gelu import FuseBiasGelu
+from onnxopt.passes.fuse.fuse_embed_layernorm import FuseEmbedLayernorm
+from onnxopt.passes.fuse.fuse_skip_layernorm import FuseSkipLayernorm
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 WEIGHTS = """<float[4] gamma = {1.0, 2.0, -0.5, 3.0}, float[4] beta = {0.5, 0.0, 1.0, -1.0},

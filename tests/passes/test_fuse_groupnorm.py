@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from onnxopt.passes.fuse_groupnorm import FuseGroupnorm
-from onnxopt.passes.merge_normalization import MergeNormalization
+from onnxopt.passes.fuse.fuse_groupnorm import FuseGroupnorm
+from onnxopt.passes.merge.merge_normalization import MergeNormalization
 from tests.support import assert_equivalent, run_pass, text_model
 
 FORM = (

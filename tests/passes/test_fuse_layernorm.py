@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.claims import Pass
-from onnxopt.passes.fuse_layernorm import FuseLayernorm
-from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
-from onnxopt.passes.merge_normalization import MergeNormalization
+from onnxopt.passes.fuse.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.merge.merge_normalization import MergeNormalization
 from tests.passes.expressions import Dim, expression_model
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 

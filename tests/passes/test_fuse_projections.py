@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from models.attention import attention
-from onnxopt.passes.fuse_attention import FuseAttention
-from onnxopt.passes.fuse_projections import FuseProjections
+from onnxopt.passes.fuse.fuse_attention import FuseAttention
+from onnxopt.passes.fuse.fuse_projections import FuseProjections
 from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 

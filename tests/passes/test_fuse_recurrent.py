@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.claims import Pass
-from onnxopt.passes.fuse_gru import FuseGru
-from onnxopt.passes.fuse_lstm import FuseLstm
+from onnxopt.passes.fuse.fuse_gru import FuseGru
+from onnxopt.passes.fuse.fuse_lstm import FuseLstm
 from onnxopt.passes.infer_shapes import InferShapes
 from tests.passes.cells import FORMS, SOURCES, Unrolled
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from models.llama import llama
-from onnxopt.passes.fuse_rotary import FuseRotary
+from onnxopt.passes.fuse.fuse_rotary import FuseRotary
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 SIZES = {"B": 2, "S": 5}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.fuse_layernorm import FuseLayernorm
-from onnxopt.passes.fuse_mean import FuseMean
-from onnxopt.passes.fuse_softmax import FuseSoftmax
+from onnxopt.passes.fuse.fuse_layernorm import FuseLayernorm
+from onnxopt.passes.fuse.fuse_mean import FuseMean
+from onnxopt.passes.fuse.fuse_softmax import FuseSoftmax
 from tests.passes.expressions import Dim, expression_model
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.passes.fuse_space_to_depth import FuseSpaceToDepth
+from onnxopt.passes.fuse.fuse_space_to_depth import FuseSpaceToDepth
 from tests.support import assert_equivalent, run_pass
 
 END = 2**63 - 1

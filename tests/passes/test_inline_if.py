@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnxopt.claims import Pass
 from onnxopt.graph import nodes
 from onnxopt.model import load, opener
-from onnxopt.passes.eliminate_identity import EliminateIdentity
-from onnxopt.passes.fold_constants import FoldConstants
+from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
+from onnxopt.passes.fold.fold_constants import FoldConstants
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.inline_if import InlineIf
 from onnxopt.pipeline import Outcome, Pipeline

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onnxopt.ledger import Ledger
 from onnxopt.model import load
-from onnxopt.passes.merge_affine import MergeAffine
+from onnxopt.passes.merge.merge_affine import MergeAffine
 from onnxopt.protobuf import dump
 from tests.passes.layers import KINDS, Kind, Sketch
 from tests.support import assert_equivalent, execute, random_feeds, run_pass, sqnr, text_model

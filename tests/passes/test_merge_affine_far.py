@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.fold_batchnorm import FoldBatchnorm
-from onnxopt.passes.merge_affine import MergeAffine
+from onnxopt.passes.fold.fold_batchnorm import FoldBatchnorm
+from onnxopt.passes.merge.merge_affine import MergeAffine
 from tests.passes.layers import KINDS, Kind, Shape, Sketch
 from tests.support import Rewritten, assert_equivalent, execute, random_feeds, run_pass, text_model
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.merge_arithmetic import MergeArithmetic
+from onnxopt.passes.merge.merge_arithmetic import MergeArithmetic
 from tests.support import assert_equivalent, run_pass, text_model
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from onnxopt.passes.merge_cast import MergeCast, is_lossless
+from onnxopt.passes.merge.merge_cast import MergeCast, is_lossless
 from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, run_pass, text_model
 

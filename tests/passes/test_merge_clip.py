@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from onnxopt.passes.merge_clip import MergeClip
+from onnxopt.passes.merge.merge_clip import MergeClip
 from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from onnxopt.passes.merge_concat import MergeConcat
+from onnxopt.passes.merge.merge_concat import MergeConcat
 from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnxopt.graph import constant_array
-from onnxopt.passes.merge_distant_layout import MergeDistantLayout
+from onnxopt.passes.merge.merge_distant_layout import MergeDistantLayout
 from tests.passes.movements import Movements
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.merge_gemm import MergeGemm
+from onnxopt.passes.merge.merge_gemm import MergeGemm
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 SHARED = "the output of the {} is also read elsewhere"

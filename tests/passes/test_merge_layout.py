@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.evaluation import named
-from onnxopt.passes._layout import Layout
-from onnxopt.passes._steps import Step, steps_for
-from onnxopt.passes.merge_layout import MergeLayout
+from onnxopt.passes.merge.merge_layout import MergeLayout
+from onnxopt.passes.shared.layout import Layout
+from onnxopt.passes.shared.steps import Step, steps_for
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 UNWRITTEN = "the shape of the Reshape that would be needed cannot be written down"

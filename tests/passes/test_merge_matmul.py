@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.passes.merge_matmul import MergeMatmul
+from onnxopt.passes.merge.merge_matmul import MergeMatmul
 from tests.passes.layers import Kind, Sketch
 from tests.support import assert_equivalent, run_pass, text_model
 

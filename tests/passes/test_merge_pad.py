@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.passes.merge_pad import MergePad
+from onnxopt.passes.merge.merge_pad import MergePad
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.model import load
-from onnxopt.passes.merge_parallel import MergeParallel
+from onnxopt.passes.merge.merge_parallel import MergeParallel
 from tests.passes.layers import Sketch
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnxopt.claims import Pass
-from onnxopt.passes.merge_pieces import MergePieces
-from onnxopt.passes.merge_split import MergeSplit
+from onnxopt.passes.merge.merge_pieces import MergePieces
+from onnxopt.passes.merge.merge_split import MergeSplit
 from tests.passes.movements import Movements
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 

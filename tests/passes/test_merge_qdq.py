@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from onnxopt.passes.merge_qdq import MergeQdq
+from onnxopt.passes.merge.merge_qdq import MergeQdq
 from tests.support import Rewritten, assert_equivalent, execute, run_pass, text_model
 
 X = {"x": np.linspace(-40, 40, 24, dtype=np.float32).reshape(2, 3, 4)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
-from onnxopt.passes.merge_reshape import MergeReshape
+from onnxopt.passes.merge.merge_reshape import MergeReshape
 from tests.support import assert_equivalent, execute, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

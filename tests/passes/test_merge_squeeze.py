@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.passes.merge_squeeze import MergeSqueeze
+from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

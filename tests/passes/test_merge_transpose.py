@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from onnxopt.passes.merge_transpose import MergeTranspose
+from onnxopt.passes.merge.merge_transpose import MergeTranspose
 from tests.support import assert_equivalent, run_pass, text_model
 
 SHARED = "the value in between is read elsewhere too"

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.passes.retarget_einsum import RetargetEinsum
+from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
 from tests.support import Rewritten, assert_equivalent, execute, random_feeds, run_pass
 
 SIZES = {"b": 2, "h": 3, "i": 4, "j": 5, "k": 6, "d": 7}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.model import load
-from onnxopt.passes.retarget_gemm import RetargetGemm
+from onnxopt.passes.retarget.retarget_gemm import RetargetGemm
 from tests.passes.layers import Sketch
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 

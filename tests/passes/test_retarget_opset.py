@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from onnxopt.ledger import Ledger
 from onnxopt.model import load, opener
-from onnxopt.passes.fuse_activation import FuseActivation
-from onnxopt.passes.fuse_rmsnorm import FuseRmsnorm
+from onnxopt.passes.fuse.fuse_activation import FuseActivation
+from onnxopt.passes.fuse.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.infer_shapes import InferShapes
-from onnxopt.passes.retarget_opset import RetargetOpset
+from onnxopt.passes.retarget.retarget_opset import RetargetOpset
 from onnxopt.pipeline import Pipeline
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
