@@ -24,6 +24,8 @@ _READABLE = 4096
 _SHORT = frozenset({(), *((size,) for size in range(9))})
 """Shapes of other constants that it is shown: scales, one for each axis, and single numbers."""
 
+_MISREAD_SLICE = 10
+"""The version of Slice whose result has the names of its input's sizes in onnx, whatever is cut off."""
 _BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _TENSOR, _GRAPHS = ir.AttributeType.TENSOR, (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _SCALARS = (ir.AttributeType.FLOAT, ir.AttributeType.INT, ir.AttributeType.STRING)
@@ -151,7 +153,15 @@ def _infer(
     except onnx.checker.ValidationError as error:  # of a type that the operator does not take
         raise onnx.shape_inference.InferenceError(str(error)) from None
     found = {name: type_from(proto) for name, proto in inferred.items()}
+    if form.op_type == "Slice" and opsets[form.domain] == _MISREAD_SLICE:
+        found = {name: _without_names(known) for name, known in found.items()}
     return tuple([found.get(f"o{number}") for number in range(len(form.outputs))])
+
+
+def _without_names(known: Type) -> Type:
+    if isinstance(known, bytes) or known[1] is None:
+        return known
+    return known[0], tuple(size if isinstance(size, int) else None for size in known[1])
 
 
 def _type_proto(known: Type) -> onnx.TypeProto:
@@ -193,28 +203,29 @@ def sort_axes(node: onnx.NodeProto) -> None:
             attr.ints.sort()
 
 
-def hide_misread(
-    graph: onnx.GraphProto, constants: set[str] | None = None, types: dict[str, onnx.TypeProto] | None = None
-) -> None:
+def hide_misread(model: onnx.ModelProto) -> None:
     """Hide Slices of lists by what is no constant from onnx: following shapes, it takes such an end for 0.
 
-    Args:
-        graph: with the graphs in its nodes; changed in place.
-        constants, types: of the graphs around it; added to.
+    Likewise each Slice of opset 10.
     """
-    constants, types = set() if constants is None else constants, {} if types is None else types
+    every = any(one.version == _MISREAD_SLICE and not one.domain for one in model.opset_import)
+    _hide(model.graph, every, set(), {})
+
+
+def _hide(graph: onnx.GraphProto, every: bool, constants: set[str], types: dict[str, onnx.TypeProto]) -> None:
+    """In a graph and those in its nodes; `constants`, `types`: of the graphs around it, added to."""
     types.update((info.name, info.type) for info in (*graph.input, *graph.value_info))
     constants.difference_update(name for node in graph.node for name in node.output)
     constants.update(name for node in graph.node if node.op_type == "Constant" for name in node.output)
     constants.update(tensor.name for tensor in graph.initializer)
     for node in graph.node:
-        if node.op_type == "Slice" and not constants.issuperset(filter(None, node.input[1:])):
+        if node.op_type == "Slice" and (every or not constants.issuperset(filter(None, node.input[1:]))):
             tensor = types.get(node.input[0], onnx.TypeProto()).tensor_type
-            if tensor.elem_type in (0, *_INTEGERS) and len(tensor.shape.dim) < 2:
+            if every or (tensor.elem_type in (0, *_INTEGERS) and len(tensor.shape.dim) < 2):
                 node.op_type = "?"
         for attr in node.attribute:
             for body in (attr.g, *attr.graphs) if attr.type in _BODIES else ():
-                hide_misread(body, constants, types)
+                _hide(body, every, constants, types)
 
 
 def _complete(value: ir.Value, inferred: Type) -> bool:

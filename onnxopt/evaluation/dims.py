@@ -6,6 +6,7 @@ is known of has a name of its own. Nodes are looked at when a value they lead to
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -139,7 +140,16 @@ class Dims:
             return tuple(tensor.shape.numpy())
         if value.shape is None or self._in_loop(value):
             return None
-        return tuple(self._named(dim) for dim in value.shape.dims)
+        given = self._named if self._names_hold or value.is_graph_input() else self._number
+        return tuple(map(given, value.shape.dims))
+
+    def _number(self, dim: int | ir.SymbolicDim) -> Dim:
+        return dim if isinstance(dim, int) else self.unknown()
+
+    @functools.cached_property
+    def _names_hold(self) -> bool:
+        """False where onnx's inference may have named sizes wrongly: of a Slice of opset 10."""
+        return self._scope.opset != 10 or all(node.op_type != "Slice" for node in walk(self._scope.graph))
 
     def _named(self, dim: int | ir.SymbolicDim) -> Dim:
         if isinstance(dim, int):

@@ -128,7 +128,7 @@ def _question(model: ir.Model) -> onnx.ModelProto:
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     _prepare_nodes(proto.graph, fixed)
-    hide_misread(proto.graph)
+    hide_misread(proto)
     return proto
 
 

@@ -269,3 +269,21 @@ def test_integers_that_wrap_around_are_not_followed(kind: str) -> None:
     )
     after = run_pass(proto, FoldShapes()).model
     assert_equivalent(proto, after)
+
+
+def test_names_on_record_are_no_proof_beside_a_slice_of_opset_10() -> None:
+    """There, onnx's inference keeps the name of a size that is cut."""
+    proto = text_model(
+        """<ir_version: 5, opset_import: ["" : 10]>
+        agraph (float[N, 3] x) => (float[A, 3] y) <int64[1] s = {1}, int64[1] e = {3}> {
+            t = Slice(x, s, e)
+            u = Neg(t)
+            size = Shape(x)
+            y = Expand(u, size)
+        }"""
+    )
+    proto = onnx.shape_inference.infer_shapes(proto)
+    assert proto.graph.value_info[0].type.tensor_type.shape.dim[0].dim_param == "N"
+    done = run_pass(proto, FoldShapes())
+    assert (done.count("Slice"), done.count("Expand")) == (1, 1)
+    assert_equivalent(proto, done.model, random_feeds(proto, sizes={"N": 2}))

@@ -20,7 +20,7 @@ from onnxopt.passes import infer_shapes
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.lift_constants import LiftConstants
 from tests.random_graphs import random_model
-from tests.support import assert_equivalent, random_feeds, run_pass, text_model
+from tests.support import assert_equivalent, execute, random_feeds, run_pass, text_model
 
 
 def record(model: ir.Model) -> dict[str | None, str]:
@@ -121,6 +121,19 @@ def test_a_shape_that_is_cut_where_the_user_says_is_unknown(cut: str, inside: bo
         output = "z"
     text = f"g (float[2,3,4] x, int64[1] k, bool b) => (float[A] {output}) {constants} {{ {nodes} }}"
     assert record(run_pass(text, InferShapes()).model)["a"] in ("None None", "FLOAT None")
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11])
+def test_a_size_that_is_cut_loses_its_name(opset: int) -> None:
+    """In onnx, a Slice of opset 10 keeps it."""
+    constants = "" if opset < 10 else "<int64[1] s = {1}, int64[1] e = {3}>"
+    cut = "Slice<starts = [1], ends = [3]>(x)" if opset < 10 else "Slice(x, s, e)"
+    proto = text_model(
+        f"""<ir_version: 5, opset_import: ["" : {opset}]>
+        g (float[N, 3] x) => (float[A, 3] y) {constants} {{ t = {cut}\n u = Neg(t)\n y = Neg(u) }}"""
+    )
+    proto.graph.value_info.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info[1:])
+    assert record(run_pass(proto, InferShapes()).model)["t"] == "FLOAT [None,3]"
 
 
 @pytest.mark.parametrize("lift", [False, True])
@@ -270,3 +283,27 @@ def test_operators_that_give_one_type_only() -> None:
     }"""
     result = run_pass(text, InferShapes())
     assert record(result.model)["s"] == "FLOAT None"
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from(["all", "movement", "sizes"]))
+def test_what_is_on_record_holds_at_every_size(seed: int, steps: int, family: str) -> None:
+    random = random_model(seed, steps, family)
+    del random.proto.graph.value_info[:]
+    found = run_pass(random.proto, InferShapes()).model
+    known = {v.name: v for node in found.graph for v in node.outputs if v.name and v.shape is not None}
+    all_of_it = onnx.ModelProto()
+    all_of_it.CopyFrom(random.proto)
+    del all_of_it.graph.output[:]
+    all_of_it.graph.output.extend(onnx.ValueInfoProto(name=name) for name in known)
+    for feeds in random.feeds:
+        sizes = dict[str | None, int]()
+        for port in random.proto.graph.input:
+            dims = port.type.tensor_type.shape.dim
+            if port.name in feeds:
+                sizes |= dict(zip([dim.dim_param for dim in dims], feeds[port.name].shape, strict=True))
+        for (name, value), array in zip(known.items(), execute(all_of_it, feeds), strict=True):
+            assert value.shape is not None
+            assert len(value.shape) == array.ndim, name
+            for dim, size in zip(value.shape.dims, array.shape, strict=True):
+                assert (dim if isinstance(dim, int) else sizes.get(dim.value, size)) == size, name

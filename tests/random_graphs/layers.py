@@ -156,7 +156,11 @@ def einsum(graph: Graph) -> None:
         graph.op("Einsum", [x, w], equation=f"{letters},{right}->{letters[:-1]}z")
     else:
         other = "".join(rng.choice(letters) if rng.random() < 0.7 else "wxyz"[i] for i in range(y.rank))
-        if len(set(other)) == len(other):
+        shared = [(letters.index(one), other.index(one)) for one in other if one in letters]
+        alike = all(
+            a.shape[i] == b.shape[j] for i, j in shared for a, b in zip(x.arrays, y.arrays, strict=True)
+        )
+        if len(set(other)) == len(other) and alike:
             every = sorted(set(letters + other))
             kept = rng.sample(every, min(len(every), rng.randint(1, 4)))
             graph.op("Einsum", [x, y], equation=f"{letters},{other}->{''.join(kept)}")
