@@ -3,8 +3,8 @@
 Before: opset 11; y = Squeeze[axes=[1]](x); z = Softmax[axis=1](t), with t of rank 3
 After:  opset 23; y = Squeeze(x, [1]); z = Reshape(Softmax[axis=-1](Flatten[axis=1](t)), Shape(t))
 Declines: an operator of the model cannot be said, or is not known to be the same, in the new opset; the
-    model, or a function of it, is below opset 7 or above `version`. The model is then left as it is: there
-    is no half of it to raise.
+    model, or a function of it, is below opset 7 or above `version`; ONNX Runtime has no kernel for it
+    there. The model is then left as it is: there is no half of it to raise.
 
 Operators of other domains stay untouched, weights are not read, and nodes keep their names. Below IR version
 4 the IR version stays: above it, initializers that are graph inputs could be overridden.
@@ -31,6 +31,9 @@ __all__ = ["RetargetOpset"]
 
 _OLDEST = 7
 """Below it, broadcasting was an attribute, and the runtime has no kernels."""
+
+_WITHOUT_KERNEL = frozenset({"RandomNormalLike", "RandomUniform", "RandomUniformLike", "RoiAlign"})
+"""Operators for whose form of opset 22 ONNX Runtime has no kernel, up to version 1.31."""
 
 _IR_VERSIONS: Mapping[int, int] = {
     7: 3,
@@ -118,6 +121,8 @@ class RetargetOpset(Pass):
             raise Declined(f"it is of opset {opset}, which is newer")
         if opset < _OLDEST or self.version > REVIEWED:
             raise Declined(f"only opsets {_OLDEST} to {REVIEWED} are known")
+        if node.op_type in _WITHOUT_KERNEL and opset < 22 <= self.version:
+            raise Declined("ONNX Runtime has no kernel for it from opset 22 on")
         return raised(node, opset, self.version, CHANGES)
 
 
