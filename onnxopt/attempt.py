@@ -83,7 +83,7 @@ def attempt(
         ledger.touched.clear()
         if on_pass:
             on_pass(ledger.pass_name)
-        started = time.perf_counter()
+        started, wanted = time.perf_counter(), len(ledger.opsets_wanted)
         before = _Look.at(done.model) if watch else None
         try:
             done.model = _apply(one, done.model, ledger)
@@ -103,7 +103,7 @@ def attempt(
             tally.nodes += size[0] - old[0]
             tally.bytes += size[1] - old[1]
         tally.seconds += time.perf_counter() - started
-        quiet = 0 if changes else quiet + 1
+        quiet = 0 if changes or len(ledger.opsets_wanted) > wanted else quiet + 1
         if ledger.exhausted or quiet == len(passes):
             done.settled = True
             break

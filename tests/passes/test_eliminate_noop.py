@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.helper as oh
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxopt.ledger import Ledger
 from onnxopt.passes.eliminate.eliminate_noop import EliminateNoop
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
@@ -308,3 +310,15 @@ def binary(draw: st.DrawFn) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
 def test_any_constant_of_any_shape(case: tuple[onnx.ModelProto, dict[str, np.ndarray]]) -> None:
     proto, feeds = case
     assert_equivalent(proto, run_pass(proto, EliminateNoop()).model, feeds)
+
+
+@pytest.mark.parametrize(
+    "nodes", ["t = Expand(x, square)", "t = Expand(x, number)", "t = Slice(x, one, one, nine)"]
+)
+def test_lists_that_are_none_are_left_to_the_runtime(nodes: str) -> None:
+    text = f"""g (float[4] x) => (float[?] y) <int64[1,1] square = {{4}}, int64 number = {{4}},
+        int64[1] one = {{1}}, int64[1] nine = {{9}}> {{ {nodes} y = Neg(t) }}"""
+    model = ir.from_proto(text_model(text))
+    ledger = Ledger()
+    EliminateNoop().apply(model, ledger)
+    assert not ledger.granted

@@ -40,6 +40,11 @@ def test_the_cache_grows_inside(axis: int, mask: str, outputs: str, opset: int) 
     ("nodes", "outputs", "reason"),
     [
         (f"{GROWN} y = Attention <is_causal = 1> (q, keys, values)", "", "it is causal"),
+        (
+            GROWN.replace("pv, v", "v, pv") + " y = Attention (q, keys, values)",
+            "",
+            "known to be as many",
+        ),
         (f"{GROWN} y = Attention (q, keys, values) z = Relu (keys)", ", float[A,C,D,E] z", "read elsewhere"),
         (f"{GROWN} z = Shape (values) y = Attention (q, keys, values)", ", int64[4] z", "read elsewhere"),
     ],

@@ -17,7 +17,8 @@ from onnxopt.passes.fuse.fuse_skip_layernorm import FuseSkipLayernorm
 from tests.support import assert_equivalent, random_feeds, run_pass, text_model
 
 WEIGHTS = """<float[4] gamma = {1.0, 2.0, -0.5, 3.0}, float[4] beta = {0.5, 0.0, 1.0, -1.0},
-    float[4] bias = {2.0, 3.0, 0.5, 0.25}, float[1] short = {2.0}>"""
+    float[4] bias = {2.0, 3.0, 0.5, 0.25}, float[1] short = {2.0},
+    float[1,4] row = {0.5, 0.0, 1.0, -1.0}>"""
 
 
 def inferred(text: str) -> onnx.ModelProto:
@@ -92,6 +93,8 @@ def test_a_biased_value_that_is_read_elsewhere_is_an_operand() -> None:
             None,
             "made after it",
         ),
+        ("s = Add(x, r) y = LayerNormalization(s, gamma, row)", "N,S,4", None, "the shape of the scale"),
+        ("s = Add(x, r) y = LayerNormalization<epsilon=-0.1>(s, gamma)", "N,S,4", None, "is negative"),
         ("s = Add(x, r) y, m = LayerNormalization(s, gamma) z = Add(x, m)", "N,S,4", None, "is read too"),
     ],
 )
@@ -164,8 +167,9 @@ def test_bias_gelu_stays(body: str, kind: str, reason: str | None) -> None:
 
 TABLES = """<float[6,4] words, float[2,4] types, float[5,4] places, float[4] gamma = {1.0, 2.0, -0.5, 3.0},
     float[4] beta = {0.5, 0.0, 1.0, -1.0}, int64[5] numbers = {0, 1, 2, 3, 4},
-    int64[1,5] row = {0, 1, 2, 3, 4}, int64[5] others = {0, 1, 3, 2, 4}, int64[1] zero = {0},
-    int64[1] one = {1}, int64[1] two = {2}, int64 first = {1}, int64[1] last = {-1}>"""
+    int64[1,5] row = {0, 1, 2, 3, 4}, int64[1,1,5] cube = {0, 1, 2, 3, 4},
+    int64[5] others = {0, 1, 3, 2, 4}, int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2},
+    int64 first = {1}, int64[1] last = {-1}>"""
 
 LENGTHS = {
     "Shape with a start": "n = Shape<start = 1, end = 2>(ids)",
@@ -252,6 +256,7 @@ def test_a_row_of_numbers_and_a_length_that_is_read_elsewhere() -> None:
         (f"{LENGTHS['Gather'].replace('(ids)', '(single)')} {COUNTED}", "to be 0, 1, 2"),
         (f"{LENGTHS['Gather']} {COUNTED.replace('zero', 'one')}", "to be 0, 1, 2"),
         ("place = Gather(places, single)", "to be 0, 1, 2"),
+        (f"{LENGTHS['Gather']} p = Slice(cube, zero, n, last) place = Gather(places, p)", "to be 0, 1, 2"),
         (f"{LENGTHS['Gather']} {COUNTED} z = Neg(place) word3 = Add(z, word)", None),
     ],
 )

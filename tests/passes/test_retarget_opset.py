@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from onnxopt.ledger import Ledger
 from onnxopt.model import load, opener
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from onnxopt.passes.fuse.fuse_activation import FuseActivation
 from onnxopt.passes.fuse.fuse_rmsnorm import FuseRmsnorm
 from onnxopt.passes.infer_shapes import InferShapes
 from onnxopt.passes.retarget.retarget_opset import RetargetOpset
 from onnxopt.pipeline import Pipeline
+from onnxopt.protobuf import dump
 from tests.support import Rewritten, assert_equivalent, random_feeds, run_pass, text_model
 
 CONSTANTS = """<
@@ -267,6 +269,15 @@ def test_on_demand_goes_as_far_as_other_passes_ask(version: int, opset: int) -> 
     types = {node.op_type for node in done.model.graph}
     assert ("Gelu" in types, "RMSNormalization" in types) == (opset >= 20, opset >= 23)
     assert_equivalent(before, done.model, kind="reorder")
+
+
+def test_what_is_asked_for_in_a_later_round_is_heard() -> None:
+    """At first a value inside is read elsewhere, too, by a node that nobody reads."""
+    before = text_model(GELU_AND_RMS.replace("c = Add", "unread = Neg(b) c = Add"))
+    recipe = Pipeline((InferShapes(), FuseActivation(), EliminateDead(), RetargetOpset(20, on_demand=True)))
+    done = recipe.run(opener(before))
+    assert done.model.opset_imports[""] == 20
+    assert recipe.run(opener(dump(done.model))).changes == 0
 
 
 def test_on_demand_leaves_alone_what_nobody_asks_for() -> None:

@@ -109,6 +109,8 @@ class _Speller:
         if op_type in ("Clip",) and graph.model.opset < 11:
             low, high = (float(ast.literal_eval(one)) for one in arguments[1:])
             return self.op("Clip", self.value(arguments[0]), min=low, max=high)
+        if op_type == "PRelu":  # the slope may not have more axes
+            return self.op("PRelu", self.value(arguments[0]), self.scalar(arguments[1]))
         inputs = [self.value(one) for one in arguments]
         if op_type in _REDUCES:
             axes = [*self.axes] if rng.random() >= self.off else [rng.randrange(inputs[0].rank)]

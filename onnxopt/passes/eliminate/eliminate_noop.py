@@ -140,7 +140,7 @@ def _reshape(node: ir.Node, source: ir.Value) -> bool:
 
 def _expand(node: ir.Node, source: ir.Value) -> bool:
     sizes = _array(node.inputs[1])
-    return sizes is not None and _fits([int(size) for size in sizes], source)
+    return sizes is not None and sizes.ndim == 1 and _fits([int(size) for size in sizes], source)
 
 
 def _flatten(node: ir.Node, source: ir.Value) -> bool:
@@ -159,7 +159,10 @@ def _slice(node: ir.Node, source: ir.Value) -> bool:
     axes, steps = _ints(node, 3, "axes"), _ints(node, 4, "steps")
     if starts is None or ends is None or axes is None or steps is None or any(step != 1 for step in steps):
         return False
-    for start, end, axis in zip(starts, ends, axes or range(len(starts)), strict=True):
+    along, rank = axes or range(len(starts)), len(source.shape) if source.shape is not None else None
+    if rank is not None and not all(-rank <= axis < rank for axis in along):
+        return False
+    for start, end, axis in zip(starts, ends, along, strict=True):
         size = source.shape[axis] if source.shape is not None else None
         known = size if isinstance(size, int) else None
         if start != 0 and (known is None or start > -known):

@@ -3,11 +3,12 @@
 Before: keys = Concat(past_keys, k); values = Concat(past_values, v); y = Attention(q, keys, values, mask)
 After:  y, keys, values = Attention(q, k, v, mask, past_keys, past_values)
 Declines: another node reads keys or values, which may come before the Attention; it is causal, which is
-    counted from the end of a cache on; heads are not apart.
+    counted from the end of a cache on; heads are not apart; keys and values are not known to be as many.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
+from onnxopt.evaluation import Dim, Dims, DimsOf
 from onnxopt.graph import has_reference, int_attr
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
@@ -36,10 +38,11 @@ class FuseCache(Pass):
       }"""
 
     def rules(self) -> Sequence[Rule]:
-        return (Rule("Attention of what a cache grows to", ("Attention",), _fuse),)
+        fuse = functools.partial(_fuse, DimsOf())
+        return (Rule("Attention of what a cache grows to", ("Attention",), fuse),)
 
 
-def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
+def _fuse(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     if len(node.inputs) < 3 or len(node.outputs) > 1 or any(node.inputs[4:]):
         return None
     keys, values = (None if value is None else _appended(value.producer()) for value in node.inputs[1:3])
@@ -52,6 +55,9 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
     for grown in (keys, values):
         if any(usage.node is not node for usage in grown.outputs[0].uses()) or grown.graph is not node.graph:
             raise Declined("keys or values are read elsewhere, too")
+    lengths = [_length(dims_of(scope), grown.inputs[0]) for grown in (keys, values)]
+    if lengths[0] is None or lengths[0] != lengths[1]:
+        raise Declined("the cached keys and values are not known to be as many")
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     inputs = node.inputs[0], keys.inputs[1], values.inputs[1], mask, keys.inputs[0], values.inputs[0]
     edit = Edit(node, scope)
@@ -59,6 +65,11 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
     for old, new in zip((node, keys, values), results, strict=True):
         edit.replace(old.outputs[0], new)
     return edit
+
+
+def _length(dims: Dims, cached: ir.Value | None) -> Dim | None:
+    shape = dims.of(cached)
+    return shape[2] if shape is not None and len(shape) == 4 else None
 
 
 def _appended(node: ir.Node | None) -> ir.Node | None:

@@ -104,6 +104,8 @@ def _fuse(node: ir.Node, scope: Scope) -> Edit | None:
         raise Declined("it is not along the last axis, has no bias or further outputs")
     pairs: list[_Pair] = [(gather.inputs[0], gather.inputs[1]) for gather in gathers]
     width = shape_of(match["gamma"])
+    if shape_of(node.inputs[2]) != width or float_attr(node, "epsilon", 1e-5) < 0:
+        raise Declined("the bias has not the shape of the scale, or epsilon is negative")
     if any(int_attr(gather, "axis", 0) for gather in gathers) or width is None:
         raise Declined("an embedding is none of the rows of a table")
     for table, _ in pairs:
@@ -160,4 +162,4 @@ def _counts(value: ir.Value | None, ids: Sequence[ir.Value | None], scope: Scope
         return False
     along = 0 if axes is None else int(axes.reshape(-1)[0])
     in_order = numbers.size == numbers.shape[-1] and (numbers.reshape(-1) == np.arange(numbers.size)).all()
-    return bool(in_order) and along in (-1, numbers.ndim - 1)
+    return bool(in_order) and numbers.ndim < 3 and along in (-1, numbers.ndim - 1)

@@ -71,6 +71,8 @@ def _fuse(dims_of: DimsOf, node: ir.Node, scope: Scope) -> Edit | None:
     if is_stored(x) or is_stored(skip) or has_reference(node):
         return None
     gamma, beta = (*node.inputs[1:], None)[:2]
+    if beta is not None and shape_of(beta) != shape_of(gamma):
+        raise Declined("the bias has not the shape of the scale")
     _require_form(dims_of(scope), node, x, skip, gamma)
     total = add.outputs[0]
     kept = total.is_graph_output() or len(total.uses()) > 1
@@ -105,6 +107,8 @@ def _require_form(
     shape = dims.of(x)
     if shape is None or shape != dims.of(skip):
         raise Declined("the operands of the sum are not known to have one shape")
+    if float_attr(node, "epsilon", 1e-5) < 0:
+        raise Declined("epsilon is negative")
     rank = len(shape)
     if rank not in (2, 3) or int_attr(node, "axis", -1) not in (-1, rank - 1):
         raise Declined("it is not along the last of two or three axes")

@@ -201,7 +201,8 @@ def _slice_of(node: ir.Node, value: ir.Value, dims: Dims) -> tuple[int, int] | N
         return axis, value.index() or 0
     if node.op_type == "Gather":
         found = dims.elements(node.inputs[1])
-        return (axis, found.flat[0]) if found is not None and found.size == 1 and found.ndim < 2 else None
+        index = found.flat[0] if found is not None and found.size == 1 and found.ndim < 2 else None
+        return (axis, index) if isinstance(index, int) else None
     starts, ends = dims.ints(node, "starts", 1), dims.ints(node, "ends", 2)
     axes, steps = dims.ints(node, "axes", 3) or [0], dims.ints(node, "steps", 4) or [1]
     one = starts is not None and ends is not None and len(starts) == len(axes) == 1 and steps == [1]
