@@ -119,10 +119,10 @@ def params_from_range(
     scale = np.where(scale > 0, np.maximum(scale, _SMALLEST_SCALE), 1.0)
     if power_of_two:
         scale = 2.0 ** np.ceil(np.log2(scale))
-    scale = scale.astype(np.float32)
+    scale = np.asarray(scale, np.float32)
     if not (form.is_float or symmetric):
         zero = np.clip(np.rint(first - low / scale.astype(np.float64)), first, last)
-    return QuantParams(scale, zero.astype(np.int64), form, axis, block)
+    return QuantParams(scale, np.asarray(zero, np.int64), form, axis, block)
 
 
 def quantize(array: np.ndarray, params: QuantParams) -> np.ndarray:
