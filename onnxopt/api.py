@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.claims import spelling
-from onnxopt.data import Feeds, read_feeds, synthesize
+from onnxopt.data import Feeds, FeedSource, read_feeds, synthesize
 from onnxopt.errors import NoSamplesError
 from onnxopt.job import Job, Progress
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
@@ -41,7 +41,7 @@ def optimize(
     skip: Sequence[str] = (),
     freeze_initializers: bool = False,
     stop_after: int | None = None,
-    data: str | os.PathLike[str] | Iterable[Feeds] | None = None,
+    data: FeedSource | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     verify: bool = True,
@@ -136,7 +136,7 @@ def optimize(
     return Result(rewritten, report, model)
 
 
-def _samples(job: Job, data: str | os.PathLike[str] | Iterable[Feeds] | None) -> Sequence[Feeds]:
+def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
     """The user's samples, or synthetic ones; none, with a note, where none could be made up."""
     if data is not None:
         return read_feeds(data, job.model)

@@ -19,6 +19,7 @@ from onnxopt.cli.common import (
     shapes_of,
     write_json,
 )
+from onnxopt.data import FeedSource
 
 __all__ = ["command"]
 
@@ -43,7 +44,7 @@ def command(
     threads: int,
     seconds: float,
     shape: tuple[str, ...],
-    data: str | None,
+    data: FeedSource | None,
     seed: int,
     session_config: tuple[str, ...],
     json_file: str | None,

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from onnxopt.data import parse_shape
+from onnxopt.data import Images, parse_shape, read_preprocess
 from onnxopt.errors import ModelError, UsageError
 
 __all__ = [
@@ -33,11 +33,11 @@ __all__ = [
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_PREPROCESS = "onnxopt.preprocess"
+"""Where the context of a command keeps what `--preprocess` says."""
+
 shape_option = click.option(
     "--shape", "shape", multiple=True, metavar="NAME=1x3x224x224", help="Size of a dynamic input. Repeatable."
-)
-data_option = click.option(
-    "--data", metavar="PATH", help="Samples: a folder of .npz or .npy, one .npz, or file.py:function."
 )
 session_option = click.option(
     "--session-config",
@@ -46,6 +46,35 @@ session_option = click.option(
     help="A setting of the runtime's sessions (bench: of AFTER's alone). Repeatable.",
 )
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of synthetic samples.")
+
+
+def data_option(command: Command) -> Command:
+    """`--data`, and `--preprocess` for what it takes to read images; the command gets both as its `data`."""
+    data = click.option(
+        "--data",
+        metavar="PATH",
+        callback=_preprocessed,
+        help="Samples: a folder of .npz, .npy or images, one .npz, or file.py:function.",
+    )
+    preprocess = click.option(
+        "--preprocess",
+        metavar="STEPS",
+        is_eager=True,
+        expose_value=False,
+        callback=lambda context, _option, steps: context.meta.update({_PREPROCESS: steps}),
+        help="How images become arrays: resize=256,crop=224,scale=1/255,mean=0.5,std=0.5, or a .toml file.",
+    )
+    return data(preprocess(command))
+
+
+def _preprocessed(context: click.Context, _option: click.Parameter, data: str | None) -> str | Images | None:
+    """The samples that `--data` names, read as `--preprocess` says."""
+    steps = context.meta.get(_PREPROCESS)
+    if steps is None:
+        return data
+    if data is None:
+        raise UsageError("--preprocess says how --data is read: give --data with a folder of images")
+    return Images(data, read_preprocess(steps))
 
 
 def _writable(_context: click.Context, _option: click.Parameter, json_file: str | None) -> str | None:

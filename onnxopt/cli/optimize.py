@@ -17,6 +17,7 @@ from onnxopt.cli.common import (
     shapes_of,
     write_json,
 )
+from onnxopt.data import FeedSource
 
 __all__ = ["command"]
 
@@ -58,7 +59,7 @@ def command(
     stop_after: int | None,
     freeze_initializers: bool,
     shape: tuple[str, ...],
-    data: str | None,
+    data: FeedSource | None,
     seed: int,
     no_verify: bool,
     no_bench: bool,
