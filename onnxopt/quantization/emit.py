@@ -1,0 +1,171 @@
+"""Write a plan into a graph, as QuantizeLinear and DequantizeLinear around the nodes to be integer kernels.
+
+A tensor that an integer kernel writes is read by all through its DequantizeLinear: the runtime fuses a
+kernel only where nobody else reads its float output. Other tensors are quantized for those alone that
+read integers, and stay as exact as they are for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.graph import constant_of
+from onnxopt.quantization.formats import QuantParams, find_format, quantize
+from onnxopt.quantization.plan import Plan
+from onnxopt.quantization.units import Unit
+from onnxopt.quantization.weights import quantize_weight, weight_axis
+from onnxopt.scope import Names
+from onnxopt.targets import Placement
+
+__all__ = ["emit", "quantized_weight"]
+
+_BIAS_ROOM = 2.0**30
+"""The largest bias in units of its scale: half of int32, so that sums have room."""
+
+
+def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placement) -> None:
+    """Quantize, in place, the units of `model` that the plan names.
+
+    Weights that other nodes read, too, stay beside their integers for those. The opset must have
+    QuantizeLinear by axis, which is 13.
+    """
+    writer = _Writer(model, plan, placement)
+    chosen = [unit for unit in units if unit.site in plan.nodes]
+    read: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for unit in chosen:
+        for place in unit.reads:
+            value = unit.node.inputs[place]
+            if value is not None and constant_of(value) is None:
+                read.setdefault(value, []).append((unit.node, place))
+    written = {unit.output for unit in chosen if placement.outputs and unit.output.name in plan.tensors}
+    for value in dict.fromkeys([*read, *(unit.output for unit in chosen if unit.output in written)]):
+        writer.activation(value, read.get(value, ()), everyone=value in written)
+    for unit in chosen:
+        writer.constants(unit)
+    model.graph.sort()
+
+
+def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tuple[np.ndarray, QuantParams]:
+    """The integers of a unit's constant operand and their scale.
+
+    Args:
+        unit: has a constant operand.
+        plan: how weights are quantized.
+        source: of the activation that a layer multiplies them with; None where there is no bias to fit.
+
+    A layer's scale of a channel is raised where its bias would not fit int32 otherwise.
+    """
+    assert unit.weight is not None
+    if unit.site in plan.rounded:
+        return plan.rounded[unit.site]
+    tensor = constant_of(unit.node.inputs[unit.weight])
+    assert tensor is not None
+    array = tensor.numpy()
+    if not unit.is_layer:
+        return quantize_weight(array, find_format("uint8"), axis=None, symmetric=False)
+    axis = weight_axis(unit.node, unit.weight) if plan.per_channel and array.ndim > 1 else None
+    if unit.node.op_type == "MatMul" and array.ndim > 2:
+        axis = None  # the runtime's kernel takes one scale for a stack of matrices
+    ints, params = quantize_weight(
+        array, plan.weight, axis=axis, power_of_two=plan.power_of_two, limit=plan.limits.get(unit.site)
+    )
+    bias = constant_of(unit.bias) if unit.bias is not None else None
+    if bias is None or source is None or axis is None:
+        return ints, params
+    needed = np.abs(bias.numpy().reshape(-1).astype(np.float64)) / (float(source.scale) * _BIAS_ROOM)
+    if not (needed > params.scale).any():
+        return ints, params
+    params = replace(params, scale=np.maximum(params.scale, needed).astype(np.float32))
+    return quantize(array, params).astype(ints.dtype), params
+
+
+class _Writer:
+    """Makes constants and nodes with fresh names."""
+
+    def __init__(self, model: ir.Model, plan: Plan, placement: Placement) -> None:
+        self._graph, self._plan, self._placement = model.graph, plan, placement
+        self._names = Names(model)
+        self._scales: dict[ir.Value, QuantParams] = {}
+
+    def activation(self, value: ir.Value, readers: Sequence[tuple[ir.Node, int]], *, everyone: bool) -> None:
+        """Quantize a tensor and read it back, for its integer readers or for everyone."""
+        params = self._plan.params[value.name or ""]
+        scale, zero = self._params(params, value.name or "")
+        quantized = self._node("QuantizeLinear", [value, scale, zero], f"{value.name}_quantized")
+        result = self._node(
+            "DequantizeLinear", [quantized.outputs[0], scale, zero], f"{value.name}_dequantized"
+        )
+        producer = value.producer()
+        first = next(iter(self._graph))
+        if producer is None:
+            self._graph.insert_before(first, [quantized, result])
+        else:
+            self._graph.insert_after(producer, [quantized, result])
+        read_back = result.outputs[0]
+        read_back.type, read_back.shape = value.type, value.shape
+        self._scales[read_back] = params
+        if not everyone:
+            for node, place in readers:
+                node.replace_input_with(place, read_back)
+            return
+        name, shape = value.name, value.shape
+        value.replace_all_uses_with(read_back, replace_graph_outputs=True)
+        quantized.replace_input_with(0, value)
+        if read_back.is_graph_output():
+            value.name, read_back.name = self._names.fresh(f"{name}_float"), name
+            value.shape = shape.copy() if shape is not None else None
+
+    def constants(self, unit: Unit) -> None:
+        """Put integers in place of the unit's constant operand and bias."""
+        if unit.weight is None:
+            return
+        node, weight = unit.node, unit.node.inputs[unit.weight]
+        source = next((self._scales[v] for p in unit.reads if (v := node.inputs[p]) in self._scales), None)
+        ints, params = quantized_weight(unit, self._plan, source if self._placement.bias else None)
+        assert weight is not None
+        node.replace_input_with(unit.weight, self._constant(node, ints, params, weight.name or "weight"))
+        bias = unit.bias
+        tensor = constant_of(bias) if bias is not None else None
+        if tensor is None or bias is None or source is None or not self._placement.bias:
+            return
+        scale = np.asarray(params.scale.astype(np.float64) * float(source.scale), np.float32)
+        limit = 2**31 - 1
+        whole = np.rint(tensor.numpy().reshape(-1).astype(np.float64) / scale).clip(-limit, limit)
+        zero = np.zeros(scale.shape, np.int64)
+        axis = 0 if scale.ndim else None
+        fit = QuantParams(scale, zero, params.format, axis)
+        node.replace_input_with(2, self._constant(node, whole.astype(np.int32), fit, bias.name or "bias"))
+
+    def _constant(self, node: ir.Node, ints: np.ndarray, params: QuantParams, like: str) -> ir.Value:
+        """Integers of a constant, read back in front of `node`."""
+        stored = self._initializer(ints, f"{like}_quantized")
+        inputs = [stored, self._initializer(params.scale, f"{like}_scale")]
+        if params.zero_point.any() or ints.dtype != np.int32:
+            inputs.append(self._initializer(params.zero_point.astype(ints.dtype), f"{like}_zero_point"))
+        attributes = [] if params.axis is None else [ir.AttrInt64("axis", params.axis)]
+        made = self._node("DequantizeLinear", inputs, f"{like}_dequantized", attributes)
+        self._graph.insert_before(node, made)
+        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        made.outputs[0].shape = ir.Shape(ints.shape)
+        return made.outputs[0]
+
+    def _params(self, params: QuantParams, like: str) -> tuple[ir.Value, ir.Value]:
+        zero = params.zero_point.astype(params.format.dtype.numpy())
+        return self._initializer(params.scale, f"{like}_scale"), self._initializer(zero, f"{like}_zero_point")
+
+    def _initializer(self, array: np.ndarray, like: str) -> ir.Value:
+        tensor = ir.Tensor(np.asarray(array))
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=self._names.fresh(like), type=kind, shape=shape, const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+    def _node(
+        self, op_type: str, inputs: Sequence[ir.Value], like: str, attributes: Sequence[ir.Attr] = ()
+    ) -> ir.Node:
+        output = ir.Value(name=self._names.fresh(like))
+        return ir.Node("", op_type, inputs, attributes, outputs=[output], name=output.name)

@@ -1,0 +1,178 @@
+"""What quantizing one tensor alone does to a model's outputs.
+
+The noise of a source (an activation, or the weight of a unit) is the power of the error it makes in the
+outputs over the power of the outputs. Errors of many sources are nearly independent, so that their noise
+adds up. The graph is run in segments: what reaches a segment is computed once, and a source within it is
+tried by running what follows from there, in a model where a number that is fed switches it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.data import Feeds
+from onnxopt.graph import constant_of
+from onnxopt.quantization.emit import quantized_weight
+from onnxopt.quantization.formats import dequantize
+from onnxopt.quantization.plan import Plan
+from onnxopt.quantization.segments import needed_from, part_of
+from onnxopt.quantization.units import Unit, survey
+from onnxopt.runtimes import open_session
+from onnxopt.scope import Names
+from onnxopt.targets import Placement
+
+__all__ = ["Source", "measure_sensitivity", "noise_between"]
+
+_SEGMENTS = 8
+_SWITCH = "onnxopt_source"
+
+State = Mapping[str, np.ndarray]
+
+
+class Source(NamedTuple):
+    """Something that is quantized: an activation by its name, or the constant operand of a unit by its site."""
+
+    kind: Literal["tensor", "weight"]
+    name: str
+
+
+def measure_sensitivity(
+    model: ir.Model,
+    placement: Placement,
+    plan: Plan,
+    samples: Sequence[Feeds],
+    *,
+    progress: Callable[[float], None] = lambda _: None,
+) -> dict[Source, float]:
+    """The noise of each source of a model alone, on these samples.
+
+    Args:
+        model: in floating point; not changed.
+        placement, plan: how sources are quantized; the plan's choice of units does not matter.
+        samples: a few.
+        progress: called with the share that is done.
+    """
+    order = list(model.graph)
+    placed = _placed(survey(model, placement, plan.params).units, order)
+    outputs = list(model.graph.outputs)
+    states: list[State] = [dict(feeds) for feeds in samples]
+    with open_session(model) as session:
+        expected = [session.run(feeds) for feeds in samples]
+    noise: dict[Source, float] = {}
+    for start, end in _segments(list(placed.values()), len(order)):
+        within = [one for one, place in placed.items() if start <= place < end]
+        late = [v.name or "" for v in outputs if v.producer() in dict.fromkeys(order[start:])]
+        rest = part_of(model, start, len(order), late, states[0])
+        _add_switches(rest, within, placement, plan)
+        with open_session(rest) as session:
+            for number, one in enumerate(within):
+                which = {_SWITCH: np.array(number, np.int64)}
+                noise[one] = noise_between(expected, [session.run({**state, **which}) for state in states])
+                progress(len(noise) / len(placed))
+        if end < len(order):
+            states = _advanced(model, start, end, states, samples)
+    return noise
+
+
+def noise_between(expected: Sequence[State], found: Sequence[State]) -> float:
+    """The power of the errors over that of the values, summed over float outputs, averaged over samples.
+
+    Outputs of other types count by the share of elements that differ. Infinite where there is a NaN.
+    """
+    total = 0.0
+    for before, after in zip(expected, found, strict=True):
+        for name, value in after.items():
+            if before[name].dtype.kind != "f":
+                total += float(np.mean(before[name] != value)) if value.size else 0.0
+                continue
+            reference = before[name].astype(np.float64)
+            power, error = float(np.sum(reference**2)), float(np.sum((value - reference) ** 2))
+            total += error / power if power > 0 else float(error > 0)
+    return total / len(expected) if np.isfinite(total) else np.inf
+
+
+def _placed(units: Sequence[Unit], order: Sequence[ir.Node]) -> dict[Source, int]:
+    """Each source and the number of the node that makes or reads it, in the order of the nodes."""
+    numbers = {node: number for number, node in enumerate(order)}
+    found: dict[Source, int] = {}
+    for unit in units:
+        for value in (*unit.sources, *(() if unit.is_move else (unit.output,))):
+            producer = value.producer()
+            place = numbers[producer] if producer is not None else 0
+            if constant_of(value) is None:
+                found.setdefault(Source("tensor", value.name or ""), place)
+        if unit.weight is not None:
+            found[Source("weight", unit.site)] = numbers[unit.node]
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _segments(places: Sequence[int], nodes: int) -> list[tuple[int, int]]:
+    """Where to cut the list of nodes, so that segments hold about as many sources each."""
+    step = -(-len(places) // _SEGMENTS)
+    starts = [0, *sorted({place for place in places[::step] if place}), nodes]
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def _advanced(
+    model: ir.Model, start: int, end: int, states: Sequence[State], samples: Sequence[Feeds]
+) -> list[State]:
+    """What nodes from `end` on need, from what those from `start` on do."""
+    order = list(model.graph)
+    made = {value.name for node in order[start:end] for value in node.outputs}
+    needed = needed_from(order, end, model.graph.outputs)
+    ahead = part_of(model, start, end, [name for name in needed if name in made], states[0])
+    with open_session(ahead) as session:
+        computed = [session.run(state) for state in states]
+    kept = [{name: state[name] for name in needed if name not in made} for state in states]
+    return [{**feeds, **old, **new} for feeds, old, new in zip(samples, kept, computed, strict=True)]
+
+
+def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placement, plan: Plan) -> None:
+    """Quantize each source where the number fed as an input is its own."""
+    graph, names = model.graph, Names(model)
+    units = {unit.site: unit for unit in survey(model, placement, plan.params).units}
+    values = {value.name: value for value in (*graph.inputs, *(v for node in graph for v in node.outputs))}
+    which = ir.Value(name=_SWITCH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    graph.inputs.append(which)
+
+    def constant(array: np.ndarray) -> ir.Value:
+        tensor = ir.Tensor(np.asarray(array))
+        value = ir.Value(name=names.fresh("constant"), const_value=tensor, type=ir.TensorType(tensor.dtype))
+        value.shape = ir.Shape(tensor.shape.numpy())
+        graph.register_initializer(value)
+        return value
+
+    def computed(op_type: str, *inputs: ir.Value) -> ir.Value:
+        output = ir.Value(name=names.fresh(op_type))
+        graph.append(ir.Node("", op_type, inputs, outputs=[output], name=output.name))
+        return output
+
+    for number, source in enumerate(sources):
+        on = computed("Equal", which, constant(np.array(number, np.int64)))
+        if source.kind == "weight":
+            unit = units[source.name]
+            assert unit.weight is not None
+            weight = unit.node.inputs[unit.weight]
+            assert weight is not None
+            rounded = constant(dequantize(*quantized_weight(unit, plan, None)))
+            unit.node.replace_input_with(unit.weight, computed("Where", on, rounded, weight))
+            continue
+        value, params = values[source.name], plan.params[source.name]
+        zero = params.zero_point.astype(params.format.dtype.numpy())
+        scale, zero_point = constant(params.scale), constant(zero)
+        readers = [(usage.node, usage.idx) for usage in value.uses()]
+        quantized = computed("QuantizeLinear", value, scale, zero_point)
+        result = computed("Where", on, computed("DequantizeLinear", quantized, scale, zero_point), value)
+        for node, place in readers:
+            node.replace_input_with(place, result)
+        if value.is_graph_output():
+            result.type, name = value.type, value.name
+            value.name, result.name = names.fresh(f"{name}_float"), name
+            graph.outputs[:] = [result if one is value else one for one in graph.outputs]
+    graph.sort()
+
+

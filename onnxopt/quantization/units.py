@@ -1,0 +1,237 @@
+"""The nodes that a target has integer kernels for, and why the others stay in floating point.
+
+A unit is such a node together with the Relu or Clip behind it, which a quantized range makes superfluous:
+numbers below zero point or above the largest integer saturate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxopt.graph import (
+    constant_array,
+    constant_of,
+    float_attr,
+    has_reference,
+    int_attr,
+    nodes,
+    sizes_of,
+    sole_user,
+    str_attr,
+)
+from onnxopt.ledger import site_of
+from onnxopt.targets import Placement
+
+__all__ = ["LAYERS", "MOVES", "Survey", "Unit", "survey"]
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that multiply and add, which is where integers save time."""
+
+MOVES = (
+    "DepthToSpace",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "MaxPool",
+    "Reshape",
+    "Resize",
+    "Slice",
+    "Squeeze",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
+)
+"""Operators whose output holds numbers of their first input alone: both sides have one scale."""
+
+_RECURRENT = ("GRU", "LSTM", "RNN")
+_HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
+"""Operators that a user expects to be quantized: where they are not, that is said."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A node that can become an integer kernel.
+
+    reads: the positions of its computed float operands. weight: the position of a layer's constant operand.
+    output: what it writes, behind the Relu or Clip where there is one.
+    """
+
+    node: ir.Node
+    reads: tuple[int, ...]
+    weight: int | None
+    output: ir.Value
+
+    @property
+    def site(self) -> str:
+        """What it is called in plans and reports: its first output."""
+        return self.node.outputs[0].name or ""
+
+    @property
+    def is_move(self) -> bool:
+        """Whether it only moves numbers, so that input and output have one scale."""
+        return self.node.op_type in MOVES
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it multiplies and adds."""
+        return self.node.op_type in LAYERS
+
+    @property
+    def sources(self) -> tuple[ir.Value, ...]:
+        """The computed float operands."""
+        return tuple(value for place in self.reads if (value := self.node.inputs[place]) is not None)
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """The bias of a layer."""
+        has_bias = self.node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(self.node.inputs) > 2
+        return self.node.inputs[2] if has_bias else None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The units of a model in the order of its nodes, and reason -> the heavy nodes left for it."""
+
+    units: tuple[Unit, ...]
+    left: Mapping[str, tuple[str, ...]]
+
+
+def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> Survey:
+    """What of a model can be quantized for a target.
+
+    Args:
+        model: shapes inferred as far as can be.
+        placement: what the target takes.
+        measured: names of tensors whose ranges are known.
+    """
+    units: list[Unit] = []
+    left: dict[str, list[str]] = {}
+    for node in nodes(model):
+        reason = _reason(node, model.graph, placement, measured)
+        if reason is None:
+            units.append(_unit(node))
+        elif node.op_type in _HEAVY:
+            left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
+    return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
+
+
+def _unit(node: ir.Node) -> Unit:
+    weight = _weight_of(node)
+    return Unit(node, tuple(place for place in _operands(node) if place != weight), weight, _tail(node))
+
+
+def _operands(node: ir.Node) -> tuple[int, ...]:
+    """The positions of a node's float operands, constants included."""
+    if node.op_type in LAYERS:
+        return (0, 1)
+    if node.op_type in MOVES or len(node.inputs) == 1:
+        return (0,)
+    return tuple(range(len(node.inputs)))
+
+
+def _weight_of(node: ir.Node) -> int | None:
+    if node.op_type not in LAYERS:
+        return next((p for p in _operands(node) if constant_of(node.inputs[p]) is not None), None)
+    return next((place for place in (1, 0) if constant_of(node.inputs[place]) is not None), None)
+
+
+def _tail(node: ir.Node) -> ir.Value:
+    value = node.outputs[0]
+    user = sole_user(value) if node.op_type not in MOVES else None
+    limits = user is not None and user.domain == "" and user.inputs[0] is value and _starts_at_zero(user)
+    return user.outputs[0] if limits and user is not None else value
+
+
+def _starts_at_zero(node: ir.Node) -> bool:
+    if node.op_type != "Clip":
+        return node.op_type == "Relu"
+    low = constant_array(node.inputs[1], 64) if len(node.inputs) > 1 else None
+    return low is not None and low.size == 1 and float(low.reshape(-1)[0]) == 0
+
+
+def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Container[str]) -> str | None:
+    """Why a node stays in floating point; None where it can be quantized."""
+    if node.domain != "" or node.op_type not in placement.operators:
+        return "the target has no integer kernel for it"
+    if node.graph is not main:
+        return "it is in a body or function, whose values are not calibrated"
+    if has_reference(node) or len(node.outputs) != 1:
+        return "its attributes or outputs are not all known"
+    refused = _OBJECTIONS.get(node.op_type, _nothing)(node)
+    if refused is not None:
+        return refused
+    weight = _weight_of(node)
+    for place in _operands(node):
+        value = node.inputs[place]
+        if value is None:
+            return "an operand is missing"
+        if place == weight or constant_of(value) is not None:
+            continue
+        if value.is_initializer():
+            return "its weight is a graph input (overridable; --freeze-initializers makes it constant)"
+        if node.op_type in ("Conv", "ConvTranspose") and place == 1:
+            return "its weight is computed at run time"
+        if value.name not in measured:
+            return "an operand has no known range (it is no float32, or was never finite)"
+    if node.op_type not in LAYERS and all(constant_of(node.inputs[p]) is not None for p in _operands(node)):
+        return "its operands are constants"
+    return None if _tail(node).name in measured else "its output has no known range"
+
+
+def _nothing(_: ir.Node) -> str | None:
+    return None
+
+
+def _conv(node: ir.Node) -> str | None:
+    tensor = constant_of(node.inputs[1])
+    if tensor is not None and tensor.dtype != ir.DataType.FLOAT:
+        return f"its weight is of type {tensor.dtype.name}"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and constant_of(bias) is None:
+        return "its bias is no constant"
+    return None
+
+
+def _gemm(node: ir.Node) -> str | None:
+    if float_attr(node, "alpha", 1.0) != 1 or int_attr(node, "transA", 0):
+        return "its factors are scaled or transposed"
+    c = node.inputs[2] if len(node.inputs) > 2 else None
+    if c is None:
+        return _conv(node)
+    bias, weight = constant_of(c), constant_of(node.inputs[1])
+    if bias is None or float_attr(node, "beta", 1.0) != 1:
+        return "its bias is no constant, or scaled"
+    if weight is not None:
+        columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
+        if sizes_of(bias) not in ((columns,), (1, columns)):
+            return "its bias has not one number a column"
+    return _conv(node)
+
+
+def _matmul(node: ir.Node) -> str | None:
+    for value in node.inputs:
+        tensor = constant_of(value)
+        if tensor is not None and (tensor.dtype != ir.DataType.FLOAT or len(sizes_of(tensor)) < 2):
+            return "its weight is no matrix of float32"
+    return None
+
+
+def _resize(node: ir.Node) -> str | None:
+    return None if str_attr(node, "mode", "nearest") == "nearest" else "it interpolates"
+
+
+def _max_pool(node: ir.Node) -> str | None:
+    return None if len(node.outputs) == 1 else "it gives indices"
+
+
+_OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Resize": _resize,
+    "MaxPool": _max_pool,
+}
