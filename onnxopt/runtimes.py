@@ -187,12 +187,13 @@ def open_session(
     session_config: Mapping[str, str] = _NOTHING,
     provider_options: Mapping[str, str] = _NOTHING,
     strict: bool = False,
+    graph_file: Path | None = None,
 ) -> Session:
     """Open `model` for `provider`: sequential, `threads` threads that do not spin, nothing logged.
 
     `level` is the runtime's graph optimization level. `strict` refuses a model of which a node stays on the
-    CPU when another provider was asked for; without it at least one node must leave the CPU. Raises
-    UsageError, RuntimeMissingError, ProviderError, UnsupportedModelError and what `load` raises.
+    CPU when another provider was asked for; without it at least one node must leave the CPU. The graph as it
+    will run is written to `graph_file`. Raises UsageError, RuntimeMissingError, ProviderError, UnsupportedModelError and what `load` raises.
     """
     if provider not in _EP_NAMES:
         raise UsageError(f"unknown provider {provider!r}" + did_you_mean(provider, _EP_NAMES))
@@ -200,6 +201,8 @@ def open_session(
         raise UsageError(f"unknown optimization level {level!r}" + did_you_mean(level, get_args(Level)))
     ort = _onnxruntime()
     options = _session_options(ort, level, threads, session_config)
+    if graph_file is not None:
+        options.optimized_model_filepath = os.fspath(graph_file)
     wanted: list[Any] = [(_EP_NAMES[provider], {**_EP_DEFAULTS.get(provider, _NOTHING), **provider_options})]
     if provider != "cpu":
         _require(ort, provider)
@@ -225,6 +228,7 @@ def open_session(
                     session_config=session_config,
                     provider_options=provider_options,
                     strict=strict,
+                    graph_file=graph_file,
                 )
             if provider == "cpu" or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
                 raise UnsupportedModelError(f"{label}: onnxruntime cannot open it: {why}") from error

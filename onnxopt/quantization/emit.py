@@ -27,14 +27,15 @@ _BIAS_ROOM = 2.0**30
 """The largest bias in units of its scale: half of int32, so that sums have room."""
 
 
-def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placement) -> None:
-    """Quantize, in place, the units of `model` that the plan names.
+def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placement) -> dict[str, ir.Node]:
+    """Quantize, in place, the units of `model` that the plan names; their nodes by site.
 
     Weights that other nodes read, too, stay beside their integers for those. The opset must have
     QuantizeLinear by axis, which is 13.
     """
     writer = _Writer(model, plan, placement)
     chosen = [unit for unit in units if unit.site in plan.nodes]
+    sites = {unit.site: unit.node for unit in chosen}
     read: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
     for unit in chosen:
         for place in unit.reads:
@@ -47,6 +48,7 @@ def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placemen
     for unit in chosen:
         writer.constants(unit)
     model.graph.sort()
+    return sites
 
 
 def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tuple[np.ndarray, QuantParams]:

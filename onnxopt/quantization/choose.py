@@ -1,0 +1,209 @@
+"""Which units to quantize: those that together take the least time at a given price of noise.
+
+Each node is in floating point or in integers, each tensor is quantized or not, and costs arise where
+neighbours differ: a QuantizeLinear, a DequantizeLinear. All of these are costs of two things that differ,
+so that the best choice is a minimum cut of a graph (Greig, Porteous and Seheult, "Exact maximum a
+posteriori estimation for binary images", 1989). A source of noise costs its noise times a price: at the
+price 0 the choice is the fastest, and units move to floating point as the price rises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxopt.graph import constant_of
+from onnxopt.quantization.costs import NodeCost, Shapes, node_cost, shipped_costs
+from onnxopt.quantization.mincut import Cut
+from onnxopt.quantization.sensitivity import Source
+from onnxopt.quantization.units import Unit
+
+__all__ = ["Choice", "Prices", "choose", "prices_of_bytes", "prices_of_time"]
+
+_NEVER = 1e18
+"""More than any choice costs."""
+_FLOATS_OUT = ("Gemm", "MatMul")
+"""Layers whose integer kernels can write floats."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What nodes cost, and what it costs to quantize a tensor and to read it back: in ns, or in bytes."""
+
+    node: Callable[[ir.Node], NodeCost]
+    quantize: Callable[[ir.Value], float]
+    dequantize: Callable[[ir.Value], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Sites of units and names of tensors to quantize, and what the graph is expected to cost and to lose.
+
+    before, after: of the whole graph, in the unit of the prices. noise: the sum over the chosen sources.
+    """
+
+    nodes: frozenset[str]
+    tensors: frozenset[str]
+    before: float
+    after: float
+    noise: float
+
+
+def prices_of_time(shapes: Shapes) -> Prices:
+    """Nanoseconds on the CPU, by the table that ships; `shapes` gives the sizes of a value."""
+    table = shipped_costs()
+
+    def elements(value: ir.Value) -> int:
+        return math.prod(shapes(value))
+
+    return Prices(
+        lambda node: node_cost(node, shapes, table),
+        lambda value: table.quantize_ns(elements(value)),
+        lambda value: table.dequantize_ns(elements(value)),
+    )
+
+
+def prices_of_bytes() -> Prices:
+    """Bytes of weights; activations cost nothing but the few bytes of their scales."""
+
+    def node(one: ir.Node) -> NodeCost:
+        weights = sum(t.nbytes for value in one.inputs if (t := constant_of(value)) is not None)
+        return NodeCost(weights, weights / 4)
+
+    return Prices(node, lambda _: 1.0, lambda _: 1.0)
+
+
+def choose(
+    graph: ir.Graph,
+    units: Sequence[Unit],
+    prices: Prices,
+    noise: Mapping[Source, float],
+    price_of_noise: float,
+    *,
+    outputs: bool = True,
+    kept: Collection[str] = (),
+    forced: Collection[str] = (),
+) -> Choice:
+    """The choice of the least cost.
+
+    Args:
+        graph: the main graph; nodes in its bodies stay as they are.
+        units: those that may be chosen.
+        prices: of time or size.
+        noise: of each source; 0 for those that are not in it.
+        price_of_noise: cost of a noise of 1.
+        outputs: whether what a layer writes is quantized, too.
+        kept: sites that stay in floating point. forced: sites that become integers whatever they cost.
+    """
+    part = {unit.node: unit for unit in units} | {
+        unit.output.producer(): unit for unit in units if unit.output.producer() is not unit.node
+    }
+    cut, costs = Cut(), {node: prices.node(node) for node in graph}
+    for node in graph:
+        side = part.get(node, node)
+        cut.if_second(side, costs[node].float_ns)
+        if not isinstance(side, Unit) or side.site in kept:
+            cut.if_first(side, _NEVER)
+        else:
+            cut.if_first(side, min(costs[node].int8_ns, _NEVER))
+        if isinstance(side, Unit) and side.site in forced:
+            cut.if_second(side, _NEVER)
+        for value in node.inputs[:1]:
+            producer = part.get(value.producer()) if value is not None else None
+            if producer is not None and producer is not side:
+                cut.if_parted(producer, side, costs[node].apart_ns)
+    written = {unit.output: unit for unit in units}
+    tensors = dict.fromkeys(value for unit in units for value in (*unit.sources, unit.output))
+    for value in tensors:
+        _add_tensor(cut, value, written.get(value), part, graph, prices, noise, price_of_noise, outputs)
+    for unit in units:
+        for value in unit.sources:
+            cut.if_parted(unit, value, math.inf)
+        cut.if_first(unit, price_of_noise * noise.get(Source("weight", unit.site), 0.0))
+    first = cut.first_side()
+    chosen = [unit for unit in units if unit in first]
+    quantized = [value for value in tensors if value in first]
+    return Choice(
+        frozenset(unit.site for unit in chosen),
+        frozenset(value.name or "" for value in quantized),
+        sum(one.float_ns for one in costs.values()),
+        _total(graph, part, first, costs, quantized, written, prices),
+        _noise(chosen, quantized, written, first, noise),
+    )
+
+
+def _add_tensor(
+    cut: Cut,
+    value: ir.Value,
+    unit: Unit | None,
+    part: Mapping[ir.Node | None, Unit],
+    graph: ir.Graph,
+    prices: Prices,
+    noise: Mapping[Source, float],
+    price_of_noise: float,
+    outputs: bool,
+) -> None:
+    """What it costs to quantize a tensor, and to read back one that an integer kernel has written."""
+    cost = price_of_noise * noise.get(Source("tensor", value.name or ""), 0.0)
+    producer = value.producer()
+    if unit is None:
+        cut.if_first(value, cost + prices.quantize(value))
+        return
+    if unit.is_move:
+        cut.if_parted(value, unit, cost + prices.quantize(value))
+    else:
+        cut.if_first(value, cost)
+        cut.if_parted(value, unit, prices.quantize(value))
+    if outputs and unit.node.op_type not in _FLOATS_OUT:
+        cut.if_parted(unit, value, math.inf)
+    read_back = ("read back", value)
+    cut.if_parted(unit, read_back, prices.dequantize(value))
+    readers = [usage.node for usage in value.uses()]
+    for node in readers:
+        side = part.get(node, node)
+        cut.if_parted(read_back, side if node.graph is graph else ("a body",), math.inf)
+    if value.is_graph_output() or any(node.graph is not graph for node in readers):
+        cut.if_first(read_back, _NEVER)
+    assert producer is not None
+
+
+def _total(
+    graph: ir.Graph,
+    part: Mapping[ir.Node | None, Unit],
+    first: Collection[object],
+    costs: Mapping[ir.Node, NodeCost],
+    quantized: Sequence[ir.Value],
+    written: Mapping[ir.Value, Unit],
+    prices: Prices,
+) -> float:
+    """What the graph costs as chosen."""
+    total = 0.0
+    for node in graph:
+        integer = part.get(node, node) in first
+        total += costs[node].int8_ns if integer else costs[node].float_ns
+        producer = part.get(value.producer()) if node.inputs and (value := node.inputs[0]) is not None else None
+        if producer is not None and producer is not part.get(node) and producer in first and not integer:
+            total += costs[node].apart_ns
+    for value in quantized:
+        total += prices.quantize(value) if written.get(value) not in first else 0.0
+    for value, unit in written.items():
+        plain = [n for usage in value.uses() if part.get(n := usage.node, n) not in first]
+        if unit in first and (plain or value.is_graph_output()):
+            total += prices.dequantize(value)
+    return total
+
+
+def _noise(
+    chosen: Sequence[Unit],
+    quantized: Sequence[ir.Value],
+    written: Mapping[ir.Value, Unit],
+    first: Collection[object],
+    noise: Mapping[Source, float],
+) -> float:
+    """The noise of the chosen sources; what a chosen move writes is as exact as what it reads."""
+    moved = {value for value in quantized if (unit := written.get(value)) in first and unit and unit.is_move}
+    tensors = (noise.get(Source("tensor", v.name or ""), 0.0) for v in quantized if v not in moved)
+    return sum(tensors) + sum(noise.get(Source("weight", unit.site), 0.0) for unit in chosen)
