@@ -21,7 +21,7 @@ from onnxopt.quantization.weights import quantize_weight, weight_axis
 from onnxopt.scope import Names
 from onnxopt.targets import Placement
 
-__all__ = ["emit", "quantized_weight"]
+__all__ = ["bias_of", "emit", "quantized_weight"]
 
 _BIAS_ROOM = 2.0**30
 """The largest bias in units of its scale: half of int32, so that sums have room."""
@@ -75,14 +75,20 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
     ints, params = quantize_weight(
         array, plan.weight, axis=axis, power_of_two=plan.power_of_two, limit=plan.limits.get(unit.site)
     )
-    bias = constant_of(unit.bias) if unit.bias is not None else None
+    bias = bias_of(unit, plan)
     if bias is None or source is None or axis is None:
         return ints, params
-    needed = np.abs(bias.numpy().reshape(-1).astype(np.float64)) / (float(source.scale) * _BIAS_ROOM)
+    needed = np.abs(bias.reshape(-1).astype(np.float64)) / (float(source.scale) * _BIAS_ROOM)
     if not (needed > params.scale).any():
         return ints, params
     params = replace(params, scale=np.maximum(params.scale, needed).astype(np.float32))
     return quantize(array, params).astype(ints.dtype), params
+
+
+def bias_of(unit: Unit, plan: Plan) -> np.ndarray | None:
+    """The bias of a unit, as the plan corrects it; None where it has none."""
+    tensor = constant_of(unit.bias) if unit.bias is not None else None
+    return plan.biases.get(unit.site, None if tensor is None else tensor.numpy())
 
 
 class _Writer:
@@ -130,17 +136,20 @@ class _Writer:
         ints, params = quantized_weight(unit, self._plan, source if self._placement.bias else None)
         assert weight is not None
         node.replace_input_with(unit.weight, self._constant(node, ints, params, weight.name or "weight"))
-        bias = unit.bias
-        tensor = constant_of(bias) if bias is not None else None
-        if tensor is None or bias is None or source is None or not self._placement.bias:
+        bias = bias_of(unit, self._plan)
+        if bias is None or source is None:
+            return
+        name = unit.bias.name if unit.bias is not None and unit.bias.name else f"{unit.site}_bias"
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        if not self._placement.bias:
+            node.replace_input_with(2, unit.bias if unit.site not in self._plan.biases else self._initializer(bias, name))
             return
         scale = np.asarray(params.scale.astype(np.float64) * float(source.scale), np.float32)
         limit = 2**31 - 1
-        whole = np.rint(tensor.numpy().reshape(-1).astype(np.float64) / scale).clip(-limit, limit)
-        zero = np.zeros(scale.shape, np.int64)
-        axis = 0 if scale.ndim else None
-        fit = QuantParams(scale, zero, params.format, axis)
-        node.replace_input_with(2, self._constant(node, whole.astype(np.int32), fit, bias.name or "bias"))
+        whole = np.rint(bias.reshape(-1).astype(np.float64) / scale).clip(-limit, limit)
+        fit = QuantParams(scale, np.zeros(scale.shape, np.int64), params.format, 0 if scale.ndim else None)
+        node.replace_input_with(2, self._constant(node, whole.astype(np.int32), fit, name))
 
     def _constant(self, node: ir.Node, ints: np.ndarray, params: QuantParams, like: str) -> ir.Value:
         """Integers of a constant, read back in front of `node`."""

@@ -23,6 +23,7 @@ class Plan:
     tensor that could be. weight: the format of weights. per_channel: one scale for each output channel.
     limits: site -> the largest integer of the weight, where a processor's sums could saturate.
     rounded: site -> the weight's integers and their scales, where they are not simply the nearest ones.
+    biases: site -> the bias, float32, where it is not the layer's own.
     """
 
     nodes: frozenset[str]
@@ -33,6 +34,7 @@ class Plan:
     power_of_two: bool = False
     limits: Mapping[str, int] = field(default_factory=dict)
     rounded: Mapping[str, tuple[np.ndarray, QuantParams]] = field(default_factory=dict)
+    biases: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def params_of_tensors(

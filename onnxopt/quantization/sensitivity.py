@@ -160,6 +160,11 @@ def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placeme
             assert weight is not None
             rounded = constant(dequantize(*quantized_weight(unit, plan, None)))
             unit.node.replace_input_with(unit.weight, computed("Where", on, rounded, weight))
+            if unit.site in plan.biases:
+                corrected = plan.biases[unit.site]
+                plain = unit.bias or constant(np.zeros_like(corrected))
+                unit.node.resize_inputs(3)
+                unit.node.replace_input_with(2, computed("Where", on, constant(corrected), plain))
             continue
         value, params = values[source.name], plan.params[source.name]
         zero = params.zero_point.astype(params.format.dtype.numpy())

@@ -1,0 +1,84 @@
+"""Whether a quantized model is good enough: held against the original on samples that nothing was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxopt.data import Feeds
+from onnxopt.metric import Budget, Metric
+from onnxopt.model import ModelLike
+from onnxopt.runtimes import Session, open_session
+from onnxopt.verification.distance import Distance
+
+__all__ = ["LEAST_AGREEMENT", "LEAST_DB", "Judge", "Judgement"]
+
+LEAST_DB = 25.0
+"""SQNR that each float output has to keep where the user gives no metric."""
+LEAST_AGREEMENT = 0.98
+"""Share of elements of other outputs, such as labels, that have to stay the same there."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a candidate keeps.
+
+    score: the user's metric, or the margin in dB of the output nearest to its bound. before: the original's;
+    None without a metric. ok: within the budget. summary: one line.
+    """
+
+    ok: bool
+    score: float
+    before: float | None
+    summary: str
+
+
+class Judge:
+    """Judges candidates for one original, by the user's metric or by how near their outputs stay."""
+
+    def __init__(
+        self, original: ModelLike, samples: Sequence[Feeds], metric: Metric | None, budget: Budget | None
+    ) -> None:
+        self._samples, self._metric, self._budget = samples, metric, budget
+        with open_session(original) as session:
+            self._before = metric(session.run) if metric is not None else None
+            self._expected = [] if metric is not None else [session.run(feeds) for feeds in samples]
+
+    def __call__(self, model: ir.Model) -> Judgement:
+        """Judge a candidate on the samples of the search."""
+        with open_session(model) as session:
+            return self._by_metric(session) if self._metric is not None else self._by_outputs(session)
+
+    def _by_metric(self, session: Session) -> Judgement:
+        assert self._metric is not None and self._budget is not None and self._before is not None
+        score = self._metric(session.run)
+        text = f"{self._metric.name} {self._before:.4g} before, {score:.4g} after, {self._budget} may be lost"
+        return Judgement(self._budget.allows(self._before, score), score, self._before, text)
+
+    def _by_outputs(self, session: Session) -> Judgement:
+        found: dict[str, Distance] = {}
+        for feeds, expected in zip(self._samples, self._expected, strict=True):
+            outputs = session.run(feeds)
+            for name, value in expected.items():
+                found.setdefault(name, Distance()).add(value, outputs[name])
+        margins = {name: _margin(one) for name, one in found.items()}
+        worst = min(margins, key=lambda name: margins[name])
+        return Judgement(margins[worst] >= 0, margins[worst], None, _told(worst, found, len(self._samples)))
+
+
+def _margin(distance: Distance) -> float:
+    if distance.float_type:
+        return distance.sqnr - LEAST_DB
+    return (1 - distance.mismatch - LEAST_AGREEMENT) * 100
+
+
+def _told(worst: str, found: Mapping[str, Distance], samples: int) -> str:
+    distance = found[worst]
+    if not distance.float_type:
+        kept = f"{1 - distance.mismatch:.1%} of output {worst!r} the same, {LEAST_AGREEMENT:.0%} needed"
+    else:
+        kept = f"SQNR {distance.sqnr:.1f} dB of output {worst!r}, {LEAST_DB:g} dB needed"
+    top1 = f", same top-1 {distance.top1:.1%}" if distance.top1 is not None else ""
+    return f"{kept}{top1}, on {samples} held-out samples"
