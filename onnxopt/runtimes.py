@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
-import onnx.parser
 
 from onnxopt.errors import (
     ModelError,
@@ -31,10 +30,10 @@ from onnxopt.errors import (
     did_you_mean,
     one_line,
 )
-from onnxopt.graph import rename_nodes_apart
-from onnxopt.model import ModelLike, load
 from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
-from onnxopt.storage import materialize
+
+if TYPE_CHECKING:
+    from onnxopt.model import ModelLike
 
 __all__ = [
     "Level",
@@ -100,6 +99,8 @@ def providers() -> tuple[Provider, ...]:
     A build lists providers that cannot run on the machine, so only a session that took the node and ran
     it counts. Raises RuntimeMissingError.
     """
+    import onnx.parser
+
     version, probe = runtime_version(), onnx.parser.parse_model(_PROBE)
     found = []
     for name, ep_name in _EP_NAMES.items():
@@ -231,15 +232,15 @@ def open_session(
         else:
             wanted.append(_EP_NAMES["cpu"])
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(materialize(model))
+        source = stack.enter_context(_source(model))
         label = source.name if isinstance(source, Path) else "model"
         opened = source if isinstance(source, bytes) else os.fspath(source)
         try:
             raw = ort.InferenceSession(opened, options, providers=wanted, enable_fallback=False)
         except Exception as error:  # ONNX Runtime's classes have no common base below Exception
             why = one_line(error)
-            renamed = load(source) if _SAME_NODE_NAME in why else None
-            if renamed is not None and rename_nodes_apart(renamed):
+            renamed = _renamed(source) if _SAME_NODE_NAME in why else None
+            if renamed is not None:
                 return open_session(
                     renamed,
                     provider=provider,
@@ -257,6 +258,24 @@ def open_session(
         session = Session(raw, provider, label, stack.pop_all())
     _check_assignment(ort, session)
     return session
+
+
+def _source(model: ModelLike) -> contextlib.AbstractContextManager[Path | bytes]:
+    """What is neither file nor bytes needs ONNX, whose import an emulated CPU would feel."""
+    if isinstance(model, str | os.PathLike):
+        return contextlib.nullcontext(Path(model))
+    from onnxopt.storage import materialize
+
+    return materialize(model)
+
+
+def _renamed(source: Path | bytes) -> ModelLike | None:
+    """The model with node names that differ, None where they do already."""
+    from onnxopt.graph import rename_nodes_apart
+    from onnxopt.model import load
+
+    model = load(source)
+    return model if rename_nodes_apart(model) else None
 
 
 def _session_options(ort: ModuleType, level: Level, threads: int, config: Mapping[str, str]) -> Any:

@@ -36,6 +36,9 @@ __all__ = ["command"]
 )
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
 @click.option(
+    "--isa", metavar="NAME", help="Also run on an emulated CPU: avx2 has no VNNI. Needs Linux and qemu-user."
+)
+@click.option(
     "--frozen", is_flag=True, help="AFTER may have lost initializers that BEFORE let callers override."
 )
 @shape_option
@@ -48,6 +51,7 @@ def command(
     after: Path,
     kind: str,
     provider: str,
+    isa: str | None,
     frozen: bool,
     shape: tuple[str, ...],
     data: FeedSource | None,
@@ -60,8 +64,9 @@ def command(
     \b
     onnxopt verify model.onnx model.opt.onnx
     onnxopt verify model.onnx model.opt.onnx --data samples/ --kind exact
+    onnxopt verify model.onnx model.int8.onnx --data samples/ --kind lossy --isa avx2
 
-    Exit codes: 0 proved, 1 not proved, 2 bad input, 3 the provider cannot run here.
+    Exit codes: 0 proved, 1 not proved, 2 bad input, 3 the provider cannot run here, or the CPU be emulated.
     """
     from onnxopt import verify
     from onnxopt.data import read_feeds
@@ -78,6 +83,7 @@ def command(
         provider=provider,
         frozen=frozen,
         session_config=config_of(session_config),
+        isa=isa,
     )
     out = console(json_file)
     table = plain_table(
@@ -87,9 +93,11 @@ def command(
     def number(value: float | None, digits: str = ".1f") -> str:
         return "" if value is None else "equal" if value == math.inf else f"{value:{digits}}"
 
-    for output in verdict.outputs:
+    rows = [(output, output.name) for output in verdict.outputs]
+    rows += [(output, f"{output.name} ({isa})") for output in getattr(verdict.emulated, "outputs", ())]
+    for output, shown in rows:
         table.add_row(
-            output.name,
+            shown,
             number(output.sqnr),
             number(output.floor),
             "" if output.required is None else number(output.required),

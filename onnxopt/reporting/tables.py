@@ -149,10 +149,12 @@ def _declined(step: Step) -> Text:
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
     """The proof in one line, coloured by its outcome, and what has to be said about it."""
-    style = _GOOD if verdict.ok else _BAD
+    style = _GOOD if verdict.status in ("proved", "measured") else _BAD
     console.print(Text("proof    ", style="bold") + Text(verdict.summary, style=style))
     for note in verdict.notes:
         console.print(Text(f"         {note}", style=_DIM))
+    if verdict.emulated:
+        print_verdict(verdict.emulated, console)
 
 
 def print_timing(timing: Timing, console: Console) -> None:

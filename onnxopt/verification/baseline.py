@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxopt.emulation import ISAS, find_isa, open_emulated
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.model import ModelLike, load, reusable
 from onnxopt.runtimes import Level, RunError, UnsupportedModelError, open_session, runtime_version
@@ -52,7 +53,8 @@ _MOST_SAMPLES = 64
 class Baseline:
     """The original's side of the proof: `measure` it once, then `compare` models with it.
 
-    `engine` is the provider, or "reference"; `obstacle` says why nothing can be shown with this original.
+    `engine` is the provider, an emulated instruction set, or "reference"; `obstacle` says why nothing can be
+    shown with this original.
     """
 
     contract: Contract
@@ -77,6 +79,7 @@ class Baseline:
         """Run the original on `feeds`, the first 64 of them, at the runtime's lowest and default levels.
 
         `session_config` are settings of the sessions, also of those of `compare` unless it gets its own.
+        `provider` may be an instruction set of `emulation.ISAS` too, and the CPU is emulated then.
         Samples on which it fails are left out and named in `notes`. Where ONNX Runtime cannot open it, ONNX's
         reference evaluator runs both sides. Raises ModelError, ProviderError, RuntimeMissingError.
         """
@@ -84,7 +87,7 @@ class Baseline:
         contract, config = Contract.of(model), dict(session_config or {})
         plan, notes = _plan(model, feeds)
         notes += [f"sessions with {key}={value}" for key, value in config.items()]
-        engine, runtime, obstacle = provider, f"{runtime_version()} {provider}", ""
+        engine, runtime, obstacle = provider, _runtime(provider), ""
         done = Run()
         try:
             done = run_original(partial(_open, before, engine, config=config), plan, levels=True)
@@ -105,6 +108,10 @@ class Baseline:
         notes += unseen(model, done.samples, lambda shown: _open(shown, engine, "none", config))
         return cls(contract, engine, runtime, tuple(done.samples), noises, sights, tuple(notes), "", config)
 
+    def on(self, isa: str) -> Self:
+        """The same outputs of the original, to hold models against them that run on an emulated CPU."""
+        return replace(self, engine=isa, runtime=_runtime(isa))
+
     @property
     def unprovable(self) -> str:
         """Why nothing can be proved of any rewrite of this original; empty where something can."""
@@ -121,8 +128,9 @@ class Baseline:
         """Hold `after` against the original by the promise of `kind`; the original is not run again.
 
         `frozen` allows overridable initializers to be gone. `session_config`: settings of its sessions, in
-        place of those of the original's. An `after` that does not open or run is a failed claim. Raises
-        UsageError, ModelError (a file that is no model), ProviderError.
+        place of those of the original's. What a lossy change costs is measured at the runtime's default
+        level, where quantized operators run in integers. An `after` that does not open or run is a failed
+        claim. Raises UsageError, ModelError (a file that is no model), ProviderError.
         """
         if kind not in get_args(Kind):
             raise UsageError(f"unknown kind {kind!r}" + did_you_mean(kind, get_args(Kind)))
@@ -139,8 +147,10 @@ class Baseline:
             return self._verdict("unproved", kind, "every sample overrides an initializer that is fixed now")
         try:
             config = self.session_config if session_config is None else session_config
-            lowest = self._distances(after, "none", samples, config)
+            skip = kind == "lossy" and all(sample.default for sample in samples)
+            lowest = {} if skip else self._distances(after, "none", samples, config)
             default = self._distances(after, "all", samples, config) if self.engine != _REFERENCE else {}
+            lowest = lowest or default
         except (UnsupportedModelError, RunError) as error:
             return self._verdict("failed", kind, f"the result does not run: {error}", samples=samples)
         outputs = tuple(self._judge(port.name, kind, lowest, default) for port in self.contract.outputs)
@@ -223,25 +233,46 @@ def verify(
     provider: str = "cpu",
     frozen: bool = False,
     session_config: Mapping[str, str] | None = None,
+    isa: str | None = None,
 ) -> Verdict:
     """Prove that `after` computes what `before` does, within the promise of `kind`.
 
     `feeds` are complete samples (graph input name -> array); without them samples are synthesized from the
-    graph with `seed` and, for dynamic inputs, `shapes`. `session_config`: settings of all sessions. Raises
-    UsageError, ModelError, ProviderError, RuntimeMissingError; a claim that does not hold is a Verdict.
+    graph with `seed` and, for dynamic inputs, `shapes`. `session_config`: settings of all sessions. `isa`,
+    such as "avx2", asks for the same on an emulated CPU, where other kernels run: of a lossy change against
+    what `before` computes here, of others against what it computes there, as rounding differs from CPU to
+    CPU. Raises UsageError, ModelError, ProviderError, RuntimeMissingError; a claim that does not hold is a
+    Verdict.
     """
+    if isa and find_isa(isa) and provider != "cpu":
+        raise UsageError(f"an emulated CPU ({isa}) is no {provider}: leave one of them out")
     before, after = reusable(before), reusable(after)
     if feeds is None:
         from onnxopt.data import synthesize
 
         feeds = synthesize(before, seed=seed, shapes=shapes)
     baseline = Baseline.measure(before, feeds, provider=provider, session_config=session_config)
-    return baseline.compare(after, kind=kind, frozen=frozen)
+    verdict = baseline.compare(after, kind=kind, frozen=frozen)
+    if not isa or not verdict.ok:
+        return verdict
+    if kind == "lossy":
+        there = baseline.on(isa)
+    else:
+        given = [sample.feeds for sample in baseline.samples if sample.group == "given"]
+        there = Baseline.measure(before, given, provider=isa, session_config=session_config)
+    return replace(verdict, emulated=there.compare(after, kind=kind, frozen=frozen))
+
+
+def _runtime(engine: str) -> str:
+    emulated = f", {engine} emulated ({ISAS[engine].cpu})" if engine in ISAS else ""
+    return f"{runtime_version()} {'cpu' if emulated else engine}{emulated}"
 
 
 def _open(model: ModelLike, engine: str, level: Level, config: Mapping[str, str]) -> Runner:
     if engine == _REFERENCE:
         return ReferenceSession(model)
+    if engine in ISAS:
+        return open_emulated(model, isa=engine, level=level, session_config=config)
     return open_session(model, provider=engine, level=level, session_config=config)
 
 

@@ -32,6 +32,8 @@ class SliceVerdict:
 class OutputVerdict:
     """The comparison of one output over all samples, at the runtime's lowest optimization level.
 
+    Of a lossy change, which has no bound here, at the default level, where it would run.
+
     `sqnr`, `floor` and `required` are in dB: inf is equal in every element, -inf not comparable. `floor` is
     what the runtime's own optimization levels make of the original; `required` is None for lossy changes and
     random outputs; `sqnr_default` is the SQNR at the runtime's default level, None where it was not measured.
@@ -83,10 +85,12 @@ class Verdict:
     shapes: int
     """Different sets of input shapes among them."""
     notes: tuple[str, ...]
+    emulated: Verdict | None = None
+    """The same claim on an emulated CPU, where that was asked for."""
 
     @property
     def ok(self) -> bool:
-        return self.status in ("proved", "measured")
+        return self.status in ("proved", "measured") and (self.emulated is None or self.emulated.ok)
 
     @property
     def worst(self) -> OutputVerdict | None:
@@ -140,6 +144,7 @@ class Verdict:
             "shapes": self.shapes,
             "outputs": [output.to_dict() for output in self.outputs],
             "notes": list(self.notes),
+            "emulated": self.emulated and self.emulated.to_dict(),
         }
 
 
