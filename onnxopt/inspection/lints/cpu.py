@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import sole_user
 from onnxopt.inspection.lints.sight import WEIGHTED, Sight, dequantizer, numbers, ops, quantized_type, rule
+from onnxopt.quantization.formats import FORMATS
 
 __all__ = ["RULES"]
 
@@ -32,7 +33,7 @@ _NEVER = (
         "Min",
     ),
     *("InstanceNormalization", "LayerNormalization", "PRelu", "Pad", "Pow", "ReduceMean", "ReduceSum"),
-    *("SpaceToDepth", "Sub", "Sum", "Tanh"),
+    *("Relu", "SpaceToDepth", "Sub", "Sum", "Tanh"),
 )
 """Operators without an integer kernel."""
 _MOVES = (
@@ -40,6 +41,8 @@ _MOVES = (
     *("Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
 )
 """Operators that work on integers as they are, if scale and zero point are the same on both sides."""
+_ROUNDING = 1e-6
+"""Of float32, relative: 255 times a rounded scale may lie above the bound that it was made from."""
 
 
 @rule("signed-activations", "warning", _MEASURED, ops(*WEIGHTED, *_OPERANDS))
@@ -70,19 +73,20 @@ def _conv_integer(node: ir.Node, seen: Sight) -> str | None:
 
 
 @rule("conv-output-not-quantized", "warning", _MEASURED, ops("Conv"))
-def _open_conv(node: ir.Node, _: Sight) -> str | None:
+def _open_conv(node: ir.Node, seen: Sight) -> str | None:
     user = sole_user(node.outputs[0])
-    if user is not None and user.op_type in ("Relu", "Clip"):
-        user = sole_user(user.outputs[0])
+    if user is not None and _vanishes(user, seen):
+        user = _quantizer(user)
     if not any(_operands(node)) or (user is not None and user.op_type == "QuantizeLinear"):
         return None
     return "a quantized Conv that gives float, and so computes in float; quantize its output"
 
 
 @rule("no-integer-kernel", "warning", _MEASURED, ops(*_NEVER))
-def _no_kernel(node: ir.Node, _: Sight) -> str | None:
+def _no_kernel(node: ir.Node, seen: Sight) -> str | None:
     advice = "write it as Add" if node.op_type == "Sum" else "leave it in float"
-    found = dequantizer(node.inputs[0]) is not None and _quantizer(node) is not None
+    between = dequantizer(node.inputs[0]) is not None and _quantizer(node) is not None
+    found = between and not _vanishes(node, seen)
     return (
         f"{node.op_type} is quantized on both sides, but has no integer kernel; {advice}" if found else None
     )
@@ -106,6 +110,24 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
     """The QuantizeLinear that alone reads a node's output."""
     user = sole_user(node.outputs[0])
     return user if user is not None and user.op_type == "QuantizeLinear" else None
+
+
+def _vanishes(node: ir.Node, seen: Sight) -> bool:
+    """Whether it is a Relu or Clip that cuts off nothing but what the QuantizeLinear behind it does, too."""
+    quantizer = _quantizer(node)
+    if quantizer is None or node.op_type not in ("Relu", "Clip") or len(quantizer.inputs) < 3:
+        return False
+    scale, zero_point = map(numbers, quantizer.inputs[1:])
+    ends = [
+        (form.low, form.high) for form in FORMATS.values() if form.dtype == quantized_type(quantizer, seen)
+    ]
+    if scale.size != 1 or zero_point.size != 1 or not ends:
+        return False
+    low, high = ((end - zero_point.item()) * scale.item() for end in ends[0])
+    bounds = [numbers(value) for value in node.inputs[1:] if value is not None]
+    if node.op_type == "Relu" or len(bounds) < 2 or any(bound.size != 1 for bound in bounds):
+        return node.op_type == "Relu" and low >= 0
+    return bool(bounds[0].item() <= low and high * (1 - _ROUNDING) <= bounds[1].item())
 
 
 RULES = (_signed, _unsigned, _conv_integer, _open_conv, _no_kernel, _unequal, _sixteen)
