@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         RuntimeMissingError,
         UsageError,
     )
-    from onnxopt.inspection import Inspection, inspect
+    from onnxopt.inspection import Finding, Inspection, inspect, lint
     from onnxopt.model import load
     from onnxopt.pipeline import Pipeline
     from onnxopt.recipe import load_recipe, parse_pass
@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Declined": "rewrite",
     "Edit": "rewrite",
+    "Finding": "inspection",
     "Inspection": "inspection",
     "ModelError": "errors",
     "OnnxoptError": "errors",
@@ -56,6 +57,7 @@ _HOMES = {
     "bench": "benchmarking",
     "diagnose": "diagnosis",
     "inspect": "inspection",
+    "lint": "inspection",
     "load": "model",
     "load_recipe": "recipe",
     "optimize": "api",
@@ -67,6 +69,7 @@ _HOMES = {
 __all__ = [
     "Declined",
     "Edit",
+    "Finding",
     "Inspection",
     "ModelError",
     "OnnxoptError",
@@ -85,6 +88,7 @@ __all__ = [
     "bench",
     "diagnose",
     "inspect",
+    "lint",
     "load",
     "load_recipe",
     "optimize",

@@ -14,9 +14,12 @@ from rich.text import Text
 from onnxopt.cli.common import console, json_option, keep_apart, shape_option, shapes_of, write_json
 
 if TYPE_CHECKING:
-    from onnxopt import Inspection
+    from onnxopt import Finding, Inspection
 
 __all__ = ["command"]
+
+_FIRST = 3
+"""Places that the table of a lint names for each rule."""
 
 
 @click.command("inspect")
@@ -25,18 +28,27 @@ __all__ = ["command"]
 @click.option(
     "--top", type=click.IntRange(0), default=8, show_default=True, help="Most expensive nodes to show."
 )
+@click.option(
+    "--lint",
+    "target",
+    metavar="TARGET",
+    help="Say instead what cpu or tensorrt refuses in it, or runs badly; exit code 1 if it refuses anything.",
+)
 @json_option
-def command(model: Path, shape: tuple[str, ...], top: int, json_file: str | None) -> int:
+def command(model: Path, shape: tuple[str, ...], top: int, target: str | None, json_file: str | None) -> int:
     """Say what MODEL is: operators, parameters, bytes, MACs, activation memory, what it does not use.
 
     \b
     onnxopt inspect model.onnx
     onnxopt inspect model.onnx --shape input=1x3x224x224 --json -
+    onnxopt inspect model.onnx --lint tensorrt
     """
     from onnxopt import inspect
     from onnxopt.reporting.tables import plain_table
 
     keep_apart(json_file, model)
+    if target is not None:
+        return _lint(model, target, json_file)
     found = inspect(model, shapes=shapes_of(shape))
     out = console(json_file)
     out.print(_facts(found, plain_table("", "")))
@@ -52,6 +64,31 @@ def command(model: Path, shape: tuple[str, ...], top: int, json_file: str | None
         out.print(_dearest(found, top, plain_table("dearest nodes", "operator", ">MACs", ">output", ">live")))
     write_json({"schema": "onnxopt.inspect/1", **found.to_dict()}, json_file)
     return 0
+
+
+def _lint(model: Path, target: str, json_file: str | None) -> int:
+    from onnxopt import lint
+    from onnxopt.reporting.tables import plain_table
+
+    found = lint(model, target)
+    errors = sum(finding.severity == "error" for finding in found)
+    out = console(json_file)
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        groups.setdefault(finding.rule, []).append(finding)
+    table = plain_table("", "rule", ">places", "first", "what the first is, and what to do")
+    for name, group in groups.items():
+        style = "red" if group[0].severity == "error" else "yellow"
+        sites = ", ".join(finding.site for finding in group[:_FIRST]) + ", ..." * (len(group) > _FIRST)
+        row = (Text(name), str(len(group)), Text(sites), Text(f"{group[0].message} ({group[0].basis})"))
+        table.add_row(Text(group[0].severity, style=style), *row)
+    if found:
+        out.print(table)
+    out.print(f"{target}: {errors} errors, {len(found) - errors} warnings")
+    counts = {"errors": errors, "warnings": len(found) - errors}
+    findings = [finding.to_dict() for finding in found]
+    write_json({"schema": "onnxopt.lint/1", "target": target, **counts, "findings": findings}, json_file)
+    return 1 if errors else 0
 
 
 def _facts(found: Inspection, table: Table) -> Table:

@@ -85,12 +85,18 @@ class Shapes:
     inferred: Mapping[ir.Value, _Known] = field(default_factory=dict)
     functions: Mapping[tuple[str, str, str], ir.Function] = field(default_factory=dict)
 
-    def _dims(self, value: ir.Value) -> Dims | None:
+    def sizes(self, value: ir.Value) -> Dims | None:
+        """The dimensions as they are written: numbers, names, None where not even a name is known."""
         known = self.inferred.get(value)
         return self.record(value) if known is None else known.dims
 
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """The element type of a tensor of numbers, as inferred or else recorded; None if it is not known."""
+        known = self.inferred.get(value)
+        return _number_type(value.type) if known is None else known.dtype
+
     def dims(self, value: ir.Value | None) -> tuple[Amount, ...] | None:
-        dims = None if value is None else self._dims(value)
+        dims = None if value is None else self.sizes(value)
         return None if dims is None else tuple(self._dim(dim) for dim in dims)
 
     def _dim(self, dim: int | str | None) -> Amount:
@@ -105,7 +111,7 @@ class Shapes:
 
     def is_known(self, value: ir.Value) -> bool:
         """Whether each dimension is a number or stands in the graph inputs' symbols."""
-        dims = self._dims(value)
+        dims = self.sizes(value)
         return dims is not None and all(isinstance(dim, int) or dim in self.symbols for dim in dims)
 
     def dim(self, value: ir.Value | None, axis: int) -> Amount:
@@ -117,8 +123,7 @@ class Shapes:
 
     def nbytes(self, value: ir.Value) -> Amount:
         """Bytes of a dense tensor; unknown for strings, sequences and optionals."""
-        known = self.inferred.get(value)
-        dtype = _number_type(value.type) if known is None else known.dtype
+        dtype = self.dtype(value)
         if dtype is None:
             return UNKNOWN
         elements = self.elements(value)

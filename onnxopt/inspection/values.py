@@ -110,7 +110,9 @@ class _Settler:
         version = self._opsets.get(node.domain)
         if version is None or not onnx.defs.has(node.op_type, version, node.domain):
             return
-        present = [value for value in node.inputs if value is not None and value.type is not None]
+        present = [value for value in node.inputs if value is not None]
+        if any(value.type is None for value in present):
+            return
         types = {value.name or "": ir.serde.serialize_value(value).type for value in present}
         data = {}
         for value in present:
