@@ -61,6 +61,7 @@ from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
 from onnxopt.passes.retarget.retarget_gemm import RetargetGemm
 from onnxopt.passes.retarget.retarget_opset import RetargetOpset
+from onnxopt.passes.retarget.retarget_quantized import RetargetQuantized
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -91,6 +92,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergePieces,
     MergeClip,
     MergePad,
+    RetargetQuantized,
     MergeQdq,
     FuseMean,
     FuseActivation,
