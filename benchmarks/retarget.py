@@ -2,7 +2,7 @@
 
     python benchmarks/retarget.py MODEL.onnx ... [--seconds 10] [--schemes s8s8 u8u8]
 
-Each float model is quantized by `quantize_static` on synthetic samples, then rewritten. `ratio` is the CPU
+Each float model is raised to opset 17, simplified, quantized by `quantize_static` on synthetic samples, then rewritten. `ratio` is the CPU
 time of the rewritten model by that of the quantized one (paired, one thread), `control` the quantized one
 against itself. `equal` compares the outputs with the runtime's optimizations off, where they must be
 bit-equal; `fused` is the SQNR in dB at its default level, where it fuses two different graphs, and `noise`
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -26,19 +29,19 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
-from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from onnxopt.benchmarking import bench
 from onnxopt.data import synthesize
-from onnxopt.pipeline import Pipeline
-from onnxopt.recipe import parse_passes
-from onnxopt.runtimes import Level, open_session
 from onnxopt.model import load
+from onnxopt.pipeline import Pipeline
+from onnxopt.recipe import load_recipe, parse_passes
+from onnxopt.runtimes import Level, open_session
 from onnxopt.storage import save
 
 HEADER = """\
 | model | scheme | changed | equal | fused dB | noise dB | ratio | control | speedup |
 |---|---|---|---|---|---|---|---|---|"""
+_PREPARE = (*parse_passes("freeze-initializers,retarget-opset{version=17}"), *load_recipe("default").passes)
 S8, U8 = QuantType.QInt8, QuantType.QUInt8
 
 
@@ -75,12 +78,28 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no
         return next(self._left, None)
 
 
+def filled(source: Path) -> ir.Model:
+    """A model, where the light ones of the onnx package get weights: normal ones, scaled after He et al., 2015."""
+    proto, rng = onnx.load(source), np.random.default_rng(0)
+    shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    for node in [node for node in proto.graph.node if node.op_type == "ConstantOfShape"]:
+        shape = tuple(shapes[node.input[0]])
+        weights = (
+            rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape) if len(shape) > 1 else np.full(shape, 0.5)
+        )
+        tensor = numpy_helper.from_array(weights.astype(np.float32))
+        node.CopyFrom(helper.make_node("Constant", [], list(node.output), value=tensor))
+    return load(proto)
+
+
 def quantized(source: Path, scheme: Scheme, folder: Path) -> Path:
     """The file that ONNX Runtime's quantizer makes of a float model."""
     prepared, target = folder / "prepared.onnx", folder / "quantized.onnx"
-    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    save(Pipeline(_PREPARE).run(lambda: filled(source)).model, prepared)
     if scheme.format is None:
-        quantize_dynamic(str(prepared), str(target), weight_type=scheme.weights, per_channel=scheme.per_channel)
+        quantize_dynamic(
+            str(prepared), str(target), weight_type=scheme.weights, per_channel=scheme.per_channel
+        )
         return target
     quantize_static(
         str(prepared),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, constant_of, int_attr, walk
+from onnxopt.graph import constant_array, constant_of, int_attr, use_count, walk
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import QUANTIZE, QUANTIZED, SMALL, Port, carried, input_of, shape_of
 from onnxopt.rewrite import Declined
@@ -75,13 +75,14 @@ class Domain:
         moved: dict[tuple[bytes, tuple[int, ...]], ir.Value] = {}
         for (node, port), zero in zip(ports, zeros, strict=True):
             key = (zero.tobytes(), zero.shape)
+            given = input_of(node, port.zero)
             if key not in moved:
-                given = input_of(node, port.zero)
                 like = given.name if given is not None and given.name else "zero_point"
                 moved[key] = _stored((zero + shift).astype(dtype.numpy()), like, scope)
             if len(node.inputs) <= port.zero:
                 node.resize_inputs(port.zero + 1)
             node.replace_input_with(port.zero, moved[key])
+            _drop_unread(given)
             if int_attr(node, "output_dtype", 0) and (node, port) in self.makers:
                 node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", dtype.value)
         for value in self.constants:
@@ -209,6 +210,14 @@ def _stored(array: np.ndarray, like: str, scope: Scope) -> ir.Value:
     node = ir.Node("", "Constant", (), (ir.AttrTensor("value", tensor),), outputs=(value,))
     scope.graph.insert_before(scope.graph[0], node)
     return value
+
+
+def _drop_unread(value: ir.Value | None) -> None:
+    """Remove an initializer that nobody reads any more: below IR version 4 the runtime refuses those."""
+    if value is None or not value.is_initializer() or value.graph is None or use_count(value):
+        return
+    if not (value.is_graph_input() or value.is_graph_output()):
+        value.graph.initializers.pop(value.name or "")
 
 
 def _shift_constant(value: ir.Value, dtype: ir.DataType, shift: int) -> None:

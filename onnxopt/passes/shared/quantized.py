@@ -21,13 +21,14 @@ from onnxopt.graph import (
     str_attr,
 )
 from onnxopt.index import operator_of
-from onnxopt.quantization.formats import FORMATS, Format, QuantParams, dequantize
+from onnxopt.quantization.formats import FORMATS, Format, QuantParams, dequantize, quantize
 from onnxopt.rewrite import Declined
 from onnxopt.streamed import is_on_disk, mapped
 
 __all__ = [
     "CARRIERS",
     "DEQUANTIZE",
+    "MS",
     "QUANTIZE",
     "QUANTIZED",
     "SMALL",
@@ -40,6 +41,7 @@ __all__ = [
     "shape_of",
     "spread",
     "stored_floats",
+    "stored_integers",
 ]
 
 SMALL = 1 << 20
@@ -66,9 +68,8 @@ class Quantized:
     """An operator on quantized data.
 
     inputs: the quantized operands. result: where it gives one. float_op: what it computes, in floats.
-    weight: which of `inputs` may be of another type than the rest. bias: position of an int32 bias, whose
-    scale is the product of those of the operands. fixed: attributes that `float_op` does not have, and the
-    values at which they say nothing.
+    weight: which of `inputs` may be of another type than the rest. bias: position of a bias; an int32 one has
+    the product of the operands' scales.
     """
 
     inputs: tuple[Port, ...]
@@ -76,7 +77,6 @@ class Quantized:
     float_op: str = ""
     weight: int | None = None
     bias: int | None = None
-    fixed: tuple[tuple[str, int], ...] = ()
 
     def ports(self, node: ir.Node) -> tuple[Port, ...]:
         """The quantized operands of a node; those of QLinearConcat are as many as there are."""
@@ -88,7 +88,6 @@ class Quantized:
 _ONE, _TWO = (Port(0, 1, 2),), (Port(0, 1, 2), Port(3, 4, 5))
 _UNARY, _BINARY = (_ONE, Port(0, 3, 4)), (_TWO, Port(0, 6, 7))
 _INTEGERS = Quantized((Port(0, None, 2), Port(1, None, 3)), weight=1)
-_CHANNELS = (("channels_last", 0),)
 QUANTIZED = {
     **dict.fromkeys(QUANTIZE, Quantized((), Port(0, 1, 2))),
     **dict.fromkeys(DEQUANTIZE, Quantized(_ONE)),
@@ -97,17 +96,17 @@ QUANTIZED = {
     "QLinearConv": Quantized(*_BINARY, "Conv", weight=1, bias=8),
     "QLinearMatMul": Quantized(*_BINARY, "MatMul", weight=1),
     MS + "QGemm": Quantized(_TWO, Port(0, 7, 8), "Gemm", weight=1, bias=6),
-    MS + "MatMulIntegerToFloat": Quantized((Port(0, 2, 4), Port(1, 3, 5)), None, "MatMul", weight=1),
-    MS + "DynamicQuantizeMatMul": Quantized((Port(1, 2, 3),), None, "MatMul", weight=0),
+    MS + "MatMulIntegerToFloat": Quantized((Port(0, 2, 4), Port(1, 3, 5)), None, "MatMul", weight=1, bias=6),
+    MS + "DynamicQuantizeMatMul": Quantized((Port(1, 2, 3),), None, "MatMul", weight=0, bias=4),
     MS + "QLinearAdd": Quantized(*_BINARY, "Add"),
     MS + "QLinearMul": Quantized(*_BINARY, "Mul"),
     MS + "QLinearWhere": Quantized((Port(1, 2, 3), Port(4, 5, 6)), Port(0, 7, 8), "Where"),
     MS + "QLinearConcat": Quantized((), Port(0, 0, 1), "Concat"),
     MS + "QLinearSigmoid": Quantized(*_UNARY, "Sigmoid"),
     MS + "QLinearLeakyRelu": Quantized(*_UNARY, "LeakyRelu"),
-    MS + "QLinearSoftmax": Quantized(*_UNARY, "Softmax", fixed=(("opset", 13),)),
-    MS + "QLinearAveragePool": Quantized(*_UNARY, "AveragePool", fixed=_CHANNELS),
-    MS + "QLinearGlobalAveragePool": Quantized(*_UNARY, "GlobalAveragePool", fixed=_CHANNELS),
+    MS + "QLinearSoftmax": Quantized(*_UNARY, "Softmax"),
+    MS + "QLinearAveragePool": Quantized(*_UNARY, "AveragePool"),
+    MS + "QLinearGlobalAveragePool": Quantized(*_UNARY, "GlobalAveragePool"),
 }
 """By operator, as rules name it."""
 
@@ -243,3 +242,24 @@ def stored_floats(node: ir.Node) -> ir.TensorProtocol:
     parts = [ir.Tensor(spread(node, place, tensor)) for place in (1, 2)]
     result = mapped(floats, [tensor, *parts], kind)
     return result if is_on_disk(tensor) else ir.Tensor(result.numpy(), dtype=kind)
+
+
+def stored_integers(node: ir.Node) -> ir.TensorProtocol:
+    """What a QuantizeLinear of a constant gives, in any type of 8 or 16 bits.
+
+    Raises:
+        Declined: its input is no constant, or the types are not known here.
+    """
+    tensor, kind = constant_of(node.inputs[0]), quantized_kind(node)
+    form = None if kind is None else _BY_TYPE.get(kind)
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or form is None or form.bits < 8:
+        raise Declined("what is quantized is no float32 constant, or to no known type")
+    if int_attr(node, "precision", 0) or not int_attr(node, "saturate", 1):
+        raise Declined("it rounds in another precision, or does not saturate")
+
+    def integers(floats: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        return quantize(floats, QuantParams(scales, zeros, form))
+
+    parts = [ir.Tensor(spread(node, place, tensor)) for place in (1, 2)]
+    result = mapped(integers, [tensor, *parts], form.dtype)
+    return result if is_on_disk(tensor) else ir.Tensor(result.numpy(), dtype=form.dtype)
