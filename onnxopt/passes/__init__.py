@@ -22,6 +22,7 @@ from onnxopt.passes.fuse.fuse_activation import FuseActivation
 from onnxopt.passes.fuse.fuse_attention import FuseAttention
 from onnxopt.passes.fuse.fuse_bias_gelu import FuseBiasGelu
 from onnxopt.passes.fuse.fuse_cache import FuseCache
+from onnxopt.passes.fuse.fuse_dequantize import FuseDequantize
 from onnxopt.passes.fuse.fuse_embed_layernorm import FuseEmbedLayernorm
 from onnxopt.passes.fuse.fuse_groupnorm import FuseGroupnorm
 from onnxopt.passes.fuse.fuse_gru import FuseGru
@@ -57,10 +58,13 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.quantize.dequantize import Dequantize
+from onnxopt.passes.quantize.quantize_relu import QuantizeRelu
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
 from onnxopt.passes.retarget.retarget_gemm import RetargetGemm
 from onnxopt.passes.retarget.retarget_opset import RetargetOpset
+from onnxopt.passes.retarget.retarget_quantized import RetargetQuantized
 from onnxopt.passes.unroll_loop import UnrollLoop
 
 __all__ = ["BUILTIN"]
@@ -91,6 +95,10 @@ BUILTIN: tuple[type[Pass], ...] = (
     MergePieces,
     MergeClip,
     MergePad,
+    Dequantize,
+    FuseDequantize,
+    QuantizeRelu,
+    RetargetQuantized,
     MergeQdq,
     FuseMean,
     FuseActivation,

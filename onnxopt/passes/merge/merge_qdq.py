@@ -31,8 +31,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, ints_attr
+from onnxopt.graph import constant_array, constant_of, int_attr, ints_attr
 from onnxopt.passes.shared.chain import before, require_alone
+from onnxopt.passes.shared.quantized import SMALL, input_of, quantized_kind, require_same
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
@@ -40,8 +41,6 @@ __all__ = ["MergeQdq"]
 
 _MOVES = ("Expand", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 _MOVED = frozenset((ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16))
-_SMALL = 1 << 20
-"""Bytes: no scale or zero point that is compared is larger."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ def _again(node: ir.Node, scope: Scope) -> Edit | None:
     first = before(node.inputs[0], node, ("DequantizeLinear",))
     if first is None or first.inputs[0] is None:
         return None
-    _require_same(first, node)
+    require_same(first, node)
+    _require_exact(first)
     return Edit(node, scope).replace(node.outputs[0], first.inputs[0])
 
 
@@ -84,11 +84,12 @@ def _moved(node: ir.Node, scope: Scope) -> Edit | None:
     first = before(move.inputs[0], move, ("DequantizeLinear",)) if move is not None else None
     if move is None or first is None:
         return None
-    _require_same(first, node)
+    require_same(first, node)
+    _require_exact(first)
     scale = constant_of(node.inputs[1])
     if scale is None or scale.size != 1:
         raise Declined("the scale differs by channel, which the data in between moves")
-    if _kind(node) not in _MOVED:
+    if quantized_kind(node) not in _MOVED:
         raise Declined("runtimes do not move data of this quantized type")
     require_alone(move, node)
     edit = Edit(node, scope)
@@ -100,8 +101,8 @@ def _bounded(node: ir.Node, scope: Scope) -> Edit | None:
     bound = before(node.inputs[0], node, ("Clip", "Relu"))
     if bound is None or bound.inputs[0] is None or scope.opset < 11:
         return None
-    kind, scale = _kind(node), constant_array(node.inputs[1], _SMALL)
-    zero = np.zeros(()) if _zero(node) is None else constant_array(_zero(node), _SMALL)
+    kind, scale = quantized_kind(node), constant_array(node.inputs[1], SMALL)
+    zero = np.zeros(()) if input_of(node, 2) is None else constant_array(input_of(node, 2), SMALL)
     if kind is None or scale is None or zero is None:
         raise Declined("scale or zero point are computed at run time")
     if not kind.is_integer() or not _as_wide(bound, scale.astype(np.float64), zero.astype(np.float64), kind):
@@ -120,7 +121,7 @@ def _as_wide(bound: ir.Node, scale: np.ndarray, zero: np.ndarray, kind: ir.DataT
         return bool((zero == float(kind.min)).all())
     ends = ((float(kind.min) + 0.25 - zero) * scale, (float(kind.max) - 0.25 - zero) * scale)
     for value, end, sign in zip([*bound.inputs[1:], None, None], ends, (1, -1), strict=False):
-        array = None if value is None else constant_array(value, _SMALL)
+        array = None if value is None else constant_array(value, SMALL)
         if value is not None and (array is None or (sign * array > sign * end).any()):
             return False
     return True
@@ -148,33 +149,9 @@ def _turned_weight(node: ir.Node, scope: Scope) -> Edit | None:
     return edit.replace(node.outputs[0], plain)
 
 
-def _require_same(first: ir.Node, second: ir.Node) -> None:
-    """Raise Declined unless two nodes quantize alike: scale, zero point, type, axis and blocks."""
-    if has_reference(first) or has_reference(second):
-        raise Declined("an attribute refers to one of the enclosing function")
-    if _kind(first) is None or _kind(first) != _kind(second):
-        raise Declined("the quantized types differ or are unknown")
-    if any(int_attr(first, name, 0) != int_attr(second, name, 0) for name in ("block_size", "precision")):
-        raise Declined("the blocks differ")
-    scale = first.inputs[1]
-    per_axis = scale is None or scale.shape is None or len(scale.shape) > 0
-    if per_axis and int_attr(first, "axis", 1) != int_attr(second, "axis", 1):
-        raise Declined("the axes of the scales differ")
-    for place in (1, 2):
-        a, b = ([*node.inputs, None][place] for node in (first, second))
-        if a is b:
-            continue
-        x, y = constant_array(a, _SMALL), constant_array(b, _SMALL)
-        if (x is None and a is not None) or (y is None and b is not None):
-            raise Declined("scale or zero point are computed at run time")
-        if not np.array_equal(0 if x is None else x, 0 if y is None else y):
-            raise Declined("scale or zero point differ")
-    _require_exact(first)
-
-
 def _require_exact(node: ir.Node) -> None:
     """Raise Declined unless what a DequantizeLinear gives falls to the same number when it is quantized."""
-    kind, scale = _kind(node), constant_array(node.inputs[1], _SMALL)
+    kind, scale = quantized_kind(node), constant_array(node.inputs[1], SMALL)
     between = int_attr(node, "output_dtype", 0) or (node.inputs[1].dtype if node.inputs[1] else None)
     bits = {ir.DataType.FLOAT: 24, ir.DataType.FLOAT16: 11}.get(ir.DataType(between or 0), 0)
     assert kind is not None  # the caller has looked
@@ -185,18 +162,3 @@ def _require_exact(node: ir.Node) -> None:
         most = np.finfo(np.float32 if bits == 24 else np.float16).max
         if not ((far > 0) & (far < most)).all():
             raise Declined("a scale is not positive, or takes the numbers out of range")
-
-
-def _zero(node: ir.Node) -> ir.Value | None:
-    return node.inputs[2] if len(node.inputs) > 2 else None
-
-
-def _kind(node: ir.Node) -> ir.DataType | None:
-    """The quantized type of a QuantizeLinear or DequantizeLinear, which its zero point has too."""
-    quantized = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
-    zero = _zero(node)
-    if quantized is not None and quantized.dtype is not None:
-        return quantized.dtype
-    if zero is not None or node.op_type == "DequantizeLinear":
-        return zero.dtype if zero is not None else None
-    return ir.DataType(int_attr(node, "output_dtype", 0) or ir.DataType.UINT8.value)
