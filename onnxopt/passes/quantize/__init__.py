@@ -1,0 +1,1 @@
+"""Passes that work out what is known before the model runs."""
