@@ -57,6 +57,7 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
@@ -123,6 +124,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateDead,
     DedupeInitializers,
     ReorderNodes,
+    QuantizeDynamic,
     QuantizeWeights,
 )
 """In the order in which they run best."""

@@ -36,7 +36,7 @@ from onnxopt.graph import constant_of, float_attr, int_attr
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.dequantized import gathered, turned
 from onnxopt.passes.shared.nbits import BLOCKS, packed
-from onnxopt.passes.shared.stored import Stored, operand
+from onnxopt.passes.shared.stored import Stored, elements, operand
 from onnxopt.quantization.formats import Format, QuantParams, find_format
 from onnxopt.quantization.operands import Weight
 from onnxopt.quantization.weights import OPERANDS, block_axis, quantize_weight, ternarize, weight_axis
@@ -175,13 +175,12 @@ class QuantizeWeights(Pass):
             raise Declined("MatMulNBits has no alpha, beta or transA")
         if weight.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             raise Declined(f"MatMulNBits does not compute in {weight.dtype.name}")
-        stored = Stored.of(weight, scope)
-        array = weight.array(scope.opset)
+        array = elements(weight, scope)
         if array.ndim != 2:
             raise Declined("MatMulNBits takes matrices only")
         array = array if int_attr(node, "transB", 0) else array.T
         (ints, params), (n, k) = self._rounded(array, form, 1, self.block), array.shape
-        edit, like = Edit(node, scope), stored.value.name or "weight"
+        edit, like = Edit(node, scope), weight.value.name or "weight"
         numbers = {"quantized": packed(ints, form, self.block)}
         numbers["scale"] = params.scale.astype(weight.dtype.numpy())
         if (params.zero_point != (form.low + form.high + 1) / 2).any():

@@ -17,7 +17,7 @@ from onnxopt.quantization.weights import OPERANDS
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope
 
-__all__ = ["Stored", "operand"]
+__all__ = ["Stored", "elements", "operand"]
 
 
 def operand(node: ir.Node, position: int) -> Weight | None:
@@ -42,6 +42,21 @@ def operand(node: ir.Node, position: int) -> Weight | None:
     return weight
 
 
+def elements(weight: Weight, scope: Scope, *, moved: bool = True) -> np.ndarray:
+    """The elements in float32, of the operand, or before they are moved to it.
+
+    Raises:
+        Declined: one is not finite, or they cannot be worked out.
+    """
+    try:
+        array = weight.array(scope.opset) if moved else weight.source_array(scope.opset)
+    except CannotEvaluateError as error:
+        raise Declined(f"the weight cannot be worked out: {error}") from error
+    if not np.isfinite(array).all():
+        raise Declined("the weight is not finite, or not so in float32")
+    return array
+
+
 @dataclass(frozen=True)
 class Stored:
     """A weight where it can be replaced for all who read it.
@@ -64,12 +79,7 @@ class Stored:
         alone = alone and not any(_moves(*use) for use in weight.value.uses())
         value = weight.value if alone else weight.source
         readers = _readers(value)
-        try:
-            array = weight.array(scope.opset) if alone else weight.source_array(scope.opset)
-        except CannotEvaluateError as error:
-            raise Declined(f"the weight cannot be worked out: {error}") from error
-        if not np.isfinite(array).all():
-            raise Declined("the weight is not finite, or not so in float32")
+        array = elements(weight, scope, moved=alone)
         return cls(value, readers, weight.dtype, array, scope.opset)
 
     def axes(self, along: Callable[[ir.Node, int, Sequence[int]], int | None]) -> list[int | None]:
