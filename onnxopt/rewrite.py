@@ -145,7 +145,11 @@ class Edit:
         """Make the change; the new nodes, and the old ones that read or feed what changed."""
         graph = self._anchor.graph
         assert isinstance(graph, ir.Graph)
-        taken = [old for old, new in self._replaced if new in self._named and new not in self._initializers]
+        taken = [
+            old
+            for old, new in self._replaced
+            if new in self._named and new not in self._initializers and not old.is_initializer()
+        ]
         kept = {new: old.name for old, new in reversed(self._replaced) if old in taken}
         names = {value: kept.get(value) or self._scope.fresh(like) for value, like in self._named.items()}
         for old in taken:

@@ -60,6 +60,8 @@ from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_relu import QuantizeRelu
+from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
+from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
 from onnxopt.passes.retarget.retarget_gemm import RetargetGemm
@@ -130,5 +132,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateDead,
     DedupeInitializers,
     ReorderNodes,
+    QuantizeDynamic,
+    QuantizeWeights,
 )
 """In the order in which they run best."""

@@ -11,7 +11,10 @@ import onnx_ir as ir
 from onnxopt.evaluation import CannotEvaluateError, evaluate
 from onnxopt.graph import constant_of, has_reference, ints_attr
 
-__all__ = ["MOVES", "Weight", "find_weight"]
+__all__ = ["COMPUTED", "MOVES", "QUANTIZED", "Weight", "find_weight"]
+
+COMPUTED = "is computed at run time"
+QUANTIZED = "is quantized already"
 
 MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that only move what their first input holds."""
@@ -102,10 +105,10 @@ def _why_not(value: ir.Value, depth: int) -> str:
         return "is a graph input (overridable; --freeze-initializers folds it)"
     node = value.producer()
     if node is not None and node.op_type == "DequantizeLinear":
-        return "is quantized already"
+        return QUANTIZED
     known = node is not None and not node.domain and node.op_type in MOVES | _UNPACKS
     if node is None or not known or has_reference(node) or not depth:
-        return "is computed at run time"
+        return COMPUTED
     return next(filter(None, (_why_not(one, depth - 1) for one in node.inputs if one is not None)), "")
 
 

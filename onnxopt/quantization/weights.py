@@ -9,7 +9,7 @@ al., "XNOR-Net", 2016; ternary ones as in Li and Liu, "Ternary Weight Networks",
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,6 @@ OPERANDS = {
     "MatMul": (0, 1),
     **dict.fromkeys(_RECURRENT, (1, 2)),
     "com.microsoft::Attention": (1,),
-    "com.microsoft::EmbedLayerNormalization": (2, 3, 4),
 }
 """Operator -> the inputs that may be weights."""
 
@@ -41,13 +40,15 @@ _SLAB = 1 << 22
 """Elements that are quantized at once; the numbers in between take some 30 bytes for each."""
 
 
-def weight_axis(node: ir.Node, position: int) -> int | None:
+def weight_axis(node: ir.Node, position: int, shape: Sequence[int] | None = None) -> int | None:
     """The axis of an operand that holds output channels, from the front; None where none is known to.
+
+    The shape is that of the operand, by default the one on record.
 
     A ConvTranspose in groups holds those of each group in axis 1, and a depthwise one its channels in axis 0.
     The channels of a recurrent layer are the rows of its gates; those of an embedding its entries.
     """
-    shape, operator = _shape(node, position), operator_of(node)
+    shape, operator = shape or _shape(node, position), operator_of(node)
     if shape is None or len(shape) < 2 or position not in OPERANDS.get(operator, ()):
         return None
     rank = len(shape)
@@ -62,9 +63,10 @@ def weight_axis(node: ir.Node, position: int) -> int | None:
     return 1 if operator in (*_RECURRENT, "com.microsoft::Attention") else 0
 
 
-def block_axis(node: ir.Node, position: int) -> int | None:
-    """The axis of an operand along which blocks run: the one that is summed up, of an embedding the last."""
-    shape, channels = _shape(node, position), weight_axis(node, position)
+def block_axis(node: ir.Node, position: int, shape: Sequence[int] | None = None) -> int | None:
+    """The axis of an operand that is summed up, along which blocks run; None where none is known to be."""
+    shape = shape or _shape(node, position)
+    channels = weight_axis(node, position, shape)
     if shape is None or channels is None:
         return None
     operator, rank = operator_of(node), len(shape)
@@ -72,9 +74,7 @@ def block_axis(node: ir.Node, position: int) -> int | None:
         return rank - 1 - position
     if operator in _RECURRENT:
         return 2
-    if operator == "Gather":
-        return rank - 1 if channels != rank - 1 else rank - 2
-    return 1 - channels
+    return None if operator == "Gather" else 1 - channels
 
 
 def _shape(node: ir.Node, position: int) -> tuple[int, ...] | None:

@@ -36,7 +36,7 @@ import onnx_ir as ir
 from onnxopt.claims import Kind, Pass
 from onnxopt.graph import constant_array, constant_of
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.dequantized import PLAIN, SCALED, plain, scaled, unpacked
+from onnxopt.passes.shared.plain import PLAIN, SCALED, plain, scaled, unpacked
 from onnxopt.passes.shared.quantized import (
     DEQUANTIZE,
     MS,
