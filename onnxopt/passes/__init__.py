@@ -57,6 +57,7 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.quantize.quantize_floats import QuantizeFloats
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
 from onnxopt.passes.retarget.retarget_gemm import RetargetGemm
@@ -118,6 +119,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    QuantizeFloats,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
