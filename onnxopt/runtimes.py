@@ -213,7 +213,8 @@ def open_session(
     `level` is the runtime's graph optimization level. `strict` refuses a model of which a node stays on the
     CPU when another provider was asked for; without it at least one node must leave the CPU. Without `arena`
     memory goes back to the system when a tensor is freed: slower for small ones, but no more than is needed.
-    The graph as it will run is written to `graph_file`. Raises UsageError, RuntimeMissingError, ProviderError, UnsupportedModelError and what `load` raises.
+    The graph as it will run is written to `graph_file`. Raises UsageError, RuntimeMissingError,
+    ProviderError, UnsupportedModelError and what `load` raises.
     """
     if provider not in _EP_NAMES:
         raise UsageError(f"unknown provider {provider!r}" + did_you_mean(provider, _EP_NAMES))

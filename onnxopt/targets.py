@@ -104,11 +104,15 @@ TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "cpu", True, "cpu", 23, "x86", "ONNX Runtime on the CPU; its own fused operators, too"),
+        Target("arm", "cpu", True, "cpu", 23, "arm", "ONNX Runtime on ARM; its own fused operators, too"),
         Target(
-            "arm", "cpu", True, "cpu", 23, "arm", "ONNX Runtime on ARM; its own fused operators, too"
-        ),
-        Target(
-            "cuda", "cuda", True, "cuda", 20, "", "ONNX Runtime on an NVIDIA GPU; its own fused operators, too"
+            "cuda",
+            "cuda",
+            True,
+            "cuda",
+            20,
+            "",
+            "ONNX Runtime on an NVIDIA GPU; its own fused operators, too",
         ),
         Target(
             "tensorrt",
@@ -120,7 +124,14 @@ TARGETS = {
             "TensorRT 10 and later; standard operators only",
         ),
         Target(
-            "generic", "cpu", False, "default", None, "x86", "any consumer; standard operators only", sessions=False
+            "generic",
+            "cpu",
+            False,
+            "default",
+            None,
+            "x86",
+            "any consumer; standard operators only",
+            sessions=False,
         ),
     )
 }

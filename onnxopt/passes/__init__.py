@@ -59,8 +59,9 @@ from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
 from onnxopt.passes.quantize.dequantize import Dequantize
-from onnxopt.passes.quantize.quantize_relu import QuantizeRelu
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
+from onnxopt.passes.quantize.quantize_floats import QuantizeFloats
+from onnxopt.passes.quantize.quantize_relu import QuantizeRelu
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.passes.reorder_nodes import ReorderNodes
 from onnxopt.passes.retarget.retarget_einsum import RetargetEinsum
@@ -128,6 +129,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    QuantizeFloats,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,

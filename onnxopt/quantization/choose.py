@@ -184,7 +184,9 @@ def _total(
     for node in graph:
         integer = part.get(node, node) in first
         total += costs[node].int8_ns if integer else costs[node].float_ns
-        producer = part.get(value.producer()) if node.inputs and (value := node.inputs[0]) is not None else None
+        producer = (
+            part.get(value.producer()) if node.inputs and (value := node.inputs[0]) is not None else None
+        )
         if producer is not None and producer is not part.get(node) and producer in first and not integer:
             total += costs[node].apart_ns
     for value in quantized:

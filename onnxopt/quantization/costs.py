@@ -31,7 +31,17 @@ _BLOCK = 16
 _ACTIVATIONS = ("Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 """What float convolutions and Gemm compute on their way out."""
 
-_BLOCKED = (*_ACTIVATIONS, "Add", "AveragePool", "Concat", "Conv", "GlobalAveragePool", "MaxPool", "Mul", "Resize")
+_BLOCKED = (
+    *_ACTIVATIONS,
+    "Add",
+    "AveragePool",
+    "Concat",
+    "Conv",
+    "GlobalAveragePool",
+    "MaxPool",
+    "Mul",
+    "Resize",
+)
 """What reads and writes float channels in blocks; others get a ReorderOutput and a ReorderInput."""
 
 _FLAT = ("Flatten", "Gather", "MatMul", "Reshape", "Slice", "Softmax", "Split", "Squeeze", "Unsqueeze")
@@ -177,7 +187,7 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     elif quantized:
         ragged = pixels * group * (bool(reads % 4) + bool(outputs // group % 4 or outputs // group < _BLOCK))
     else:
-        ragged = macs if group > 1 and outputs // group % _BLOCK or reads > _BLOCK and reads % 4 else 0
+        ragged = macs if (group > 1 and outputs // group % _BLOCK) or (reads > _BLOCK and reads % 4) else 0
     return 1, macs, pixels * padded, taps * (1 if depthwise else group), ragged
 
 
@@ -227,7 +237,9 @@ def _is_fused(node: ir.Node, shapes: Shapes) -> bool:
         if layer is None or layer.op_type not in ("Conv", "Gemm"):
             continue
         if node.op_type in _ACTIVATIONS or (
-            node.op_type == "Add" and layer.op_type == "Conv" and len({*map(shapes, filter(None, node.inputs))}) == 1
+            node.op_type == "Add"
+            and layer.op_type == "Conv"
+            and len({*map(shapes, filter(None, node.inputs))}) == 1
         ):
             return True
     return False

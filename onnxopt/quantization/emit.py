@@ -143,7 +143,9 @@ class _Writer:
         if len(node.inputs) < 3:
             node.resize_inputs(3)
         if not self._placement.bias:
-            node.replace_input_with(2, unit.bias if unit.site not in self._plan.biases else self._initializer(bias, name))
+            node.replace_input_with(
+                2, unit.bias if unit.site not in self._plan.biases else self._initializer(bias, name)
+            )
             return
         scale = np.asarray(params.scale.astype(np.float64) * float(source.scale), np.float32)
         limit = 2**31 - 1

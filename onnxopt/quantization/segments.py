@@ -13,7 +13,9 @@ from onnxopt.model import clone
 __all__ = ["needed_from", "part_of"]
 
 
-def part_of(model: ir.Model, start: int, end: int, outputs: Iterable[str], known: Mapping[str, np.ndarray]) -> ir.Model:
+def part_of(
+    model: ir.Model, start: int, end: int, outputs: Iterable[str], known: Mapping[str, np.ndarray]
+) -> ir.Model:
     """The nodes from `start` to `end` of a main graph, as a model that reads what they read.
 
     Args:

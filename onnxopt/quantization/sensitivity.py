@@ -179,5 +179,3 @@ def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placeme
             value.name, result.name = names.fresh(f"{name}_float"), name
             graph.outputs[:] = [result if one is value else one for one in graph.outputs]
     graph.sort()
-
-
