@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxopt.cli.common import console, json_option, keep_apart, shape_option, shapes_of, write_json
+from onnxopt.errors import UsageError
 
 if TYPE_CHECKING:
     from onnxopt import Finding, Inspection
@@ -47,6 +48,8 @@ def command(model: Path, shape: tuple[str, ...], top: int, target: str | None, j
     from onnxopt.reporting.tables import plain_table
 
     keep_apart(json_file, model)
+    if target is not None and shape:
+        raise UsageError("--shape: a lint takes the model as it is; give one of --shape and --lint")
     if target is not None:
         return _lint(model, target, json_file)
     found = inspect(model, shapes=shapes_of(shape))
@@ -76,12 +79,12 @@ def _lint(model: Path, target: str, json_file: str | None) -> int:
     groups: dict[str, list[Finding]] = {}
     for finding in found:
         groups.setdefault(finding.rule, []).append(finding)
-    table = plain_table("", "rule", ">places", "first", "what the first is, and what to do")
+    table = plain_table("", "rule", ">places", "the first")
     for name, group in groups.items():
         style = "red" if group[0].severity == "error" else "yellow"
         sites = ", ".join(finding.site for finding in group[:_FIRST]) + ", ..." * (len(group) > _FIRST)
-        row = (Text(name), str(len(group)), Text(sites), Text(f"{group[0].message} ({group[0].basis})"))
-        table.add_row(Text(group[0].severity, style=style), *row)
+        about = Text.assemble(group[0].message, ("\n" + f"at {sites}" + "\n" + group[0].basis, "dim"))
+        table.add_row(Text(group[0].severity, style=style), Text(name), str(len(group)), about)
     if found:
         out.print(table)
     out.print(f"{target}: {errors} errors, {len(found) - errors} warnings")

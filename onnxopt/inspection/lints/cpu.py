@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from onnxopt.graph import sole_user
 from onnxopt.inspection.lints.sight import WEIGHTED, Sight, dequantizer, numbers, ops, quantized_type, rule
-from onnxopt.quantization.formats import FORMATS
 
 __all__ = ["RULES"]
 
@@ -118,14 +117,12 @@ def _vanishes(node: ir.Node, seen: Sight) -> bool:
     if quantizer is None or node.op_type not in ("Relu", "Clip") or len(quantizer.inputs) < 3:
         return False
     scale, zero_point = map(numbers, quantizer.inputs[1:])
-    ends = [
-        (form.low, form.high) for form in FORMATS.values() if form.dtype == quantized_type(quantizer, seen)
-    ]
-    if scale.size != 1 or zero_point.size != 1 or not ends:
+    kind = quantized_type(quantizer, seen)
+    if scale.size != 1 or zero_point.size != 1 or kind is None:
         return False
-    low, high = ((end - zero_point.item()) * scale.item() for end in ends[0])
-    bounds = [numbers(value) for value in node.inputs[1:] if value is not None]
-    if node.op_type == "Relu" or len(bounds) < 2 or any(bound.size != 1 for bound in bounds):
+    low, high = ((end - zero_point.item()) * scale.item() for end in (kind.min, kind.max))
+    bounds = [numbers(value) for value in node.inputs[1:]]
+    if node.op_type == "Relu" or [bound.size for bound in bounds] != [1, 1]:
         return node.op_type == "Relu" and low >= 0
     return bool(bounds[0].item() <= low and high * (1 - _ROUNDING) <= bounds[1].item())
 

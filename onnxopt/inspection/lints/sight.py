@@ -24,6 +24,9 @@ __all__ = [
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators whose first two inputs are multiplied, in integers where both are quantized."""
 
+_DOMAINS = frozenset({"", "com.microsoft"})
+"""Those of which an operator's name says what it computes."""
+
 Severity = Literal["error", "warning"]
 Places = Callable[["Sight"], Iterable[Any]]
 Check = Callable[[Any, "Sight"], str | None]
@@ -73,7 +76,7 @@ def rule(name: str, severity: Severity, basis: str, places: Places) -> Callable[
 
 
 def ops(*op_types: str) -> Places:
-    """The nodes of these operators, of any domain, as far as their attributes are known; of none: all."""
+    """The nodes of these operators whose attributes are all known; with none named, all nodes there are."""
     return lambda seen: seen.ops(*op_types)
 
 
@@ -89,7 +92,7 @@ class Sight:
         self._nodes = tuple(nodes(model))
         self._by_type: dict[str, list[ir.Node]] = defaultdict(list)
         for node in self._nodes:
-            if not has_reference(node):
+            if node.domain in _DOMAINS and not has_reference(node):
                 self._by_type[node.op_type].append(node)
 
     def ops(self, *op_types: str) -> Iterator[ir.Node]:

@@ -89,7 +89,7 @@ def _output(node: ir.Node, _: Sight) -> str | None:
 @rule("unsupported-rank", "error", _TABLE, ops())
 def _rank(node: ir.Node, seen: Sight) -> str | None:
     most = _table()["ranks"].get(node.op_type)
-    rank = len(seen.dims(node.inputs[0]) or ()) if most else 0
+    rank = len(seen.dims(_at(node, 0)) or ()) if most else 0
     return f"{node.op_type} on {rank} dimensions; reshape to {most} or less" if rank > (most or 0) else None
 
 
@@ -133,7 +133,8 @@ def _unlisted(node: ir.Node, seen: Sight) -> str | None:
     kind = _odd_type(node, seen)
     if kind is None or kind in _LACKING or kind in (ir.DataType.UINT8, ir.DataType.DOUBLE):
         return None
-    return f"{node.op_type} of {dtype_name(kind)}, which the parser's table does not list; cast it"
+    advice = "cast it" if kind.bitwidth > 8 else "dequantize it"
+    return f"{node.op_type} of {dtype_name(kind)}, which the parser's table does not list; {advice}"
 
 
 def _odd_type(node: ir.Node, seen: Sight) -> ir.DataType | None:
