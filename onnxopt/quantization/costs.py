@@ -1,4 +1,4 @@
-"""What a node costs in float32 and in int8 on ONNX Runtime's CPU provider: a linear model of measured kernels.
+"""What a node costs in float32 and in int8 on ONNX Runtime's CPU provider: a linear model.
 
 Int8 is often slower than float there: float convolutions run on blocked channels with whatever follows them
 fused, while integer kernels gather their input tap by tap, and small or odd channel counts fall off the fast
@@ -36,16 +36,22 @@ _BLOCKED = (
     "Add",
     "AveragePool",
     "Concat",
-    "Conv",
     "GlobalAveragePool",
     "MaxPool",
     "Mul",
+    "QuickGelu",
     "Resize",
 )
-"""What reads and writes float channels in blocks; others get a ReorderOutput and a ReorderInput."""
+"""What keeps float channels in blocks; others get a ReorderOutput and a ReorderInput."""
 
-_FLAT = ("Flatten", "Gather", "MatMul", "Reshape", "Slice", "Softmax", "Split", "Squeeze", "Unsqueeze")
-"""What channels-last int8 is transposed back for."""
+_FREE = ("Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+"""What copies nothing."""
+
+_FLAT = (*_FREE, "Gather", "MatMul", "Slice", "Softmax", "Split")
+"""What int8 with its channels last is transposed back for."""
+
+_UNKNOWN = "Sub"
+"""The row of operators that have none: one float kernel, an element at a time."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +115,20 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
     shapes: the sizes of a value, all known. Raises what `shapes` raises.
     """
     table = table or shipped_costs()
-    if node.op_type == "Constant":
-        return NodeCost(0, 0)
-    plain, integer = table.rows.get(row_of(node, shapes), table.rows["other"])
+    kind = row_of(node, shapes)
+    plain, integer = ((), ()) if kind in _FREE else table.rows.get(kind, table.rows[_UNKNOWN])
     plain_ns = _dot(plain, features(node, shapes, quantized=False))
     int8_ns = math.inf if integer is None else _dot(integer, features(node, shapes, quantized=True))
     if _saturates(node):
         int8_ns = 0.0
-    if _is_fused(node, shapes):
-        return NodeCost(0.0, int8_ns, plain_ns)
-    if _is_silu(node):
-        silu_ns = _dot(table.rows["QuickGelu"][0], features(node, shapes, quantized=False))
-        return NodeCost(silu_ns, int8_ns, max(plain_ns - silu_ns, 0))
-    plain_ns += _reordered(node, shapes, table)
-    if _is_transposed(node, shapes):
+    elif _is_transposed(node, shapes):
         int8_ns += table.layout_ns(_count(shapes, node.inputs[0]), quantized=True)
-    return NodeCost(plain_ns, int8_ns)
+    if _is_fused(node, shapes) or (node.op_type == "Sigmoid" and _silu_of(node) is not None):
+        return NodeCost(0.0, int8_ns, plain_ns)
+    if node.op_type == "Mul" and any(_silu_of(gate) is node for gate in map(_producer, node.inputs)):
+        silu_ns = _dot(table.rows["QuickGelu"][0], features(node, shapes, quantized=False))
+        return NodeCost(silu_ns, int8_ns, max(plain_ns - silu_ns, 0.0))
+    return NodeCost(plain_ns + _reordered_ns(node, shapes, table), int8_ns)
 
 
 def row_of(node: ir.Node, shapes: Shapes) -> str:
@@ -187,7 +191,8 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     elif quantized:
         ragged = pixels * group * (bool(reads % 4) + bool(outputs // group % 4 or outputs // group < _BLOCK))
     else:
-        ragged = macs if (group > 1 and outputs // group % _BLOCK) or (reads > _BLOCK and reads % 4) else 0
+        odd = outputs // group % _BLOCK if group > 1 else reads > _BLOCK and reads % 4
+        ragged = macs if odd else 0
     return 1, macs, pixels * padded, taps * (1 if depthwise else group), ragged
 
 
@@ -245,22 +250,37 @@ def _is_fused(node: ir.Node, shapes: Shapes) -> bool:
     return False
 
 
-def _is_silu(node: ir.Node) -> bool:
-    """Whether the node is the Mul of x * Sigmoid(x), which is one kernel in float."""
-    if node.op_type != "Mul":
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _silu_of(gate: ir.Node | None) -> ir.Node | None:
+    """The Mul of x * Sigmoid(x), which is one kernel in float, of its Sigmoid."""
+    user = sole_user(gate.outputs[0]) if gate is not None and gate.op_type == "Sigmoid" else None
+    return user if gate and user and user.op_type == "Mul" and gate.inputs[0] in user.inputs else None
+
+
+def _is_blocked(value: ir.Value | None, shapes: Shapes, depth: int = 4) -> bool:
+    """Whether a value comes from a convolution, over operators that keep its layout."""
+    node = _producer(value)
+    if node is None or not depth:
         return False
-    pair = node.inputs[0], node.inputs[1]
-    return any(_is_gate(gate) and gate.producer().inputs[0] is value for gate, value in (pair, pair[::-1]))  # type: ignore[union-attr]
+    if node.op_type == "Conv":
+        return len(shapes(node.outputs[0])) == 4
+    return node.op_type in _BLOCKED and _is_blocked(node.inputs[0], shapes, depth - 1)
 
 
-def _is_gate(value: ir.Value | None) -> bool:
-    node = None if value is None else value.producer()
-    return node is not None and node.op_type == "Sigmoid" and sole_user(node.outputs[0]) is not None
-
-
-def _reordered(node: ir.Node, shapes: Shapes, table: Costs) -> float:
-    return 0.0
+def _reordered_ns(node: ir.Node, shapes: Shapes, table: Costs) -> float:
+    """The changes of layout around a float node that wants its channels in a row."""
+    if node.op_type in ("Conv", *_FREE) or (node.op_type in _BLOCKED and not _is_broadcast(node, shapes)):
+        return 0.0
+    moved = [value for value in dict.fromkeys(node.inputs) if _is_blocked(value, shapes)]
+    moved += [value for value in node.outputs if any(use.node.op_type == "Conv" for use in value.uses())]
+    return sum(table.layout_ns(_count(shapes, value), quantized=False) for value in moved)
 
 
 def _is_transposed(node: ir.Node, shapes: Shapes) -> bool:
-    return False
+    """Whether an int8 node wants another order of the axes than its input has."""
+    if node.op_type == "Conv":
+        return node.inputs[0] is not None and node.inputs[0].is_graph_input()
+    return node.op_type in _FLAT and _is_blocked(node.inputs[0], shapes)
