@@ -11,6 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxopt.claims import Pass
+from onnxopt.emulation import find_isa
+from onnxopt.errors import ProviderError
 from onnxopt.examples import text_model as text_model
 from onnxopt.graph import nodes
 from onnxopt.ledger import Ledger
@@ -116,3 +118,12 @@ def sqnr(want: np.ndarray, have: np.ndarray) -> float:
     finite = np.isfinite(a)
     noise = float(np.sum((a[finite] - b[finite]) ** 2))
     return float("inf") if noise == 0 else float(10 * np.log10(np.sum(a[finite] ** 2) / noise))
+
+
+def why_no_emulator(isa: str = "avx2") -> str:
+    """Why CPUs cannot be emulated here, for `pytest.mark.skipif`; empty where they can."""
+    try:
+        find_isa(isa)
+    except ProviderError as error:
+        return str(error)
+    return ""

@@ -40,6 +40,7 @@ FORBIDDEN_IN_PASSES = {
     "api",
     "benchmarking",
     "cli",
+    "emulation",
     "reporting",
     "runtimes",
     "training",

@@ -114,8 +114,7 @@ def safe_params(
     reach = int(params.format.high)
     steps = np.full(params.scale.shape, reach)  # what the largest element of a channel may become
     while True:
-        scale = params.scale * (reach / steps)
-        widened = replace(params, scale=scale.astype(np.float32))
+        widened = replace(params, scale=np.asarray(params.scale * (reach / steps), np.float32))
         rows = kernel_rows(node, quantize(weight, widened))
         if rows is None:
             return params
