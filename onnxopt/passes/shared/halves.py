@@ -22,8 +22,8 @@ Ranges = Mapping[str, tuple[float, float]]
 
 _MARGIN = 4.0
 """How much farther than on the samples seen a value may go."""
-_LOST = 0.01
-"""Share of a constant's non-zero elements that may become zero."""
+_LOST, _LOST_OF_WEIGHT = 0.01, 0.5
+"""Share of a constant's non-zero elements that may become zero (of a weight, whose products are summed)."""
 
 _CONTRACTS = frozenset(
     {"Attention", "Conv", "ConvTranspose", "DeformConv", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"}
@@ -90,7 +90,7 @@ class Half:
     opsets: Mapping[str, int]
     stored: set[ir.Value] = field(default_factory=set)
     wide: set[ir.Value] = field(default_factory=set)
-    _losses: dict[ir.Value, tuple[bool, bool]] = field(default_factory=dict)
+    _losses: dict[ir.Value, tuple[bool, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._info = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]  # ml_dtypes has no types
@@ -199,17 +199,17 @@ class Half:
 
     def _check_constants(self, node: ir.Node, choice: Choice) -> None:
         for index in choice.inputs:
-            overflows, vanishes = self._loses(node.inputs[index])
-            if vanishes:
+            overflows, lost = self._loses(node.inputs[index])
+            if lost > (_LOST_OF_WEIGHT if _contracts(node) else _LOST):
                 raise Declined(f"a constant of it vanishes in {self._name}")
             if overflows and node.op_type not in _SATURATES:
                 raise Declined(f"a constant of it leaves the range of {self._name}")
 
-    def _loses(self, value: ir.Value | None) -> tuple[bool, bool]:
-        """Whether finite elements of a constant would become infinite, and whether too many would be zero."""
+    def _loses(self, value: ir.Value | None) -> tuple[bool, float]:
+        """Whether finite elements of a constant would become infinite, and which share of others zero."""
         tensor = constant_of(value)
         if value is None or tensor is None:
-            return False, False
+            return False, 0.0
         if value not in self._losses:
             overflows, used, lost = False, 0, 0
             for piece in pieces(tensor):
@@ -217,7 +217,7 @@ class Half:
                 overflows |= bool(np.any((array > float(self._info.max)) & np.isfinite(array)))
                 used += int(np.count_nonzero(array))
                 lost += int(np.count_nonzero((array > 0) & (array < float(self._info.smallest_subnormal))))
-            self._losses[value] = overflows, lost > _LOST * used
+            self._losses[value] = overflows, lost / max(used, 1)
         return self._losses[value]
 
     def _moves(self, node: ir.Node) -> bool:
