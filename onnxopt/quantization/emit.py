@@ -7,13 +7,13 @@ read integers, and stay as exact as they are for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of
+from onnxopt.graph import constant_of, sole_user
 from onnxopt.quantization.formats import QuantParams, find_format, quantize
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.units import Unit
@@ -23,6 +23,8 @@ from onnxopt.targets import Placement
 
 __all__ = ["bias_of", "emit", "quantized_weight"]
 
+_REQUANTIZED = ("Conv", "ConvTranspose", "Gemm")
+"""Layers whose float weights ONNX Runtime may quantize by itself (WeightBiasQuantization)."""
 _BIAS_ROOM = 2.0**30
 """The largest bias in units of its scale: half of int32, so that sums have room."""
 
@@ -47,6 +49,8 @@ def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placemen
         writer.activation(value, read.get(value, ()), everyone=value in written)
     for unit in chosen:
         writer.constants(unit)
+    if placement.outputs:
+        writer.shield(model.graph, sites)
     model.graph.sort()
     return sites
 
@@ -91,6 +95,14 @@ def bias_of(unit: Unit, plan: Plan) -> np.ndarray | None:
     return plan.biases.get(unit.site, None if tensor is None else tensor.numpy())
 
 
+def _ends_quantized(node: ir.Node) -> bool:
+    """Whether all that reads a node, but for a Relu or Clip in between, is one QuantizeLinear."""
+    user = sole_user(node.outputs[0])
+    while user is not None and user.op_type in ("Relu", "Clip"):
+        user = sole_user(user.outputs[0])
+    return user is not None and user.op_type == "QuantizeLinear"
+
+
 class _Writer:
     """Makes constants and nodes with fresh names."""
 
@@ -126,6 +138,36 @@ class _Writer:
         if read_back.is_graph_output():
             value.name, read_back.name = self._names.fresh(f"{name}_float"), name
             value.shape = shape.copy() if shape is not None else None
+
+    def shield(self, graph: ir.Graph, sites: Mapping[str, ir.Node]) -> None:
+        """Keep the runtime from quantizing the weights of layers that stay in floating point.
+
+        ONNX Runtime does so, with one scale for the whole weight, where such a layer stands between a
+        DequantizeLinear of one scale and a QuantizeLinear. A scale for each channel, all equal, gives the
+        same numbers, and it leaves the layer alone.
+        """
+        chosen = dict.fromkeys(sites.values())
+        for node in [one for one in graph if one.op_type in _REQUANTIZED and one not in chosen]:
+            value = node.inputs[0]
+            params = self._scales.get(value) if value is not None else None
+            if value is None or params is None or not _ends_quantized(node):
+                continue
+            channels = value.shape[1] if value.shape is not None and len(value.shape) > 1 else None
+            if not isinstance(channels, int) or channels < 2:
+                continue
+            wide = replace(
+                params,
+                scale=np.full(channels, params.scale, np.float32),
+                zero_point=np.full(channels, params.zero_point),
+            )
+            name = value.name or ""
+            source = value.producer()
+            assert source is not None
+            inputs = [source.inputs[0], *self._params(wide, name)]
+            read = self._node("DequantizeLinear", inputs, f"{name}_by_channel", [ir.AttrInt64("axis", 1)])
+            graph.insert_before(node, read)
+            read.outputs[0].type, read.outputs[0].shape = value.type, value.shape
+            node.replace_input_with(0, read.outputs[0])
 
     def constants(self, unit: Unit) -> None:
         """Put integers in place of the unit's constant operand and bias."""
