@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnxopt.graph import constant_of, sole_user
 from onnxopt.quantization.formats import QuantParams, find_format, quantize
 from onnxopt.quantization.plan import Plan
+from onnxopt.quantization.saturation import safe_params
 from onnxopt.quantization.units import Unit
 from onnxopt.quantization.weights import quantize_weight, weight_axis
 from onnxopt.scope import Names
@@ -76,9 +77,10 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
     axis = weight_axis(unit.node, unit.weight) if plan.per_channel and array.ndim > 1 else None
     if unit.node.op_type == "MatMul" and array.ndim > 2:
         axis = None  # the runtime's kernel takes one scale for a stack of matrices
-    ints, params = quantize_weight(
-        array, plan.weight, axis=axis, power_of_two=plan.power_of_two, limit=plan.limits.get(unit.site)
-    )
+    ints, params = quantize_weight(array, plan.weight, axis=axis, power_of_two=plan.power_of_two)
+    if plan.saturates:
+        params = safe_params(unit.node, array, params)
+        ints = quantize(array, params).astype(ints.dtype)
     bias = bias_of(unit, plan)
     if bias is None or source is None or axis is None:
         return ints, params

@@ -21,8 +21,8 @@ class Plan:
     nodes: the sites of units that become integer kernels. tensors: names of the activations that are
     quantized: what such units read, and what they write where the target wants that. params: of every
     tensor that could be. weight: the format of weights. per_channel: one scale for each output channel.
-    limits: site -> the largest integer of the weight, where a processor's sums could saturate.
-    rounded: site -> the weight's integers and their scales, where they are not simply the nearest ones.
+    saturates: whether it is for processors whose sums of two products leave 16 bits; weights are then scaled
+    so that none does. rounded: site -> the weight's integers and their scales, where they are not simply the nearest ones.
     biases: site -> the bias, float32, where it is not the layer's own.
     """
 
@@ -32,7 +32,7 @@ class Plan:
     weight: Format
     per_channel: bool = True
     power_of_two: bool = False
-    limits: Mapping[str, int] = field(default_factory=dict)
+    saturates: bool = False
     rounded: Mapping[str, tuple[np.ndarray, QuantParams]] = field(default_factory=dict)
     biases: Mapping[str, np.ndarray] = field(default_factory=dict)
 

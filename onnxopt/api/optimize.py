@@ -1,4 +1,4 @@
-"""The workflows behind the public functions."""
+"""Rewrite a model under proof, and measure what it gains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from onnxopt.reporting import Report, measure_size
 from onnxopt.result import Result
 from onnxopt.targets import find_target
 
-__all__ = ["Result", "optimize"]
+__all__ = ["optimize"]
 
 _NOTICEABLE = 1.03
 """How much slower a result without its settings may be before that is said."""
@@ -83,7 +83,7 @@ def optimize(
         skip=skip,
         freeze_initializers=freeze_initializers,
     )
-    say = progress or _silent
+    say = progress or silent
     say("reading the model", None)
     open_model = opener(model)
     guard = Guard(
@@ -95,7 +95,7 @@ def optimize(
     job = Job(
         model, open_model(), open_model, pipeline, where, guard, shapes, seed, say, frozen=freeze_initializers
     )
-    samples = _samples(job, data) if verify or bench else []
+    samples = samples_for(job, data) if verify or bench else []
     if verify:
         outcome = job.run_under_proof(samples, stop_after)
     else:
@@ -111,14 +111,15 @@ def optimize(
         settings = tuple(one for one in job.settings_for(job.original) if one.purpose == "correctness")
     rewritten = job.open_model() if slower else outcome.model
     if metadata and outcome.changes and not slower:
-        _record(rewritten, outcome, fingerprint(model, job.original))
-    sizes = {**(shapes or {}), **_sizes_of(samples)}
+        applied = [step.name for step in outcome.steps if step.changes]
+        record(rewritten, applied, fingerprint(model, job.original))
+    sizes = {**(shapes or {}), **sizes_of(samples)}
     report = Report(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         target=where.name,
         passes=tuple(spelling(one) for one in pipeline.passes),
         seed=seed,
-        versions=_versions(),
+        versions=versions(),
         shapes=sizes,
         before=measure_size(job.original, sizes),
         after=measure_size(rewritten, sizes),
@@ -136,27 +137,6 @@ def optimize(
     return Result(rewritten, report, model)
 
 
-def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
-    """The user's samples, or synthetic ones; none, with a note, where none could be made up."""
-    if data is not None:
-        return read_feeds(data, job.model)
-    job.progress("making up samples", None)
-    try:
-        return synthesize(job.model, seed=job.seed, shapes=job.shapes)
-    except NoSamplesError as error:
-        job.notes.append(str(error))
-        return []
-
-
-def _sizes_of(samples: Sequence[Feeds]) -> dict[str, tuple[int, ...]]:
-    """Input shapes of the first sample."""
-    return {name: np.shape(array) for name, array in samples[0].items()} if samples else {}
-
-
-def _silent(_what: str, _share: float | None) -> None:
-    """The progress of a caller who asked for none."""
-
-
 def _measure(
     job: Job, outcome: Outcome, settings: Sequence[Setting], samples: Sequence[Feeds]
 ) -> Timing | None:
@@ -171,21 +151,3 @@ def _measure(
         without = timing.ratio / gain
         job.notes.append(f"without its settings the result takes about {without:.2f}x the original's time")
     return timing
-
-
-def _record(model: ir.Model, outcome: Outcome, input_sha256: str) -> None:
-    """Write into the model's metadata what was done to it, by which versions, and to which input."""
-    applied = [step.name for step in outcome.steps if step.changes]
-    versions = " ".join(f"{name}={version}" for name, version in _versions().items())
-    model.metadata_props["onnxopt.passes"] = ",".join(applied)
-    model.metadata_props["onnxopt.versions"] = versions
-    model.metadata_props["onnxopt.input_sha256"] = input_sha256
-
-
-def _versions() -> dict[str, str]:
-    """The versions that the result depends on, as far as they are installed."""
-    found = {"onnxopt": onnxopt.__version__}
-    for name in ("onnx", "onnx-ir", "numpy", "onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

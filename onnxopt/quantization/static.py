@@ -1,0 +1,206 @@
+"""Static quantization: calibrate once, measure what each tensor costs in accuracy, keep what helps, search."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
+from onnxopt.data import Feeds
+from onnxopt.errors import UsageError
+from onnxopt.graph import constant_of, sizes_of
+from onnxopt.quantization.biases import input_channels
+from onnxopt.quantization.choose import prices_of_bytes, prices_of_time
+from onnxopt.quantization.formats import find_format
+from onnxopt.quantization.judge import Judge
+from onnxopt.quantization.draft import Draft
+from onnxopt.quantization.improve import improve
+from onnxopt.quantization.plan import Plan, params_of_tensors
+from onnxopt.quantization.search import Searched, search
+from onnxopt.quantization.sensitivity import Source, measure_sensitivity
+from onnxopt.quantization.shapes import measure_shapes
+from onnxopt.quantization.units import Survey, Unit, survey
+from onnxopt.targets import Placement
+
+__all__ = ["Goal", "Settings", "Static", "quantize_static"]
+
+Goal = Literal["speed", "size"]
+Progress = Callable[[str, float | None], None]
+
+_SENSITIVITY_SAMPLES = 6
+"""Samples that each source is tried on; noise is a mean over all elements of the outputs, and settles soon."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to quantize.
+
+    placement: what the target takes. activation, weight: formats; the placement's own by default. method: of
+    `calibration.METHODS`. keep: patterns of sites or operators that stay in floating point. goal: the least
+    time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
+    the table of kernel costs is about the target.
+    """
+
+    placement: Placement
+    activation: str | None = None
+    weight: str | None = None
+    method: str = "auto"
+    per_channel: bool = True
+    power_of_two: bool = False
+    keep: tuple[str, ...] = ()
+    goal: Goal = "speed"
+    saturates: bool = False
+    timed: bool = True
+    cache: Path | None = None
+    workers: int = 1
+    executor: Literal["process", "ray"] = "process"
+
+
+@dataclass(frozen=True)
+class Static:
+    """What came of it.
+
+    model: in floating point, as the keepers left it. surveyed: what could be quantized, and why the rest
+    could not. noise: of each source alone. keepers: name -> noise in dB before and after, for those kept.
+    """
+
+    model: ir.Model
+    surveyed: Survey
+    statistics: Statistics
+    plan: Plan
+    noise: Mapping[Source, float]
+    keepers: Mapping[str, tuple[float, float]]
+    kept: tuple[str, ...]
+    searched: Searched
+
+
+def quantize_static(
+    model: ir.Model,
+    samples: Sequence[Feeds],
+    held_out: Sequence[Feeds],
+    settings: Settings,
+    judge: Judge,
+    progress: Progress,
+) -> Static | Survey:
+    """Quantize a prepared model; its survey alone where there is nothing to quantize.
+
+    Args:
+        model: in floating point, opset 13 or later; not changed.
+        samples: to calibrate and to measure noise on. held_out: to choose ranges and keepers by.
+        settings: how.
+        judge: says whether a candidate keeps the budget.
+        progress: called with what is being done.
+    """
+    placement = settings.placement
+    possible = survey(model, placement, frozenset(exposable(model)))
+    tensors = tensors_of(possible.units)
+    if not tensors:
+        return possible
+    statistics = calibrate(
+        model,
+        samples,
+        tensors,
+        held_out=held_out,
+        channels=input_channels(possible.units),
+        cache=settings.cache,
+        workers=settings.workers,
+        executor=settings.executor,
+        progress=progress,
+    )
+    known = [name for name in tensors if statistics[name].count and not statistics[name].nonfinite]
+    surveyed = survey(model, placement, frozenset(known))
+    if not surveyed.units:
+        return surveyed
+    plan = plan_of(surveyed.units, statistics, settings)
+    progress("keeping accuracy", None)
+    draft, keepers = improve(Draft(model, placement, plan, statistics, settings.method), samples, held_out)
+    model, plan = draft.model, draft.plan
+    surveyed = survey(model, placement, plan.params)
+    some = [samples[number] for number in range(min(len(samples), _SENSITIVITY_SAMPLES))]
+    noise = measure_sensitivity(
+        model, placement, plan, some, progress=lambda share: progress("measuring sensitivity", share)
+    )
+    shapes = measure_shapes(model, samples[0])
+
+    def sizes(value: ir.Value) -> tuple[int, ...]:
+        tensor = constant_of(value)
+        return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
+
+    by_time = settings.goal == "speed" and settings.timed
+    kept = _matching(surveyed.units, settings.keep) + _narrow(surveyed.units, placement)
+    searched = search(
+        model,
+        surveyed,
+        placement,
+        plan,
+        noise,
+        prices_of_time(sizes) if by_time else prices_of_bytes(),
+        judge,
+        kept=kept,
+        progress=lambda what: progress(what, None),
+    )
+    return Static(model, surveyed, draft.statistics, plan, noise, keepers, tuple(kept), searched)
+
+
+def tensors_of(units: Sequence[Unit]) -> list[str]:
+    """The names of the activations that units read and write."""
+    values = dict.fromkeys(v for unit in units for v in (*unit.sources, unit.output) if constant_of(v) is None)
+    return [value.name or "" for value in values]
+
+
+def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -> Plan:
+    """How tensors and weights are quantized, by what calibration saw; no unit is chosen yet."""
+    placement = settings.placement
+    form = find_format(settings.activation or placement.activation)
+    ranges = {}
+    for name in tensors_of(units):
+        found = choose_range(
+            statistics[name],
+            settings.method,
+            form,
+            symmetric=placement.symmetric,
+            power_of_two=settings.power_of_two,
+        )
+        ranges[name] = (found.low, found.high)
+    params = params_of_tensors(
+        units, ranges, placement, activation=form.name, power_of_two=settings.power_of_two
+    )
+    return Plan(
+        frozenset(),
+        frozenset(),
+        params,
+        find_format(settings.weight or placement.weight),
+        per_channel=settings.per_channel,
+        power_of_two=settings.power_of_two,
+        saturates=settings.saturates,
+    )
+
+
+def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
+    """The sites that patterns name, by site, node name or operator. Raises UsageError where one names none."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [
+            unit.site
+            for unit in units
+            if any(fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type))
+        ]
+        if not hits:
+            raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def _narrow(units: Sequence[Unit], placement: Placement) -> list[str]:
+    """Layers with too few channels for the target's integer kernels."""
+    found = []
+    for unit in units:
+        tensor = constant_of(unit.node.inputs[unit.weight]) if unit.is_layer and unit.weight is not None else None
+        if tensor is not None and min(sizes_of(tensor)[:2]) < placement.narrow:
+            found.append(unit.site)
+    return found
