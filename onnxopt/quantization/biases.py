@@ -6,50 +6,39 @@ Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, int_attr
+from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import dequantize
-from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.units import Unit
 
-__all__ = ["correct_biases", "input_channels"]
+__all__ = ["correct_biases"]
 
 
-def input_channels(units: Sequence[Unit]) -> dict[str, int]:
-    """Of each tensor that a layer with a bias multiplies with its weight, the axis that is summed over."""
-    return {unit.sources[0].name or "": 1 for unit in units if _has_room(unit)}
-
-
-def correct_biases(
-    units: Sequence[Unit], plan: Plan, means: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Site -> the bias that makes up for the error of the weight at the mean of the input.
-
-    Args:
-        units: in floating point.
-        plan: how weights are quantized.
-        means: of the tensors of `input_channels`, by channel, of shape (channels,).
+def correct_biases(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
+    """With the biases that make up for the error of each weight at the mean of its input.
 
     With W' the weight as quantized, b' = b - (W' - W) E[x]; of a convolution, summed over its window, which
     takes the border for the rest of the image.
     """
+    units = [unit for unit in draft.units() if _has_room(unit)]
+    means = draft.means({unit.sources[0].name or "": 1 for unit in units}, samples)
     found = {}
     for unit in units:
-        mean = means.get(unit.sources[0].name or "") if _has_room(unit) else None
-        tensor = constant_of(unit.node.inputs[1]) if mean is not None else None
-        if mean is None or tensor is None:
-            continue
-        weight = tensor.numpy().astype(np.float64)
-        error = dequantize(*quantized_weight(unit, plan, None)) - weight
+        tensor = constant_of(unit.node.inputs[1])
+        assert tensor is not None  # it has a weight
+        error = dequantize(*quantized_weight(unit, draft.plan, None)) - tensor.numpy().astype(np.float64)
+        shift = _shift(unit, error, means[unit.sources[0].name or ""])
         bias = constant_of(unit.bias) if unit.bias is not None else None
-        shift = _shift(unit, error, mean)
         old = np.zeros(shift.shape) if bias is None else bias.numpy().astype(np.float64)
         found[unit.site] = (old - shift.reshape(old.shape)).astype(np.float32)
-    return found
+    return replace(draft, plan=replace(draft.plan, biases=found)) if found else None
 
 
 def _has_room(unit: Unit) -> bool:

@@ -1,0 +1,67 @@
+"""A quantization in the making, which the keepers of accuracy improve one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.calibration import Statistics, TensorStatistics, calibrate, choose_range
+from onnxopt.data import Feeds
+from onnxopt.quantization.formats import Format, QuantParams, params_from_range
+from onnxopt.quantization.plan import Plan
+from onnxopt.quantization.units import Unit, survey
+from onnxopt.targets import Placement
+
+__all__ = ["Draft"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model in floating point and how it is to be quantized.
+
+    model: prepared; never changed in place: who changes it makes another. plan: which units, with which
+    numbers. statistics: of each tensor that units read or write. method: how ranges come from them.
+    """
+
+    model: ir.Model
+    placement: Placement
+    plan: Plan
+    statistics: Statistics
+    method: str
+
+    def units(self) -> tuple[Unit, ...]:
+        """What can be quantized of the model."""
+        return survey(self.model, self.placement, self.statistics).units
+
+    def means(self, axes: Mapping[str, int], samples: Sequence[Feeds]) -> dict[str, np.ndarray]:
+        """The mean of each channel of tensors, name -> axis; measured where the statistics have none."""
+        channels = {name: self.statistics[name].channel for name in axes if name in self.statistics}
+        missing = [name for name, axis in axes.items() if (c := channels.get(name)) is None or c.axis != axis]
+        if missing:
+            found = calibrate(self.model, samples, missing, channels={name: axes[name] for name in missing})
+            channels |= {name: one.channel for name, one in found.items()}
+        return {name: one.mean for name, one in channels.items() if one is not None}
+
+    def with_model(self, model: ir.Model, changed: Sequence[str], samples: Sequence[Feeds]) -> Draft:
+        """With a model of the same names, of which these tensors take other values than before."""
+        tensors = [name for name in changed if name in self.statistics]
+        if not tensors:
+            return replace(self, model=model)
+        statistics = Statistics({**self.statistics, **calibrate(model, samples, tensors)})
+        params = dict(self.plan.params)
+        for name in tensors:
+            if name in params:
+                params[name] = self._params(statistics[name], params[name].format)
+        draft = replace(self, model=model, statistics=statistics)
+        for unit in draft.units():
+            if unit.is_move:
+                params[unit.output.name or ""] = params[unit.sources[0].name or ""]
+        return replace(draft, plan=replace(self.plan, params=params))
+
+    def _params(self, stats: TensorStatistics, form: Format) -> QuantParams:
+        how = {"symmetric": self.placement.symmetric, "power_of_two": self.plan.power_of_two}
+        found = choose_range(stats, self.method, form, **how)
+        return params_from_range(found.low, found.high, form, **how)

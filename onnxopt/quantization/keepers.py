@@ -1,0 +1,21 @@
+"""What keeps the accuracy of static quantization, in the order in which it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from onnxopt.data import Feeds
+from onnxopt.quantization.biases import correct_biases
+from onnxopt.quantization.draft import Draft
+from onnxopt.quantization.rounding import round_weights
+
+__all__ = ["KEEPERS", "Draft", "Keeper"]
+
+Keeper = Callable[[Draft, Sequence[Feeds]], Draft | None]
+"""From a draft and calibration samples to a better one; None where there is nothing to do."""
+
+KEEPERS: Mapping[str, Keeper] = MappingProxyType(
+    {"round-weights": round_weights, "correct-biases": correct_biases}
+)
+"""Each is to be kept only where samples that are held out say so."""

@@ -1,0 +1,78 @@
+"""What a layer multiplies its weight with, as rows of a matrix."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+from numpy.lib.stride_tricks import sliding_window_view
+
+from onnxopt.graph import int_attr, ints_attr, str_attr
+
+__all__ = ["from_rows", "operand_rows", "weight_rows"]
+
+
+def weight_rows(node: ir.Node, weight: np.ndarray) -> np.ndarray:
+    """The second operand of a Conv, Gemm or MatMul as [groups, channels of a group, summands]."""
+    if node.op_type == "Conv":
+        group = int_attr(node, "group", 1)
+        return weight.reshape(group, len(weight) // group, -1)
+    return (weight if int_attr(node, "transB", 0) else weight.T)[None]
+
+
+def from_rows(node: ir.Node, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The operand of this shape that `weight_rows` makes these rows of."""
+    plain = node.op_type == "Conv" or int_attr(node, "transB", 0)
+    return rows.reshape(shape) if plain else np.ascontiguousarray(rows[0].T)
+
+
+def operand_rows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...], most: int) -> np.ndarray:
+    """The first operand as [positions, groups, summands], of at most so many of its positions.
+
+    Args:
+        node: Conv, Gemm without transA, or MatMul.
+        array: the operand.
+        kernel: the spatial sizes of a Conv's weight.
+        most: positions to take; where there are more, always the same random ones.
+    """
+    if node.op_type != "Conv":
+        rows = array.reshape(-1, array.shape[-1])
+        return rows[_some(len(rows), most), None]
+    windows = _windows(node, array, kernel)
+    batch, _, *places = windows.shape[: 2 + len(kernel)]
+    which = np.unravel_index(_some(batch * math.prod(places), most), (batch, *places))
+    found = windows[(which[0], slice(None), *which[1:])]
+    return found.reshape(len(found), int_attr(node, "group", 1), -1)
+
+
+def _some(count: int, most: int) -> np.ndarray:
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+
+
+def _windows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...]) -> np.ndarray:
+    """[batch, _, *places, *kernel], not copied out of the padded array."""
+    ones = (1,) * len(kernel)
+    strides, dilations = ints_attr(node, "strides") or ones, ints_attr(node, "dilations") or ones
+    extents = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
+    pads = _pads(node, array.shape[2:], extents, strides)
+    padded = np.pad(array, ((0, 0), (0, 0), *pads))
+    found = sliding_window_view(padded, extents, axis=tuple(range(2, array.ndim)))
+    steps = tuple(slice(None, None, step) for step in (*strides, *dilations))
+    return found[(slice(None), slice(None), *steps)]
+
+
+def _pads(
+    node: ir.Node, sizes: tuple[int, ...], extents: tuple[int, ...], strides: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    mode, rank = str_attr(node, "auto_pad", "NOTSET"), len(sizes)
+    if mode == "NOTSET":
+        pads = ints_attr(node, "pads") or (0,) * (2 * rank)
+        return list(zip(pads[:rank], pads[rank:], strict=True))
+    if mode == "VALID":
+        return [(0, 0)] * rank
+    whole = [max((-(-n // s) - 1) * s + e - n, 0) for n, e, s in zip(sizes, extents, strides, strict=True)]
+    less = [(total // 2, total - total // 2) for total in whole]
+    return less if mode == "SAME_UPPER" else [(more, fewer) for fewer, more in less]
