@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.errors import UsageError
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
+from onnxopt.passes.retarget.retarget_opset import RetargetOpset
+from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.formats import dequantize, find_format
 from onnxopt.quantization.weights import quantize_weight, ternarize
 from onnxopt.recipe import parse_pass
@@ -338,6 +340,15 @@ def test_two_bits(kind: str) -> None:
     assert run_pass(odd, QuantizeWeights(kind)).declined == (
         "ONNX Runtime gets products of 2 bits wrong unless the channels are a multiple of 4",
     )
+
+
+def test_a_shared_weight_that_waits_for_its_opset_is_reported_once() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    agraph (float[3, 40] x) => (float[3, 8] y, float[3, 8] z) { y = MatMul(x, w) z = Gemm(x, w) }"""
+    model = stored(text_model(text), {"w": weight_of((40, 8))})
+    passes = (QuantizeWeights("int4"), RetargetOpset(21, on_demand=True))
+    outcome = Pipeline(passes).run(lambda: ir.from_proto(model))
+    assert [(step.changes, step.declined) for step in outcome.steps] == [(1, {}), (1, {})]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_of, float_attr, int_attr
+from onnxopt.graph import constant_of, float_attr, int_attr, sizes_of
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.dequantized import gathered, turned
 from onnxopt.passes.shared.nbits import BLOCKS, packed
@@ -117,6 +117,8 @@ class QuantizeWeights(Pass):
             return None
         form = find_format(self.type)
         tensor = constant_of(weight.source)
+        if node.op_type == "Gather" and tensor is not None and tensor.size in sizes_of(tensor):
+            return None  # single numbers, such as scales, and no vectors
         if tensor is not None and tensor.size < self.minimum:
             raise Declined(f"the weight has fewer than {self.minimum} elements")
         if self.form == "matmulnbits":
