@@ -284,6 +284,48 @@ def test_weights_in_branches_are_quantized_where_they_stand() -> None:
         assert sqnr(execute(model, feeds)[0], execute(done.model, feeds)[0]) > 35
 
 
+def test_a_weight_that_a_loop_reads_is_dequantized_in_front_of_it() -> None:
+    model = stored(
+        text_model(
+            """agraph (float[3, 8] x, int64 n) => (float[3, 8] y) <bool t = {1}> {
+                y = Loop (n, t, x) <body = turn (int64 i, bool c, float[3, 8] a) => (bool d, float[3, 8] e) {
+                    d = Identity(c)
+                    z = MatMul(a, w)
+                    e = Tanh(z)
+                }>
+            }"""
+        ),
+        {"w": weight_of((8, 8))},
+    )
+    done = run_pass(model, QuantizeWeights())
+    assert [node.op_type for node in done.model.graph] == ["DequantizeLinear", "Loop"]
+    feeds = {**random_feeds(model), "n": np.array(3)}
+    assert sqnr(execute(model, feeds)[0], execute(done.model, feeds)[0]) > 25
+
+
+def test_below_ir_version_4_constants_are_nodes() -> None:
+    model = layer("MatMul", 13, "node")
+    model.ir_version = 3
+    done = run_pass(model, QuantizeWeights())
+    assert done.op_types == ["Constant", "Constant", "DequantizeLinear", "MatMul"]
+    want = rounded(weight_of((40, 8)), "int8", 1)
+    assert_bit_equal(with_weights(layer("MatMul"), {"w": want}), done)
+
+
+def test_the_weight_of_a_fused_attention() -> None:
+    model = stored(
+        text_model(
+            """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+            agraph (float[2, 5, 16] x) => (float[2, 5, 16] y) {
+                y = com.microsoft.Attention<num_heads = 2>(x, w, b)
+            }"""
+        ),
+        {"w": weight_of((16, 48)), "b": weight_of((48,))},
+    )
+    done = run_pass(model, QuantizeWeights())
+    assert_bit_equal(with_weights(model, {"w": rounded(weight_of((16, 48)), "int8", 1)}), done)
+
+
 def test_a_weight_in_a_function_is_quantized_there() -> None:
     numbers = ", ".join(str(i % 13 - 6) for i in range(64))
     model = text_model(
