@@ -284,6 +284,20 @@ def test_weights_in_branches_are_quantized_where_they_stand() -> None:
         assert sqnr(execute(model, feeds)[0], execute(done.model, feeds)[0]) > 35
 
 
+def test_a_weight_of_float16_is_a_dequantized_one_that_is_cast() -> None:
+    model = text_model(
+        """<ir_version: 10, opset_import: ["": 21]>
+        agraph (float16[3, 40] x) => (float16[3, 8] y) { y = MatMul(x, w) }"""
+    )
+    half = weight_of((40, 8)).astype(np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(half, "w"))
+    done = run_pass(model, QuantizeWeights())
+    assert done.op_types == ["DequantizeLinear", "Cast", "MatMul"]
+    want = rounded(half.astype(np.float32), "int8", 1).astype(np.float16)
+    assert_bit_equal(with_weights(model, {"w": want}), done)
+    assert run_pass(model, QuantizeWeights("int16")).declined == ("the weight would not become smaller",)
+
+
 def test_a_weight_that_a_loop_reads_is_dequantized_in_front_of_it() -> None:
     model = stored(
         text_model(

@@ -131,7 +131,7 @@ class QuantizeWeights(Pass):
             raise NewerOpset(
                 f"DequantizeLinear {'in blocks' if block else 'by channel'} of {form.name}", newest
             )
-        ints, params = self._rounded(stored.array, form, axis, block)
+        ints, params = self._rounded(stored.array, form, axis, block, stored.dtype)
         edit = Edit(stored.anchor, scope)
         value = _dequantized(edit, ints, params, stored.value.name or "weight")
         if stored.dtype != ir.DataType.FLOAT:
@@ -139,7 +139,7 @@ class QuantizeWeights(Pass):
         return edit.replace(stored.value, value)
 
     def _rounded(
-        self, array: np.ndarray, form: Format, axis: int | None, block: int
+        self, array: np.ndarray, form: Format, axis: int | None, block: int, dtype: ir.DataType
     ) -> tuple[np.ndarray, QuantParams]:
         if self.levels != "all":
             threshold = 0.7 if self.levels == "ternary" else 0.0
@@ -148,7 +148,7 @@ class QuantizeWeights(Pass):
             how = {"symmetric": self.symmetric, "power_of_two": self.power_of_two, "clip": self.clip}
             ints, params = quantize_weight(array, form, axis=axis, block=block, **how)
         zero = form.bits if params.zero_point.any() else 0
-        if array.size * form.bits + params.scale.size * (32 + zero) >= array.size * 32:
+        if array.size * form.bits + params.scale.size * (32 + zero) >= array.size * dtype.bitwidth:
             raise Declined("the weight would not become smaller")
         return ints, params
 
@@ -182,7 +182,7 @@ class QuantizeWeights(Pass):
         if array.ndim != 2:
             raise Declined("MatMulNBits takes matrices only")
         array = array if int_attr(node, "transB", 0) else array.T
-        (ints, params), (n, k) = self._rounded(array, form, 1, self.block), array.shape
+        (ints, params), (n, k) = self._rounded(array, form, 1, self.block, weight.dtype), array.shape
         edit, like = Edit(node, scope), weight.value.name or "weight"
         numbers = {"quantized": packed(ints, form, self.block)}
         numbers["scale"] = params.scale.astype(weight.dtype.numpy())
