@@ -81,9 +81,13 @@ class Ledger:
             return False
         self.granted.append(rewrite)
         self._index = None
-        if self.declined:
-            self.declined.pop(rewrite, None)
+        self.retract(rule, site)
         return True
+
+    def retract(self, rule: str, site: str) -> None:
+        """Forget why a rewrite was declined before, which now is made, or no longer applies."""
+        if self.declined:
+            self.declined.pop(Rewrite(self.pass_name, rule, site), None)
 
     def decline(self, rule: str, site: str, reason: str) -> None:
         """Record why a rewrite that applies is not made."""

@@ -284,6 +284,7 @@ def visit(node: ir.Node, rules: Sequence[Rule], scope: Scope, ledger: Ledger) ->
         try:
             edit = rule.apply(node, scope)
             if edit is None:
+                ledger.retract(rule.name, site_of(node))
                 continue
             edit.check()
         except Declined as reason:

@@ -24,6 +24,9 @@ _UNPACKS = frozenset({"Add", "Cast", "Div", "Mul", "Sub"})
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _DEPTH = 8
+"""Nodes between a constant and the operand, at most."""
+_ROOM = 1 << 20
+"""Bytes of an unpacked weight, besides 16 for each one of what it is unpacked from."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def _elements(value: ir.Value, opset: int) -> np.ndarray:
     if node is None:
         raise CannotEvaluateError("it is computed at run time")
     inputs = [None if one is None else _elements(one, opset) for one in node.inputs]
-    return evaluate(node, inputs, opset)[0]
+    room = _ROOM + 16 * sum(array.nbytes for array in inputs if array is not None)
+    return evaluate(node, inputs, opset, room)[0]
 
 
 def _axis_before(move: ir.Node, old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int | None:

@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.errors import UsageError
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
+from onnxopt.passes.retarget.retarget_opset import RetargetOpset
+from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.formats import dequantize, find_format
 from onnxopt.quantization.weights import quantize_weight, ternarize
 from onnxopt.recipe import parse_pass
@@ -282,6 +284,63 @@ def test_weights_in_branches_are_quantized_where_they_stand() -> None:
         assert sqnr(execute(model, feeds)[0], execute(done.model, feeds)[0]) > 35
 
 
+def test_a_weight_of_float16_is_a_dequantized_one_that_is_cast() -> None:
+    model = text_model(
+        """<ir_version: 10, opset_import: ["": 21]>
+        agraph (float16[3, 40] x) => (float16[3, 8] y) { y = MatMul(x, w) }"""
+    )
+    half = weight_of((40, 8)).astype(np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(half, "w"))
+    done = run_pass(model, QuantizeWeights())
+    assert done.op_types == ["DequantizeLinear", "Cast", "MatMul"]
+    want = rounded(half.astype(np.float32), "int8", 1).astype(np.float16)
+    feeds = random_feeds(model)  # the runtime computes in float32, and leaves the weight there
+    assert sqnr(execute(with_weights(model, {"w": want}), feeds)[0], execute(done.model, feeds)[0]) > 60
+    assert run_pass(model, QuantizeWeights("int16")).declined == ("the weight would not become smaller",)
+
+
+def test_a_weight_that_a_loop_reads_is_dequantized_in_front_of_it() -> None:
+    model = stored(
+        text_model(
+            """agraph (float[3, 8] x, int64 n) => (float[3, 8] y) <bool t = {1}> {
+                y = Loop (n, t, x) <body = turn (int64 i, bool c, float[3, 8] a) => (bool d, float[3, 8] e) {
+                    d = Identity(c)
+                    z = MatMul(a, w)
+                    e = Tanh(z)
+                }>
+            }"""
+        ),
+        {"w": weight_of((8, 8))},
+    )
+    done = run_pass(model, QuantizeWeights())
+    assert [node.op_type for node in done.model.graph] == ["DequantizeLinear", "Loop"]
+    feeds = {**random_feeds(model), "n": np.array(3)}
+    assert sqnr(execute(model, feeds)[0], execute(done.model, feeds)[0]) > 25
+
+
+def test_below_ir_version_4_constants_are_nodes() -> None:
+    model = layer("MatMul", 13, "node")
+    model.ir_version = 3
+    done = run_pass(model, QuantizeWeights())
+    assert done.op_types == ["Constant", "Constant", "DequantizeLinear", "MatMul"]
+    want = rounded(weight_of((40, 8)), "int8", 1)
+    assert_bit_equal(with_weights(layer("MatMul"), {"w": want}), done)
+
+
+def test_the_weight_of_a_fused_attention() -> None:
+    model = stored(
+        text_model(
+            """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+            agraph (float[2, 5, 16] x) => (float[2, 5, 16] y) {
+                y = com.microsoft.Attention<num_heads = 2>(x, w, b)
+            }"""
+        ),
+        {"w": weight_of((16, 48)), "b": weight_of((48,))},
+    )
+    done = run_pass(model, QuantizeWeights())
+    assert_bit_equal(with_weights(model, {"w": rounded(weight_of((16, 48)), "int8", 1)}), done)
+
+
 def test_a_weight_in_a_function_is_quantized_there() -> None:
     numbers = ", ".join(str(i % 13 - 6) for i in range(64))
     model = text_model(
@@ -338,6 +397,15 @@ def test_two_bits(kind: str) -> None:
     assert run_pass(odd, QuantizeWeights(kind)).declined == (
         "ONNX Runtime gets products of 2 bits wrong unless the channels are a multiple of 4",
     )
+
+
+def test_a_shared_weight_that_waits_for_its_opset_is_reported_once() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    agraph (float[3, 40] x) => (float[3, 8] y, float[3, 8] z) { y = MatMul(x, w) z = Gemm(x, w) }"""
+    model = stored(text_model(text), {"w": weight_of((40, 8))})
+    passes = (QuantizeWeights("int4"), RetargetOpset(21, on_demand=True))
+    outcome = Pipeline(passes).run(lambda: ir.from_proto(model))
+    assert [(step.changes, step.declined) for step in outcome.steps] == [(1, {}), (1, {})]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ class QuantizeDynamic(Pass):
         edit, like = Edit(node, scope), weight.value.name or "weight"
         quantized, step, zero = _activation(edit, node, x)
         whole = edit.op("MatMulInteger", [quantized, edit.constant(ints, f"{like}_quantized"), zero])
-        scales = edit.op("Mul", [step, edit.constant(scale * np.float32(alpha), f"{like}_scale")])
+        scale = np.asarray(scale * np.float32(alpha))
+        scales = edit.op("Mul", [step, edit.constant(scale, f"{like}_scale")])
         product = edit.op("Mul", [edit.op("Cast", [whole], {"to": ir.DataType.FLOAT}), scales])
         return edit.replace(node.outputs[0], product if bias is None else edit.op("Add", [product, bias]))
 
