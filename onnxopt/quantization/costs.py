@@ -44,11 +44,17 @@ _BLOCKED = (
 )
 """What keeps float channels in blocks; others get a ReorderOutput and a ReorderInput."""
 
+_BROADCAST = ("Add", "Mul")
+"""What runs a pixel at a time where one input has a number a channel."""
+
 _FREE = ("Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 """What copies nothing."""
 
 _FLAT = (*_FREE, "Gather", "MatMul", "Slice", "Softmax", "Split")
 """What int8 with its channels last is transposed back for."""
+
+_LAST = ("Add", "AveragePool", "Clip", "Concat", "LeakyRelu", "MaxPool", "Mul", "Relu", "Resize", "Sigmoid")
+"""What keeps int8 with its channels last; only there has MaxPool a fast kernel."""
 
 _UNKNOWN = "Sub"
 """The row of operators that have none: one float kernel, an element at a time."""
@@ -137,13 +143,16 @@ def row_of(node: ir.Node, shapes: Shapes) -> str:
     if op in ("Conv", "ConvTranspose"):
         return _conv_row(node, shapes)
     if op in ("Gemm", "MatMul"):
-        return "MatMul" if any(constant_of(value) for value in node.inputs[:2]) else "MatMul-computed"
+        computed = all(constant_of(value) is None for value in node.inputs[:2])
+        return "MatMul-computed" if computed else "MatMul"
     if op == "Resize":
         return f"Resize-{str_attr(node, 'mode', 'nearest')}"
     if op == "Softmax":
         last = int_attr(node, "axis", -1) in (-1, len(shapes(node.outputs[0])) - 1)
         return "Softmax" if last else "Softmax-inner"
-    if op in ("Add", "Mul") and _is_broadcast(node, shapes):
+    if op == "MaxPool" and not _is_blocked(node.inputs[0], shapes, _LAST):
+        return "MaxPool-plain"
+    if op in _BROADCAST and _is_broadcast(node, shapes):
         return f"{op}-broadcast"
     return op
 
@@ -151,16 +160,19 @@ def row_of(node: ir.Node, shapes: Shapes) -> str:
 def features(node: ir.Node, shapes: Shapes, *, quantized: bool) -> Features:
     """What the time is linear in.
 
-    Layers: 1, multiply-accumulates, output elements, taps (output pixels times kernel positions; the weight's
-    elements for MatMul), and what runs off the fast path. Others: 1, elements, elements read by windows.
+    Layers: 1, multiply-accumulates, output elements, taps (pixels times kernel positions; for MatMul the
+    elements of the weight), and what runs off the fast path. Others: 1, elements, elements that windows read
+    (where an input is broadcast, pixels).
     """
     if node.op_type in ("Conv", "ConvTranspose"):
         return _conv_features(node, shapes, quantized)
     if node.op_type in ("Gemm", "MatMul"):
         return _matmul_features(node, shapes)
     result = _count(shapes, node.outputs[0])
-    reads = result * math.prod(ints_attr(node, "kernel_shape") or (0,))
-    return 1, max(result, _count(shapes, node.inputs[0])), reads
+    elements = max(result, _count(shapes, node.inputs[0]))
+    if node.op_type in _BROADCAST and _is_broadcast(node, shapes):
+        return 1, elements, result // max(shapes(node.outputs[0])[1], 1)
+    return 1, elements, result * math.prod(ints_attr(node, "kernel_shape") or (0,))
 
 
 def _conv_row(node: ir.Node, shapes: Shapes) -> str:
@@ -187,7 +199,7 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     depth = reads if quantized or group > 1 or reads < _BLOCK else _round_up(reads)
     macs = taps * padded * (1 if depthwise else depth)
     if depthwise:
-        ragged = (taps if outputs % _BLOCK else 0) if quantized else (macs if outputs % 4 else 0)
+        ragged = macs if outputs % (_BLOCK if quantized else 4) else 0
     elif quantized:
         ragged = pixels * group * (bool(reads % 4) + bool(outputs // group % 4 or outputs // group < _BLOCK))
     else:
@@ -222,8 +234,9 @@ def _dot(row: Features, numbers: Features) -> float:
 
 
 def _is_broadcast(node: ir.Node, shapes: Shapes) -> bool:
-    counts = {_count(shapes, value) for value in node.inputs}
-    return len(counts) > 1 and min(counts) > 1
+    """Whether one input has a number a channel; a row for the last axis is as fast as equal shapes."""
+    sizes = [shapes(value) for value in node.inputs if value is not None]
+    return any(math.prod(one) > 1 and one[-1] == 1 for one in sizes) and len(set(sizes)) > 1
 
 
 def _saturates(node: ir.Node) -> bool:
@@ -237,17 +250,11 @@ def _saturates(node: ir.Node) -> bool:
 
 def _is_fused(node: ir.Node, shapes: Shapes) -> bool:
     """Whether float Conv or Gemm does the node's work too: an activation, or the sum with a residual."""
-    for value in node.inputs[:1] if node.op_type in _ACTIVATIONS else node.inputs:
-        layer = None if value is None or sole_user(value) is not node else value.producer()
-        if layer is None or layer.op_type not in ("Conv", "Gemm"):
-            continue
-        if node.op_type in _ACTIVATIONS or (
-            node.op_type == "Add"
-            and layer.op_type == "Conv"
-            and len({*map(shapes, filter(None, node.inputs))}) == 1
-        ):
-            return True
-    return False
+    layers = [value.producer() for value in node.inputs if value is not None and sole_user(value) is node]
+    ops = [layer.op_type for layer in layers if layer is not None]
+    if node.op_type == "Add":
+        return "Conv" in ops and len({shapes(value) for value in node.inputs if value is not None}) == 1
+    return node.op_type in _ACTIVATIONS and bool({"Conv", "Gemm"} & {*ops})
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:
@@ -256,23 +263,28 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
 
 def _silu_of(gate: ir.Node | None) -> ir.Node | None:
     """The Mul of x * Sigmoid(x), which is one kernel in float, of its Sigmoid."""
-    user = sole_user(gate.outputs[0]) if gate is not None and gate.op_type == "Sigmoid" else None
-    return user if gate and user and user.op_type == "Mul" and gate.inputs[0] in user.inputs else None
+    if gate is None or gate.op_type != "Sigmoid":
+        return None
+    user = sole_user(gate.outputs[0])
+    return user if user is not None and user.op_type == "Mul" and gate.inputs[0] in user.inputs else None
 
 
-def _is_blocked(value: ir.Value | None, shapes: Shapes, depth: int = 4) -> bool:
-    """Whether a value comes from a convolution, over operators that keep its layout."""
+def _is_blocked(
+    value: ir.Value | None, shapes: Shapes, over: tuple[str, ...] = _BLOCKED, depth: int = 4
+) -> bool:
+    """Whether a value comes from a convolution, over no more than `depth` operators that keep its layout."""
     node = _producer(value)
     if node is None or not depth:
         return False
     if node.op_type == "Conv":
         return len(shapes(node.outputs[0])) == 4
-    return node.op_type in _BLOCKED and _is_blocked(node.inputs[0], shapes, depth - 1)
+    return node.op_type in over and _is_blocked(node.inputs[0], shapes, over, depth - 1)
 
 
 def _reordered_ns(node: ir.Node, shapes: Shapes, table: Costs) -> float:
     """The changes of layout around a float node that wants its channels in a row."""
-    if node.op_type in ("Conv", *_FREE) or (node.op_type in _BLOCKED and not _is_broadcast(node, shapes)):
+    gates = node.op_type == "Mul" and _is_broadcast(node, shapes)
+    if node.op_type in ("Conv", *_FREE) or (node.op_type in _BLOCKED and not gates):
         return 0.0
     moved = [value for value in dict.fromkeys(node.inputs) if _is_blocked(value, shapes)]
     moved += [value for value in node.outputs if any(use.node.op_type == "Conv" for use in value.uses())]
