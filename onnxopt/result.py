@@ -1,4 +1,4 @@
-"""What `optimize` gives back, and how it is written."""
+"""What `optimize` and `quantize` give back, and how it is written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxopt.model import ModelLike
 from onnxopt.protobuf import dump
 from onnxopt.reporting import Report
+from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.reporting.report import SESSION_SCHEMA, session_file
 from onnxopt.storage import check_target, save, staging
 
@@ -21,10 +22,10 @@ __all__ = ["Result"]
 
 @dataclass(frozen=True)
 class Result:
-    """An optimized model and the report on it."""
+    """A rewritten model and the report on it."""
 
     graph: ir.Model
-    report: Report
+    report: Report | QuantizationReport
     _source: ModelLike
 
     @property

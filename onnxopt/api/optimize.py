@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
 import time
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
-import onnxopt
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.claims import spelling
-from onnxopt.data import Feeds, FeedSource, read_feeds, synthesize
-from onnxopt.errors import NoSamplesError
+from onnxopt.data import Feeds, FeedSource
 from onnxopt.job import Job, Progress
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
 from onnxopt.pipeline import Outcome, Pipeline

@@ -20,6 +20,7 @@ _COMMANDS = {
     "doctor": "Say what is installed, what really works, and how to mend the rest.",
     "inspect": "Say what a model is.",
     "optimize": "Rewrite a model, prove it, measure it, save it.",
+    "quantize": "Quantize a model, and save it if it keeps its accuracy and gains.",
     "passes": "List passes and recipes.",
     "verify": "Prove that two models compute the same.",
 }

@@ -1,16 +1,19 @@
-"""Whether a quantized model is good enough: held against the original on samples that nothing was fitted to."""
+"""Whether a quantized model is good enough, judged on samples that nothing was fitted to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import onnx_ir as ir
 
 from onnxopt.data import Feeds
-from onnxopt.metric import Budget, Metric
+from onnxopt.emulation import find_isa, open_emulated
+from onnxopt.metric import Budget, Metric, Run
 from onnxopt.model import ModelLike
-from onnxopt.runtimes import Session, open_session
+from onnxopt.runtimes import open_session
 from onnxopt.verification.distance import Distance
 
 __all__ = ["LEAST_AGREEMENT", "LEAST_DB", "Judge", "Judgement"]
@@ -25,42 +28,74 @@ LEAST_AGREEMENT = 0.98
 class Judgement:
     """What a candidate keeps.
 
-    score: the user's metric, or the margin in dB of the output nearest to its bound. before: the original's;
-    None without a metric. ok: within the budget. summary: one line.
+    score: the user's metric, or the margin in dB of the output nearest to its bound. before: the original's
+    score; None without a metric. summary: one line. elsewhere: instruction set -> the same on its emulated
+    CPU. ok: within the budget, here and there.
     """
 
-    ok: bool
+    within: bool
     score: float
     before: float | None
     summary: str
+    elsewhere: Mapping[str, Judgement] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the budget is kept, elsewhere too."""
+        return self.within and all(other.ok for other in self.elsewhere.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """In types that JSON has."""
+        return {
+            "ok": self.ok,
+            "score": self.score if math.isfinite(self.score) else str(self.score),
+            "before": self.before,
+            "summary": self.summary,
+            "elsewhere": {name: other.to_dict() for name, other in self.elsewhere.items()},
+        }
 
 
 class Judge:
     """Judges candidates for one original, by the user's metric or by how near their outputs stay."""
 
     def __init__(
-        self, original: ModelLike, samples: Sequence[Feeds], metric: Metric | None, budget: Budget | None
+        self,
+        original: ModelLike,
+        samples: Sequence[Feeds],
+        metric: Metric | None,
+        budget: Budget | None,
+        isas: Sequence[str] = (),
     ) -> None:
-        self._samples, self._metric, self._budget = samples, metric, budget
+        self._samples, self._metric, self._budget, self._isas = samples, metric, budget, isas
+        for isa in isas:
+            find_isa(isa)
         with open_session(original) as session:
             self._before = metric(session.run) if metric is not None else None
             self._expected = [] if metric is not None else [session.run(feeds) for feeds in samples]
 
     def __call__(self, model: ir.Model) -> Judgement:
-        """Judge a candidate on the samples of the search."""
+        """Judge a candidate here, and where it keeps the budget on the other instruction sets, too."""
         with open_session(model) as session:
-            return self._by_metric(session) if self._metric is not None else self._by_outputs(session)
+            found = self._judged(session.run)
+        if not found.within:
+            return found
+        elsewhere = {}
+        for isa in self._isas:
+            with open_emulated(model, isa=isa) as emulated:
+                elsewhere[isa] = self._judged(emulated.run)
+        return replace(found, elsewhere=elsewhere)
 
-    def _by_metric(self, session: Session) -> Judgement:
-        assert self._metric is not None and self._budget is not None and self._before is not None
-        score = self._metric(session.run)
+    def _judged(self, run: Run) -> Judgement:
+        if self._metric is None or self._budget is None or self._before is None:
+            return self._by_outputs(run)
+        score = self._metric(run)
         text = f"{self._metric.name} {self._before:.4g} before, {score:.4g} after, {self._budget} may be lost"
         return Judgement(self._budget.allows(self._before, score), score, self._before, text)
 
-    def _by_outputs(self, session: Session) -> Judgement:
+    def _by_outputs(self, run: Run) -> Judgement:
         found: dict[str, Distance] = {}
         for feeds, expected in zip(self._samples, self._expected, strict=True):
-            outputs = session.run(feeds)
+            outputs = run(feeds)
             for name, value in expected.items():
                 found.setdefault(name, Distance()).add(value, outputs[name])
         margins = {name: _margin(one) for name, one in found.items()}

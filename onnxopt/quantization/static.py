@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +16,10 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
 from onnxopt.quantization.biases import input_channels
 from onnxopt.quantization.choose import prices_of_bytes, prices_of_time
-from onnxopt.quantization.formats import find_format
-from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.draft import Draft
+from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.improve import improve
+from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.plan import Plan, params_of_tensors
 from onnxopt.quantization.search import Searched, search
 from onnxopt.quantization.sensitivity import Source, measure_sensitivity
@@ -149,7 +149,9 @@ def quantize_static(
 
 def tensors_of(units: Sequence[Unit]) -> list[str]:
     """The names of the activations that units read and write."""
-    values = dict.fromkeys(v for unit in units for v in (*unit.sources, unit.output) if constant_of(v) is None)
+    values = dict.fromkeys(
+        v for unit in units for v in (*unit.sources, unit.output) if constant_of(v) is None
+    )
     return [value.name or "" for value in values]
 
 
@@ -188,7 +190,9 @@ def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
         hits = [
             unit.site
             for unit in units
-            if any(fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type))
+            if any(
+                fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type)
+            )
         ]
         if not hits:
             raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
@@ -200,7 +204,9 @@ def _narrow(units: Sequence[Unit], placement: Placement) -> list[str]:
     """Layers with too few channels for the target's integer kernels."""
     found = []
     for unit in units:
-        tensor = constant_of(unit.node.inputs[unit.weight]) if unit.is_layer and unit.weight is not None else None
+        tensor = (
+            constant_of(unit.node.inputs[unit.weight]) if unit.is_layer and unit.weight is not None else None
+        )
         if tensor is not None and min(sizes_of(tensor)[:2]) < placement.narrow:
             found.append(unit.site)
     return found

@@ -24,6 +24,7 @@ __all__ = [
     "print_steps",
     "print_timing",
     "print_verdict",
+    "size_table",
 ]
 
 _GOOD, _BAD, _DIM = "green", "red", "dim"
@@ -61,7 +62,7 @@ def print_report(
     """Print what `optimize` did: sizes, passes, proof, speed, and where the result is."""
     console.print(f"[bold]{escape(report.source)}[/]  target {report.target}  passes {len(report.passes)}")
     console.print()
-    console.print(_sizes(report.before, report.after))
+    console.print(size_table(report.before, report.after))
     if report.shapes:
         at = ", ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in report.shapes.items())
         console.print(Text(f"MACs at {at}", style=_DIM))
@@ -84,7 +85,8 @@ def print_report(
             console.print(f"[bold]written[/]  {beside} (settings for its sessions)")
 
 
-def _sizes(before: Size, after: Size) -> Table:
+def size_table(before: Size, after: Size) -> Table:
+    """Before and after: nodes, weights, bytes, MACs."""
     table = plain_table("", ">before", ">after", ">change")
     rows: Mapping[str, tuple[int | str, int | str]] = {
         "nodes": (before.nodes, after.nodes),

@@ -1,0 +1,170 @@
+"""The report of one `quantize`: what became integers, what stayed and why, what it costs and what it gains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnxopt.quantization.fusion import is_integer
+from onnxopt.quantization.sensitivity import Source
+from onnxopt.reporting.report import Size
+
+if TYPE_CHECKING:
+    from onnxopt.benchmarking import Timing
+    from onnxopt.pipeline import Step
+    from onnxopt.quantization.judge import Judgement
+    from onnxopt.quantization.static import Static
+
+__all__ = ["QUANTIZE_SCHEMA", "QuantizationReport", "UnitLine"]
+
+QUANTIZE_SCHEMA = "onnxopt.quantize/1"
+
+
+@dataclass(frozen=True)
+class UnitLine:
+    """A node that could be quantized: whether it is, and the noise in dB of its weight and its output alone."""
+
+    site: str
+    op_type: str
+    integer: bool
+    weight_db: float | None
+    output_db: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize` did.
+
+    source: path or kind of the input. samples: how many to calibrate on, and how many were held out.
+    synthetic: they were made up. before, after: sizes of the input and of the best candidate. steps: of the
+    preparation. static: what static quantization found; None for other schemes. left: reason -> heavy nodes
+    that could not be quantized. kernels: what the runtime executes, by operator. judgement: of the best
+    candidate. timing: of it against the input; None where it was not measured. reason: why the result is the
+    input; empty where it is the candidate.
+    """
+
+    source: str
+    target: str
+    scheme: str
+    goal: str
+    seed: int
+    versions: Mapping[str, str]
+    samples: tuple[int, int]
+    synthetic: bool
+    before: Size
+    after: Size
+    steps: tuple[Step, ...]
+    static: Static | None
+    left: Mapping[str, tuple[str, ...]]
+    kernels: Mapping[str, int]
+    judgement: Judgement | None
+    timing: Timing | None
+    reason: str
+    notes: tuple[str, ...]
+    seconds: float
+    settings: tuple[()] = ()
+    """None are proposed; for `Result.save`."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result is a quantized model."""
+        return not self.reason
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """Settings of sessions: none."""
+        return {}
+
+    @property
+    def integer_kernels(self) -> int:
+        """How many of the executed operators compute with integers."""
+        return sum(count for name, count in self.kernels.items() if is_integer(name))
+
+    @property
+    def units(self) -> tuple[UnitLine, ...]:
+        """Every node that could be quantized, the one that costs most accuracy first."""
+        if self.static is None:
+            return ()
+        static, lines = self.static, []
+        candidate = static.searched.best or static.searched.nearest
+        chosen = candidate.plan.nodes if candidate is not None else frozenset()
+        for unit in static.surveyed.units:
+            site = unit.site
+            noise = [
+                static.noise.get(Source("weight", site)),
+                static.noise.get(Source("tensor", unit.output.name or "")),
+            ]
+            why = (
+                ""
+                if site in chosen
+                else "asked for, or too narrow"
+                if site in static.kept
+                else "costs more than it gains"
+            )
+            if site in static.searched.unfused:
+                why = "the runtime does not fuse it"
+            lines.append(
+                (
+                    sum(n or 0.0 for n in noise),
+                    UnitLine(site, unit.node.op_type, site in chosen, *map(_db, noise), why),
+                )
+            )
+        return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has; laid out as docs/report.md says."""
+        searched = self.static.searched if self.static else None
+        return {
+            "schema": QUANTIZE_SCHEMA,
+            "ok": self.ok,
+            "source": self.source,
+            "target": self.target,
+            "scheme": self.scheme,
+            "for": self.goal,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "samples": {
+                "calibration": self.samples[0],
+                "held_out": self.samples[1],
+                "synthetic": self.synthetic,
+            },
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "preparation": {step.name: step.changes for step in self.steps if step.changes},
+            "kernels": dict(self.kernels),
+            "integer_kernels": self.integer_kernels,
+            "unfused": list(searched.unfused) if searched else [],
+            "left": [{"reason": reason, "sites": list(sites)} for reason, sites in self.left.items()],
+            "units": [asdict(unit) for unit in self.units],
+            "keepers": {
+                name: {"before_db": _db(before), "after_db": _db(after)}
+                for name, (before, after) in (self.static.keepers if self.static else {}).items()
+            },
+            "trials": [
+                {
+                    "units": trial.units,
+                    "ratio": _plain(trial.ratio),
+                    "noise_db": _db(trial.noise),
+                    "ok": trial.judgement.ok,
+                    "summary": trial.judgement.summary,
+                }
+                for trial in (searched.trials if searched else ())
+            ],
+            "judgement": self.judgement.to_dict() if self.judgement else None,
+            "timing": self.timing.to_dict() if self.timing else None,
+            "reason": self.reason,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+
+def _db(noise: float | None) -> float | None:
+    """Noise as dB below the signal, None where there is none or it was not measured."""
+    return None if noise is None or noise <= 0 or not math.isfinite(noise) else -10 * math.log10(noise)
+
+
+def _plain(number: float) -> float | None:
+    return number if math.isfinite(number) else None
