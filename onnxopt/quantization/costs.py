@@ -42,7 +42,7 @@ _BLOCKED = (
     "QuickGelu",
     "Resize",
 )
-"""What keeps float channels in blocks; others get a ReorderOutput and a ReorderInput."""
+"""What keeps float channels in blocks, where others get a ReorderOutput and a ReorderInput, and int8 last."""
 
 _BROADCAST = ("Add", "Mul")
 """What runs a pixel at a time where one input has a number a channel."""
@@ -52,9 +52,6 @@ _FREE = ("Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 _FLAT = (*_FREE, "Gather", "MatMul", "Slice", "Softmax", "Split")
 """What int8 with its channels last is transposed back for."""
-
-_LAST = ("Add", "AveragePool", "Clip", "Concat", "LeakyRelu", "MaxPool", "Mul", "Relu", "Resize", "Sigmoid")
-"""What keeps int8 with its channels last; only there has MaxPool a fast kernel."""
 
 _UNKNOWN = "Sub"
 """The row of operators that have none: one float kernel, an element at a time."""
@@ -150,7 +147,7 @@ def row_of(node: ir.Node, shapes: Shapes) -> str:
     if op == "Softmax":
         last = int_attr(node, "axis", -1) in (-1, len(shapes(node.outputs[0])) - 1)
         return "Softmax" if last else "Softmax-inner"
-    if op == "MaxPool" and not _is_blocked(node.inputs[0], shapes, _LAST):
+    if op == "MaxPool" and not _is_blocked(node.inputs[0], shapes):
         return "MaxPool-plain"
     if op in _BROADCAST and _is_broadcast(node, shapes):
         return f"{op}-broadcast"
@@ -269,16 +266,14 @@ def _silu_of(gate: ir.Node | None) -> ir.Node | None:
     return user if user is not None and user.op_type == "Mul" and gate.inputs[0] in user.inputs else None
 
 
-def _is_blocked(
-    value: ir.Value | None, shapes: Shapes, over: tuple[str, ...] = _BLOCKED, depth: int = 4
-) -> bool:
+def _is_blocked(value: ir.Value | None, shapes: Shapes, depth: int = 4) -> bool:
     """Whether a value comes from a convolution, over no more than `depth` operators that keep its layout."""
     node = _producer(value)
     if node is None or not depth:
         return False
     if node.op_type == "Conv":
         return len(shapes(node.outputs[0])) == 4
-    return node.op_type in over and _is_blocked(node.inputs[0], shapes, over, depth - 1)
+    return node.op_type in _BLOCKED and _is_blocked(node.inputs[0], shapes, depth - 1)
 
 
 def _reordered_ns(node: ir.Node, shapes: Shapes, table: Costs) -> float:
