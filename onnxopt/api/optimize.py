@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import Setting, session_config

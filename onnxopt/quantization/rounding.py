@@ -19,6 +19,7 @@ from onnxopt.model import reusable
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import QuantParams, dequantize, quantize
+from onnxopt.quantization.saturation import can_saturate
 from onnxopt.quantization.units import Unit
 from onnxopt.quantization.windows import from_rows, operand_rows, weight_rows
 
@@ -64,9 +65,9 @@ def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
         _add_moments(draft, layers, samples)
         for layer in layers:
             ints, params = quantized_weight(layer.unit, draft.plan, draft.plan.params[layer.source])
-            limit = draft.plan.limits.get(layer.unit.site, params.format.high)
-            found = _rounded(layer, ints, params, limit)
-            rounded[layer.unit.site] = (found, params)
+            found = _rounded(layer, ints, params, params.format.high)
+            if not (draft.plan.saturates and can_saturate(layer.unit.node, found)):
+                rounded[layer.unit.site] = (found, params)
     return replace(draft, plan=replace(draft.plan, rounded=rounded)) if rounded else None
 
 

@@ -18,7 +18,7 @@ from onnxopt.graph import constant_array, int_attr, nodes
 from onnxopt.index import operator_of
 from onnxopt.quantization.formats import QuantParams, quantize
 
-__all__ = ["Saturation", "find_saturation", "kernel_rows", "pair_excess", "safe_params"]
+__all__ = ["Saturation", "can_saturate", "find_saturation", "kernel_rows", "pair_excess", "safe_params"]
 
 _MOST, _LEAST = 2**15 - 1, -(2**15)
 _INTEGER_OPERATORS = {
@@ -70,6 +70,12 @@ def find_saturation(model: ir.Model) -> tuple[Saturation, ...]:
             if excess is not None and excess.any():
                 found.append(Saturation(node, weight, excess))
     return tuple(found)
+
+
+def can_saturate(node: ir.Node, ints: np.ndarray) -> bool:
+    """Whether the node's sums can saturate with such a weight, for activations that take all values of 8 bits."""
+    rows = kernel_rows(node, ints)
+    return rows is not None and bool(pair_excess(rows).any())
 
 
 def kernel_rows(node: ir.Node, weight: np.ndarray) -> np.ndarray | None:

@@ -14,7 +14,6 @@ from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
-from onnxopt.quantization.biases import input_channels
 from onnxopt.quantization.choose import prices_of_bytes, prices_of_time
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
@@ -106,7 +105,9 @@ def quantize_static(
         samples,
         tensors,
         held_out=held_out,
-        channels=input_channels(possible.units),
+        channels={
+            unit.sources[0].name or "": 1 for unit in possible.units if unit.node.op_type in ("Conv", "Gemm")
+        },
         cache=settings.cache,
         workers=settings.workers,
         executor=settings.executor,
