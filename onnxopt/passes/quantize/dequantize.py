@@ -20,8 +20,8 @@ as wide as its input. The bounds stay: quantizers leave out a Relu or Clip where
 form=qdq only says quantized operators as floating-point ones between DequantizeLinear and QuantizeLinear, as
 other runtimes take them: sums are rounded as floats there, so that now and then a result is the next integer,
 unless the runtime fuses it back.
-Declines: a graph input or output is quantized; scale and zero point differ between the two sides, are computed
-    at run time, or by channel for activations; operators of which no float form is known, as QAttention.
+Declines: a graph input or output is quantized; scale and zero point differ between the two sides, are
+    computed at run time, or by channel for activations; no float form of the operator is known (QAttention).
 """
 
 from __future__ import annotations

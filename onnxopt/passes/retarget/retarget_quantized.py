@@ -132,7 +132,7 @@ class RetargetQuantized(Pass):
 
 def _roles(domain: Domain) -> list[str]:
     """What the values of a domain are to those that read them."""
-    if not domain.is_constant:
+    if domain.dynamic:
         return ["activation"]
     roles: dict[str, None] = {}
     for node, port in domain.readers:

@@ -33,8 +33,8 @@ class Domain:
     """Quantized values that share a type, and the ports at which zero points say what they stand for.
 
     makers, readers: nodes with the port at which they quantize or read one of the values. constants: those
-    values that come with the model. is_constant: all of them come from constants. stuck: why the type has to
-    stay, or empty. first: names the domain.
+    values that come with the model. dynamic: an operator computes them from other data. stuck: why the type
+    has to stay, or empty. first: names the domain.
     """
 
     first: ir.Value
@@ -42,14 +42,14 @@ class Domain:
     makers: dict[tuple[ir.Node, Port], None] = field(default_factory=dict)
     readers: dict[tuple[ir.Node, Port], None] = field(default_factory=dict)
     constants: list[ir.Value] = field(default_factory=list)
-    is_constant: bool = True
+    dynamic: bool = False
     stuck: str = ""
 
     @property
     def dtype(self) -> ir.DataType | None:
         """The type that the values have, where one of them is known."""
         zeros = (input_of(node, port.zero) for node, port in (*self.makers, *self.readers))
-        types = {value.dtype for value in (*self.values, *zeros) if value is not None and value.dtype}
+        types = {dtype for value in (*self.values, *zeros) if (dtype := _dtype(value)) is not None}
         if not types and self.makers:  # no zero point: QuantizeLinear says the type itself
             types = {ir.DataType(int_attr(node, "output_dtype", 0) or _BYTES[1]) for node, _ in self.makers}
         return types.pop() if len(types) == 1 else None
@@ -131,12 +131,11 @@ def _above(domain: Domain, value: ir.Value) -> list[ir.Value]:
     if constant_of(value) is not None:
         domain.constants.append(value)
         return []
-    quantizes = node is not None and operator_of(node) in QUANTIZE
-    if node is None or not (carried(node) or (quantizes and constant_of(node.inputs[0]) is not None)):
-        domain.is_constant = False
     if node is None:
         domain.stuck = "made outside of the graph: an input keeps its type"
         return []
+    if not (carried(node) or (operator_of(node) in QUANTIZE and constant_of(node.inputs[0]) is not None)):
+        domain.dynamic = True
     row, moves = QUANTIZED.get(operator_of(node)), carried(node)
     if row is not None and row.result is not None and value is node.outputs[0]:
         domain.makers[node, row.result] = None
@@ -178,6 +177,11 @@ def _beside(node: ir.Node) -> list[ir.Value]:
 def _joined(node: ir.Node, moves: tuple[list[int], list[ir.Value]]) -> list[ir.Value]:
     places, outputs = moves
     return [*(value for i in places if (value := node.inputs[i]) is not None), *outputs]
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    tensor = constant_of(value)
+    return tensor.dtype if tensor is not None else None if value is None else value.dtype
 
 
 def _zero_point(node: ir.Node, port: Port) -> np.ndarray:
