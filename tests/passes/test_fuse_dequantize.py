@@ -14,8 +14,10 @@ from onnxopt.passes.fuse.fuse_dequantize import FuseDequantize
 from tests.support import Rewritten, assert_equivalent, execute, run_pass, text_model
 
 CONSTANTS = """int8[2,3] w = {1, -128, 127, 0, -5, 60}, float s = {0.013}, float[3] c = {0.1, 0.02, -3},
-    float[2,1] r = {0.3, 0.07}, float[1,1] o = {0.3}, float[2,3] each = {1, 2, 3, 4, 5, 6}, float[4,1,1] far = {1, 2, 3, 4},
-    float z = {7}, float[3] zc = {1, -128, 127}, float half = {0.5}, float much = {300}, float[2,3] f = {1, -2, 300, 0.5, 0.05, 0.15},
+    float[2,1] r = {0.3, 0.07}, float[1,1] o = {0.3}, float[2,3] each = {1, 2, 3, 4, 5, 6},
+    float[4,1,1] far = {1, 2, 3, 4},
+    float z = {7}, float[3] zc = {1, -128, 127}, float half = {0.5}, float much = {300}, float[2,3] f = {1,
+    -2, 300, 0.5, 0.05, 0.15},
     uint8 u = {128}, float[3] cp = {0.1, 0.02, 3}, int8[3] zi = {1, 2, 3}"""
 
 

@@ -28,7 +28,8 @@ CONSTANTS = """float s = {0.1}, float t = {0.05}, float ws = {0.01}, float[1] on
     int64[1] axis = {1}, int64[1] from = {0}, int64[1] to = {1},
     int8[1,2,6,6] more = {%s}, uint8[2,2,1,1] w = {1, 255, 128, 0}, int8[2,2,1,1] v = {1, -128, 127, 0},
     int32[2] b = {100, -200}, uint8[3,2] m = {0, 255, 3, 128, 5, 6}, uint8[3] mc = {127, 128, 129},
-    int64[2] pair = {0, 1}, int64[2] pair3 = {2, 3}, int64[2] pairs = {-1, 2}, int64[1] zero2 = {0}, int64[1] two = {2}""" % ", ".join(  # noqa: UP031
+    int64[2] pair = {0, 1}, int64[2] pair3 = {2, 3}, int64[2] pairs = {-1, 2}, int64[1] zero2 = {0},
+        int64[1] two = {2}""" % ", ".join(  # noqa: UP031
     str(int(i)) for i in RNG.integers(-128, 128, 72)
 )
 
@@ -105,7 +106,8 @@ def test_what_does_not_know_the_other_type_keeps_it(body: str, reason: str) -> N
 
 def test_a_graph_input_of_integers_stays_and_what_does_not_touch_it_goes() -> None:
     before = text_model(f"""agraph (int8[1,2,6,6] q) => (float y) <{CONSTANTS}> {{
-        a = DequantizeLinear(q, s, z) r = Relu(a) p = QuantizeLinear(r, t, z) y = DequantizeLinear(p, t, z) }}""")
+        a = DequantizeLinear(q, s, z) r = Relu(a) p = QuantizeLinear(r, t, z) y = DequantizeLinear(p, t, z)
+        }}""")
     before.graph.output[0].type.tensor_type.ClearField("shape")
     done = run_pass(before, RetargetQuantized())
     assert done.changes == 1
@@ -177,7 +179,8 @@ def test_weights_of_integer_convolutions_become_unsigned() -> None:
 def test_a_weight_that_is_an_activation_too_stays() -> None:
     done = rewritten(
         PAIR
-        + "k = Slice(m, zero2, two) f = DequantizeLinear(k, ws, mid) p = MatMul(h, f) r = ReduceMax<keepdims=0>(f) y = Add(p, r)",
+        + """k = Slice(m, zero2, two) f = DequantizeLinear(k, ws, mid) p = MatMul(h, f)
+            r = ReduceMax<keepdims=0>(f) y = Add(p, r)""",
         RetargetQuantized(activations="keep"),
     )
     assert done.declined == ("a stored operand is read as a weight and as an activation",)
@@ -193,8 +196,10 @@ def test_a_weight_that_the_user_may_set_stays() -> None:
 
 def test_quantized_operators_change_as_a_whole() -> None:
     done = rewritten("""q = QuantizeLinear(x, s, z) c = QLinearConv(q, s, z, v, ws, zero, t, five, b)
-        a = com.microsoft.QLinearAdd(q, s, z, c, t, five, s, five) p = com.microsoft.QLinearGlobalAveragePool(a, s,
-        five, t, z) g = com.microsoft.QLinearSigmoid(p, t, z, s, zero) k = com.microsoft.QLinearConcat<axis=1>(s, z,
+        a = com.microsoft.QLinearAdd(q, s, z, c, t, five, s, five)
+        p = com.microsoft.QLinearGlobalAveragePool(a, s,
+        five, t, z) g = com.microsoft.QLinearSigmoid(p, t, z, s, zero)
+        k = com.microsoft.QLinearConcat<axis=1>(s, z,
         g, s, zero, p, t, z) y = DequantizeLinear(k, s, z)""")
     assert (done.changes, done.declined) == (1, ())
     assert types_of(done, "QLinearConv", 0) == types_of(done, "QLinearConcat", 5) == {"UINT8"}
@@ -265,13 +270,13 @@ def test_one_name_per_option() -> None:
 @given(data=st.data())
 @settings(derandomize=True, deadline=None, max_examples=50)
 def test_any_types_and_zero_points_give_the_same_bits(data: st.DataObject) -> None:
-    kinds = st.sampled_from([np.int8, np.uint8])
-    act, weight = data.draw(kinds), data.draw(kinds)
+    kinds: tuple[type[np.int8 | np.uint8], ...] = (np.int8, np.uint8)
+    act, weight = data.draw(st.sampled_from(kinds)), data.draw(st.sampled_from(kinds))
     channels = data.draw(st.booleans())
     form = data.draw(st.sampled_from(["Conv", "MatMul", "ConvTranspose"]))
     rng = np.random.default_rng(data.draw(st.integers(0, 9)))
 
-    def integers(kind: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    def integers(kind: type[np.int8 | np.uint8], shape: tuple[int, ...]) -> np.ndarray:
         info = np.iinfo(kind)
         return rng.integers(info.min, info.max + 1, shape).astype(kind)
 
@@ -288,7 +293,8 @@ def test_any_types_and_zero_points_give_the_same_bits(data: st.DataObject) -> No
     axis = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[form]
     graph = text_model(f"""agraph (float[1,3,3,3] x) => (float y) {{ q = QuantizeLinear(x, s, z)
         a = DequantizeLinear(q, s, z) f = DequantizeLinear<axis={axis}>(w, ws, wz) p = {form}(a, f)
-        r = Relu(p) o = QuantizeLinear(r, t, y0) m = Concat<axis=1>(o, o) y = DequantizeLinear(m, t, y0) }}""")
+        r = Relu(p) o = QuantizeLinear(r, t, y0) m = Concat<axis=1>(o, o) y = DequantizeLinear(m, t, y0)
+        }}""")
     graph.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in held.items())
     graph.graph.output[0].type.tensor_type.ClearField("shape")
     one = data.draw(st.sampled_from([RetargetQuantized(), TENSORRT, RetargetQuantized("uint8", "uint8")]))
