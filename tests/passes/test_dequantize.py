@@ -197,7 +197,7 @@ def test_an_input_of_integers_stays() -> None:
 def test_weights_in_blocks(bits: int, zeros: bool, columns: int) -> None:
     rows, size = 3, 16
     blocks = -(-columns // size)
-    held = {
+    held: dict[str, np.ndarray] = {
         "b": RNG.integers(0, 256, (rows, blocks, size * bits // 8)).astype(np.uint8),
         "e": RNG.uniform(0.1, 1, (rows, blocks)).astype(np.float32).reshape(-1),
         "o": RNG.integers(0, 256, (rows, -(-blocks * bits // 8))).astype(np.uint8).reshape(-1),
