@@ -20,8 +20,9 @@ CONSTANTS = """float s = {0.1}, uint8 z = {120}, int8 i8 = {-5}, float two = {2}
     int8[3] wz = {0, 0, 0},
     int32[3] b = {100, -200, 300}, float[3] bf = {0.1, -0.4, 0.9}, float one = {0.01}, int8 zero = {0},
     int8[2,3] m = {1, 2, 3, -4, 5, 127}, float[2,3] mf = {0.01, 0.04, 0.09, -0.04, 0.1, 3.81},
-        int64[2] row = {-1, 2},
-    float[2,3] m1 = {0.01, 0.02, 0.03, -0.04, 0.05, 1.27}, bool c = {1}, float[1] s1 = {0.1},
+    int64[2] row = {-1, 2},
+    float[2,3] m1 = {0.01, 0.02, 0.03, -0.04, 0.05, 1.27}, bool c = {1},
+    int64[8] pads = {0, 0, 1, 0, 0, 0, 0, 2}, float[1] s1 = {0.1},
     float[2] sx = {0.1, 0.2},
     uint8[2] zx = {120, 120}"""
 HEAD = '<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>'
@@ -113,6 +114,12 @@ def test_products(body: str, expected: str) -> None:
 
 
 def test_integer_convolution() -> None:
+    moved = """q, a, o = DynamicQuantizeLinear(x) k = Transpose(q) i = ConvInteger(k, v, o) f = Cast<to=1>(i)
+        p = Mul(a, one)"""
+    becomes(
+        f"v = Constant<value = int8[1,3,1,1] {{1, 2, -3}}>() {moved} y = Mul(p, f)",
+        "v = Constant<value = float[1,3,1,1] {0.01, 0.02, -0.03}>() k = Transpose(x) y = Conv(k, v)",
+    )
     body = """q, a, o = DynamicQuantizeLinear(x) i = ConvInteger(q, w, o, zero) f = Cast<to=1>(i)
         p = Mul(a, {}) y = Mul(f, p)"""
     becomes(
@@ -128,6 +135,7 @@ def test_integer_convolution() -> None:
         ("MaxPool<kernel_shape=[2,2]>(q)", "MaxPool<kernel_shape=[2,2]>(r)"),
         ("Concat<axis=1>(q, q)", "Concat<axis=1>(r, r)"),
         ("Transpose(q)", "Transpose(r)"),
+        ("Pad(q, pads, z)", "Pad(r, pads)"),
         ("Reshape(q, row)", "Reshape(r, row)"),
     ],
 )
@@ -159,6 +167,10 @@ def test_before_opset_11_bounds_are_attributes() -> None:
             "activations are quantized by channel",
         ),
         (Q + "y = MatMulInteger(q, q)", "no float form of MatMulInteger is known"),
+        (
+            Q + "k = Pad(q, pads) y = DequantizeLinear(k, s, z)",
+            "it is padded with 0, whatever that stands for",
+        ),
         (Q + "k = Cast<to=3>(q) y = DequantizeLinear(k, s, i8)", "Cast makes the integers"),
         (
             Q + "k = com.microsoft.QLinearSoftmax<opset=12>(q, s, z, t, y0) y = DequantizeLinear(k, t, y0)",

@@ -16,7 +16,16 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, use_count, walk
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.quantized import QUANTIZE, QUANTIZED, SMALL, Port, carried, input_of, shape_of
+from onnxopt.passes.shared.quantized import (
+    QUANTIZE,
+    QUANTIZED,
+    SMALL,
+    Port,
+    carried,
+    input_of,
+    pads_with_number,
+    shape_of,
+)
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope
 from onnxopt.streamed import is_on_disk, mapped
@@ -141,7 +150,7 @@ def _above(domain: Domain, value: ir.Value) -> list[ir.Value]:
         domain.makers[node, row.result] = None
         return _beside(node)
     if moves is not None and any(value is output for output in moves[1]):
-        return _joined(node, moves)
+        return _joined(domain, node, moves)
     domain.stuck = f"made by {node.op_type}, which gives no other type"
     return []
 
@@ -155,7 +164,7 @@ def _below(domain: Domain, node: ir.Node, place: int) -> list[ir.Value]:
         is_weight = row.weight is not None and port is row.inputs[row.weight]
         return [] if is_weight and constant_of(input_of(node, place)) is not None else _beside(node)
     if moves is not None and place in moves[0]:
-        return _joined(node, moves)
+        return _joined(domain, node, moves)
     if node.op_type not in _BLIND or node.domain:
         domain.stuck = domain.stuck or f"read by {node.op_type}, which is not known to take another type"
     return []
@@ -174,8 +183,10 @@ def _beside(node: ir.Node) -> list[ir.Value]:
     return found
 
 
-def _joined(node: ir.Node, moves: tuple[list[int], list[ir.Value]]) -> list[ir.Value]:
+def _joined(domain: Domain, node: ir.Node, moves: tuple[list[int], list[ir.Value]]) -> list[ir.Value]:
     places, outputs = moves
+    if pads_with_number(node):  # which changes as zero points do
+        domain.readers[node, Port(0, None, 2)] = None
     return [*(value for i in places if (value := node.inputs[i]) is not None), *outputs]
 
 
