@@ -53,7 +53,8 @@ class Histogram:
 
     count: finite elements. nonfinite: NaN and infinite ones, counted only. zeros: of the finite ones. whole:
     all are integers. minimum, maximum: inf and -inf where there is none. top: the biased exponent of the
-    highest octave. counts: int64 (2, BINS), of numbers that are positive, and negative.
+    highest octave, 16 at least, so that zero is in the first bin. counts: int64 (2, BINS), of numbers that
+    are positive or zero, and negative.
     """
 
     count: int = 0
@@ -62,20 +63,20 @@ class Histogram:
     whole: bool = True
     minimum: float = math.inf
     maximum: float = -math.inf
-    top: int = 0
+    top: int = _OCTAVES
     counts: np.ndarray = field(default_factory=_counts, repr=False)
 
     def add(self, array: np.ndarray) -> tuple[float, float] | None:
         """Count the elements; the smallest and the largest of them, None where none is finite."""
         low, high = math.inf, -math.inf
         for piece in _pieces(array):
-            least, most = float(piece.min()), float(piece.max())
+            least, most = _ends(piece)
             if not math.isfinite(most - least):  # of NaN and inf, but also of numbers near the largest
                 finite = piece[np.isfinite(piece)]
                 self.nonfinite += piece.size - finite.size
                 if not finite.size:
                     continue
-                piece, least, most = finite, float(finite.min()), float(finite.max())
+                piece, (least, most) = finite, _ends(finite)
             self._count(piece, least, most)
             low, high = min(low, least), max(high, most)
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
@@ -85,8 +86,8 @@ class Histogram:
         self.count += piece.size
         self.zeros += piece.size - int(np.count_nonzero(piece))
         self.whole = self.whole and _is_whole(piece)
-        self._rise(int(np.float32(max(-least, most)).view(np.uint32)) >> 23)
-        bits = piece.view(np.uint32)
+        self._rise(int(np.float32(max(abs(least), abs(most))).view(np.uint32)) >> 23)
+        bits = (piece + np.float32(0) if least < 0 else piece).view(np.uint32)  # -0 becomes 0
         place = ((bits & _MAGNITUDE) >> _SHIFT).view(np.int32)
         place -= self._base - 1
         np.maximum(place, 0, out=place)
@@ -131,7 +132,7 @@ class Histogram:
 
         merged: how many neighbours become one, a power of two up to 256.
         """
-        codes = np.maximum(np.arange(self._base, self._base + BINS, merged), 0).astype(np.uint32)
+        codes = np.arange(self._base, self._base + BINS, merged, dtype=np.uint32)
         edges = np.concatenate([[0.0], (codes << _SHIFT).view(np.float32).astype(np.float64)])
         near, far = edges[:-1], edges[1:]
         if self.whole:  # a bin up to 1 wide begins at the only integer that may be in it, or just before
@@ -139,9 +140,7 @@ class Histogram:
             far = np.where(far - near <= 1, near, far)
         around, others = self.counts[:, :1], self.counts[:, 1:].reshape(2, -1, merged).sum(axis=2)
         positive, negative = np.concatenate([around, others], axis=1)
-        of_positive = min(self.zeros, int(positive[0]))
-        positive[0] -= of_positive
-        negative[0] -= self.zeros - of_positive  # those written -0
+        positive[0] -= self.zeros
         left = np.concatenate([-far[::-1], [0.0], near])
         right = np.concatenate([-near[::-1], [0.0], far])
         weight = np.concatenate([negative[::-1], [self.zeros], positive])
@@ -156,6 +155,11 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, flat.size, _PIECE):
         with np.errstate(over="ignore"):
             yield np.ascontiguousarray(flat[start : start + _PIECE], np.float32)
+
+
+def _ends(piece: np.ndarray) -> tuple[float, float]:
+    """The smallest and the largest element, and 0 for -0."""
+    return float(piece.min()) + 0.0, float(piece.max()) + 0.0
 
 
 def _is_whole(piece: np.ndarray) -> bool:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from onnxopt.calibration.histogram import Bins, Histogram
-from onnxopt.calibration.statistics import TensorStatistics
+from onnxopt.calibration.tensors import TensorStatistics
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.quantization.formats import Format, QuantParams, params_from_range
 
