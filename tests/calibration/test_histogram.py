@@ -65,7 +65,7 @@ def test_bins_hold_all_finite_elements_where_they_are(lists: list[list[float]]) 
     if finite.size:
         assert (histogram.minimum, histogram.maximum) == (finite.min(), finite.max())
         for left, right, weight in zip(bins.left, bins.right, bins.weight, strict=True):
-            assert ((finite >= left) & (finite <= right)).sum() >= weight
+            assert ((finite >= left - 4.6e-41) & (finite <= right + 4.6e-41)).sum() >= weight
 
 
 def test_bins_follow_the_density_and_merge() -> None:
@@ -86,6 +86,12 @@ def test_a_negative_zero_is_zero() -> None:
     assert list(zip(bins.left, bins.right, bins.weight, strict=True)) == [(-1, -1, 1), (0, 0, 4), (1, 1, 1)]
 
 
+def test_large_arrays_are_counted_as_small_ones() -> None:
+    x = np.random.default_rng(0).standard_normal(600_000).astype(np.float32) ** 9
+    x[::7], x[1::7], x[5] = 0, -0.0, -1e-43
+    assert content(histogram_of(x)) == content(histogram_of(*np.array_split(x, 60)))
+
+
 def test_an_outlier_leaves_the_bulk_resolved() -> None:
     x = np.random.default_rng(0).uniform(1, 2, 10_000).astype(np.float32)
     histogram = histogram_of(x, np.array([-1000], np.float32))
@@ -97,7 +103,7 @@ def test_an_outlier_leaves_the_bulk_resolved() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_other_floats_are_counted_as_float32(dtype: str) -> None:
     kind = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
-    x = np.random.default_rng(0).standard_normal((7, 11)).astype(kind)
+    x = np.random.default_rng(0).standard_normal((200, 300)).astype(kind)
     assert content(histogram_of(x)) == content(histogram_of(x.astype(np.float32)))
     assert content(histogram_of(x.T)) == content(histogram_of(x))
     assert histogram_of(np.array([1e300, 1.0])).nonfinite == 1
