@@ -100,6 +100,16 @@ def test_types_that_are_not_recorded_are_asked_of_the_runtime() -> None:
     assert exposable(proto) == ("x", "g", "y")
 
 
+def test_names_that_are_taken_are_avoided() -> None:
+    proto = text_model(
+        """agraph (float[n] x) => (float[n] "y/shape0") {
+        y = Neg(x)
+        "y/shape0" = Neg(y)
+    }""".replace('"', "")
+    )
+    assert calibrate(proto, [{"x": np.ones(3, np.float32)}])["y"].count == 3
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
