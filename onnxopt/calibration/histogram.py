@@ -28,7 +28,7 @@ BINS = _OCTAVES * _OCTAVE + 2
 """Of one sign; the first is zero, and the second is for what lies below the octaves."""
 _MAGNITUDE, _SIGN = np.uint32(0x7FFFFFFF), np.uint32(31)
 _CODES = 1 << (8 + _FRACTION)
-_PIECE = 1 << 18
+_PIECE = 1 << 19
 """Elements worked on at a time, so that temporaries stay small."""
 _MANY = 1 << 15
 """Elements that are worth a table of all codes there are."""
@@ -89,7 +89,8 @@ class Histogram:
         self._rise(int(np.float32(max(abs(least), abs(most))).view(np.uint32)) >> 23)
         bits, base = piece.view(np.uint32), self._base
         if piece.size >= _MANY:
-            table = np.bincount(bits >> _SHIFT, minlength=2 * _CODES).reshape(2, _CODES)
+            table = np.zeros((2, _CODES), np.int64)
+            _increment(table, (bits >> _SHIFT).astype(np.intp))
             self.counts[:, 0] += table[:, 0]
             self.counts[:, 1] += table[:, 1:base].sum(axis=1)
             self.counts[:, 2:] += table[:, base : base + BINS - 2]
@@ -97,7 +98,7 @@ class Histogram:
         code = ((bits & _MAGNITUDE) >> _SHIFT).view(np.int32)
         place = np.maximum(code - (base - 2), np.minimum(code, 1))
         place += (bits >> _SIGN).view(np.int32) * BINS
-        self.counts += np.bincount(place, minlength=2 * BINS).reshape(2, BINS)
+        _increment(self.counts, place.astype(np.intp))
 
     @property
     def zeros(self) -> int:
@@ -158,6 +159,11 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, flat.size, _PIECE):
         with np.errstate(over="ignore"):
             yield np.ascontiguousarray(flat[start : start + _PIECE], np.float32)
+
+
+def _increment(counts: np.ndarray, places: np.ndarray) -> None:
+    """Add 1 at each of the flat places; on int64 and intp this is faster than `bincount`."""
+    np.add.at(counts.reshape(-1), places, np.int64(1))
 
 
 def _ends(piece: np.ndarray) -> tuple[float, float]:
