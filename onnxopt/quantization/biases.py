@@ -28,13 +28,13 @@ def correct_biases(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     takes the border for the rest of the image.
     """
     units = [unit for unit in draft.units() if _has_room(unit)]
-    means = draft.means({unit.sources[0].name or "": 1 for unit in units}, samples)
+    inputs = draft.channels({unit.sources[0].name or "": 1 for unit in units}, samples)
     found = {}
     for unit in units:
         tensor = constant_of(unit.node.inputs[1])
         assert tensor is not None  # it has a weight
         error = dequantize(*quantized_weight(unit, draft.plan, None)) - tensor.numpy().astype(np.float64)
-        shift = _shift(unit, error, means[unit.sources[0].name or ""])
+        shift = _shift(unit, error, inputs[unit.sources[0].name or ""].mean)
         bias = constant_of(unit.bias) if unit.bias is not None else None
         old = np.zeros(shift.shape) if bias is None else bias.numpy().astype(np.float64)
         found[unit.site] = (old - shift.reshape(old.shape)).astype(np.float32)

@@ -8,9 +8,18 @@ import numpy as np
 import onnx_ir as ir
 from numpy.lib.stride_tricks import sliding_window_view
 
-from onnxopt.graph import int_attr, ints_attr, str_attr
+from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
+from onnxopt.quantization.units import Unit
 
-__all__ = ["from_rows", "operand_rows", "weight_rows"]
+__all__ = ["from_rows", "has_rows", "operand_rows", "weight_rows"]
+
+
+def has_rows(unit: Unit) -> bool:
+    """Whether a unit is a Conv, Gemm or MatMul whose second operand is a constant; of MatMul, a matrix."""
+    tensor = constant_of(unit.node.inputs[1]) if unit.weight == 1 else None
+    if tensor is None or unit.node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return False
+    return unit.node.op_type == "Conv" or len(sizes_of(tensor)) == 2
 
 
 def weight_rows(node: ir.Node, weight: np.ndarray) -> np.ndarray:
