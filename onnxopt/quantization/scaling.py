@@ -1,4 +1,4 @@
-"""Channels of activations brought to like ranges: what writes them is divided, and layers that read them multiplied.
+"""Channels of activations brought to like ranges: what writes them is divided, what reads them multiplied.
 
 Sources: cross-layer equalization, Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
 Correction", 2019; from ranges of the activations, Xiao et al., "SmoothQuant: Accurate and Efficient
@@ -36,7 +36,7 @@ _HOMOGENEOUS = {
 _NORMS = {1: "BatchNormalization", -1: "LayerNormalization"}
 _POWERS = (0.25, 0.5, 0.75, 1.0)
 """Of the activations' ranges, against those of the weights, that are tried."""
-_GAIN = 0.9
+_GAIN = 0.5
 """The part of the expected noise that has to remain at most."""
 _SPREAD = 1e-3
 """Channels count as at least this part of the widest."""
@@ -57,16 +57,16 @@ class _Span:
 
 
 def equalize_layers(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
-    """With equalized channels between convolutions, for all that stands in between is positively homogeneous.
+    """With equalized channels between convolutions with nothing but Relu, LeakyRelu and pools between them.
 
-    That is Relu, LeakyRelu and pools. Others are not: Clip, HardSwish, and x sigmoid(x), where the scale would
-    have to be taken off one factor and not the other.
+    Others are not positively homogeneous: Clip, HardSwish, and x sigmoid(x), where the scale would have to be
+    taken off one factor and not the other.
     """
     return _scaled(draft, samples, ("Conv",), 1)
 
 
 def smooth_activations(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
-    """With equalized channels in front of MatMul and Gemm, behind a LayerNormalization, a factor or a layer."""
+    """With equalized channels between MatMul or Gemm and the normalization, factor or layer before."""
     return _scaled(draft, samples, ("Gemm", "MatMul"), -1)
 
 
@@ -157,15 +157,14 @@ def _scale_of(span: _Span, seen: ChannelStatistics, plan: Plan) -> np.ndarray | 
     if not size.any():
         return None
     extent, size = (np.maximum(one, _SPREAD * one.max()) for one in (extent, size))
-    candidates = [np.ones(len(extent)), *(extent**part / size ** (1 - part) for part in _POWERS)]
+    trials = [np.ones(len(extent)), *(extent**part / size ** (1 - part) for part in _POWERS)]
     form = plan.params[span.tensor].format
-    losses = [
-        _loss(one, extent, power, weights, form.high - form.low, plan.weight.high) for one in candidates
-    ]
+    levels, reach = form.high - form.low, plan.weight.high
+    losses = [_loss(one, extent, power, weights, levels, reach) for one in trials]
     best = int(np.argmin(losses))
     if losses[best] > _GAIN * losses[0]:
         return None
-    scale = candidates[best]
+    scale = trials[best]
     return np.asarray(scale * ((extent / scale).max() / extent.max()))
 
 
@@ -177,14 +176,16 @@ def _loss(
     levels: float,
     reach: float,
 ) -> float:
-    """The noise that readers are expected to write, in units of a twelfth: of their input, and their weights."""
+    """The noise expected of what readers write over its power: of their quantized input, and weights."""
     step, total = (extent / scale).max() / levels, 0.0
     for weight in weights:
         groups, _, channels, window = weight.shape
-        scaled = weight * scale.reshape(groups, 1, channels, 1)
+        spread, power_in = (one.reshape(groups, 1, channels, 1) for one in (scale, power))
+        scaled = weight * spread
         steps = abs(scaled).max((2, 3)) / reach
-        inputs = window * (power / scale**2).reshape(groups, channels).sum(1)
-        total += step**2 * float((scaled**2).sum()) + float((steps**2 * inputs[:, None]).sum())
+        noise = step**2 * (scaled**2).sum((2, 3)) + steps**2 * window * (power_in / spread**2).sum((2, 3))
+        signal = (weight**2 * power_in).sum((2, 3))
+        total += float((noise / np.maximum(signal, _SPREAD**2 * signal.max())).mean())
     return total
 
 
@@ -227,8 +228,7 @@ def _replace(node: ir.Node, place: int, array: np.ndarray, names: Names) -> None
     assert old is not None
     assert graph is not None
     tensor = ir.Tensor(array.astype(np.float32))
-    value = ir.Value(
-        name=names.fresh(f"{old.name}_scaled"), type=old.type, shape=ir.Shape(array.shape), const_value=tensor
-    )
+    value = ir.Value(name=names.fresh(f"{old.name}_scaled"), type=old.type, const_value=tensor)
+    value.shape = ir.Shape(array.shape)
     graph.register_initializer(value)
     node.replace_input_with(place, value)

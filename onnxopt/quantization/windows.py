@@ -50,9 +50,9 @@ def operand_rows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...], most
         return rows[_some(len(rows), most), None]
     windows = _windows(node, array, kernel)
     batch, _, *places = windows.shape[: 2 + len(kernel)]
-    which = np.unravel_index(_some(batch * math.prod(places), most), (batch, *places))
-    found = windows[(which[0], slice(None), *which[1:])]
-    return found.reshape(len(found), int_attr(node, "group", 1), -1)
+    which: tuple[np.ndarray, ...] = np.unravel_index(_some(batch * math.prod(places), most), (batch, *places))
+    found = np.moveaxis(windows, 1, -1 - len(kernel))[which]
+    return np.asarray(found).reshape(len(found), int_attr(node, "group", 1), -1)
 
 
 def _some(count: int, most: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def _some(count: int, most: int) -> np.ndarray:
 
 
 def _windows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...]) -> np.ndarray:
-    """[batch, _, *places, *kernel], not copied out of the padded array."""
+    """[batch, channels, *places, *kernel], not copied out of the padded array."""
     ones = (1,) * len(kernel)
     strides, dilations = ints_attr(node, "strides") or ones, ints_attr(node, "dilations") or ones
     extents = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
