@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from onnxopt.data import Feeds
-from onnxopt.quantization.biases import correct_biases
+from onnxopt.quantization.biases import correct_biases, measure_biases
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.rounding import round_weights
 from onnxopt.quantization.scaling import equalize_layers, smooth_activations
@@ -22,6 +22,7 @@ KEEPERS: Mapping[str, Keeper] = MappingProxyType(
         "smooth-activations": smooth_activations,
         "round-weights": round_weights,
         "correct-biases": correct_biases,
+        "measure-biases": measure_biases,
     }
 )
 """Each is to be kept only where samples that are held out say so."""
