@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
-from onnxopt.calibration import Statistics, TensorStatistics, calibrate, choose_range
+from onnxopt.calibration import ChannelStatistics, Statistics, TensorStatistics, calibrate, choose_range
 from onnxopt.data import Feeds
 from onnxopt.quantization.formats import Format, QuantParams, params_from_range
 from onnxopt.quantization.plan import Plan
@@ -36,14 +35,15 @@ class Draft:
         """What can be quantized of the model."""
         return survey(self.model, self.placement, self.statistics).units
 
-    def means(self, axes: Mapping[str, int], samples: Sequence[Feeds]) -> dict[str, np.ndarray]:
-        """The mean of each channel of tensors, name -> axis; measured where the statistics have none."""
-        channels = {name: self.statistics[name].channel for name in axes if name in self.statistics}
-        missing = [name for name, axis in axes.items() if (c := channels.get(name)) is None or c.axis != axis]
+    def channels(self, axes: Mapping[str, int], samples: Sequence[Feeds]) -> dict[str, ChannelStatistics]:
+        """The statistics of each channel of tensors, name -> axis; measured where there are none yet."""
+        known = {name: self.statistics[name].channel for name in axes if name in self.statistics}
+        found = {name: one for name, one in known.items() if one is not None and one.axis == axes[name]}
+        missing = {name: axis for name, axis in axes.items() if name not in found}
         if missing:
-            found = calibrate(self.model, samples, missing, channels={name: axes[name] for name in missing})
-            channels |= {name: one.channel for name, one in found.items()}
-        return {name: one.mean for name, one in channels.items() if one is not None}
+            measured = calibrate(self.model, samples, list(missing), channels=missing)
+            found |= {name: one.channel for name, one in measured.items() if one.channel is not None}
+        return found
 
     def with_model(self, model: ir.Model, changed: Sequence[str], samples: Sequence[Feeds]) -> Draft:
         """With a model of the same names, of which these tensors take other values than before."""

@@ -21,11 +21,10 @@ from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import QuantParams, dequantize, quantize
 from onnxopt.quantization.saturation import can_saturate
 from onnxopt.quantization.units import Unit
-from onnxopt.quantization.windows import from_rows, operand_rows, weight_rows
+from onnxopt.quantization.windows import from_rows, has_rows, operand_rows, weight_rows
 
 __all__ = ["round_rows", "round_weights"]
 
-_OPERATORS = ("Conv", "Gemm", "MatMul")
 _SUMMANDS = 2048
 """Layers that add up more are rounded to nearest: the time grows with the third power."""
 _MEMORY = 256 << 20
@@ -122,13 +121,10 @@ def _batches(draft: Draft) -> list[list[Unit]]:
     batches: list[list[Unit]] = [[]]
     filled = 0
     for unit in draft.units():
-        weight = constant_of(unit.node.inputs[1]) if unit.weight == 1 else None
-        if weight is None or unit.node.op_type not in _OPERATORS:
+        weight = constant_of(unit.node.inputs[1]) if has_rows(unit) else None
+        if weight is None:
             continue
-        sizes = sizes_of(weight)
-        if unit.node.op_type == "MatMul" and len(sizes) != 2:
-            continue
-        groups, _, summands = weight_rows(unit.node, np.broadcast_to(np.float32(0), sizes)).shape
+        groups, _, summands = weight_rows(unit.node, np.broadcast_to(np.float32(0), sizes_of(weight))).shape
         if summands > _SUMMANDS:
             continue
         size = groups * summands**2 * 8
