@@ -302,8 +302,7 @@ def smooth_images(count: int, seed: int = 0) -> list[Feeds]:
 
 def few_bits(draft: Draft) -> Draft:
     """With weights that are at most 7 steps from zero, so that their noise is most of all."""
-    limits = {unit.site: 7 for unit in draft.units() if unit.is_layer}
-    return replace(draft, plan=replace(draft.plan, limits=limits))
+    return replace(draft, plan=replace(draft.plan, weight=replace(find_format("int8"), low=-8, high=7)))
 
 
 def test_rounded_weights_lose_less_on_samples_that_were_not_seen() -> None:
