@@ -28,7 +28,7 @@ _SUMMANDS = 2048
 """Layers that add up more are rounded to nearest: the time grows with the third power."""
 _MEMORY = 256 << 20
 """Bytes of moments that are gathered in one run of the samples, and of tensors exposed at once."""
-_PER_SUMMAND, _LEAST = 8, 4096
+_PER_SUMMAND, _LEAST = 4, 4096
 """Positions of a layer that are looked at, in all samples together."""
 _DAMPING = 0.01
 _BLOCK = 64
