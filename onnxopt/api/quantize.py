@@ -12,6 +12,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
+from onnxopt.api.finishing import best_of, cleaned, comparison, left_in_float, nearest_of
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.calibration import METHODS, split
@@ -22,8 +23,10 @@ from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, load_metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
 from onnxopt.pipeline import Pipeline
+from onnxopt.quantization.finish import Finished
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.keep import kept_sites, veto_of
 from onnxopt.quantization.schemes import Scheme, find_scheme
 from onnxopt.quantization.static import Goal, Settings, Static, quantize_static
 from onnxopt.quantization.units import Survey
@@ -35,9 +38,6 @@ from onnxopt.runtimes import open_session
 from onnxopt.targets import PLACEMENTS, find_target
 
 __all__ = ["quantize"]
-
-_SAMPLES = 32
-"""Samples that are made up where the user has none."""
 
 
 def quantize(
@@ -123,6 +123,8 @@ def quantize(
     fitted, held_out = split(samples)
     outcome = job.run_under_proof(held_out, None)
     judge = _judge(model, metric, budget, fitted, held_out, also_isa)
+    kept = kept_sites(outcome.model, keep)
+    found: Static | Survey | None = None
     if chosen.static:
         settings = Settings(
             replace(PLACEMENTS[where.placement], name=where.placement),
@@ -131,7 +133,7 @@ def quantize(
             method=calibration,
             per_channel=per_channel,
             power_of_two=power_of_two,
-            keep=tuple(keep),
+            keep=kept,
             goal=goal,
             saturates=bool(also_isa),
             timed=where.name in ("cpu", "generic"),
@@ -140,15 +142,16 @@ def quantize(
             executor=executor,
         )
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say)
-        quantized, judgement = _best(found)
+        pays = comparison(job, goal, samples, measure=bench)
+        made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
+        quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found)
     else:
-        found = None
-        quantized = _rewritten(outcome.model, chosen, per_channel, power_of_two)
-        judgement = judge(quantized) if quantized is not None else None
+        quantized = _rewritten(outcome.model, chosen, kept)
+        made = Finished(quantized or outcome.model, judge(quantized) if quantized else None, static=False)
+        judgement = made.judgement
     timing: Timing | None = None
-    reason = _why_not(found, quantized, judgement, chosen)
+    reason = _why_not(found, made, judgement, chosen)
     if not reason and quantized is not None:
-        quantized = _cleaned(quantized, where.placement)
         timing = job.time(job.model, quantized, samples, {}) if bench and where.provider == "cpu" else None
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
     result = job.open_model() if reason or quantized is None else quantized
@@ -172,7 +175,8 @@ def quantize(
         after=measure_size(quantized if quantized is not None else job.original, sizes),
         steps=outcome.steps,
         static=found if isinstance(found, Static) else None,
-        left=found.left if isinstance(found, Survey) else found.surveyed.left if found is not None else {},
+        finished=made,
+        left=left_in_float(found, made.at_run_time),
         kernels=dict(kernels_of(quantized)) if quantized is not None and where.provider == "cpu" else {},
         judgement=judgement,
         timing=timing,
@@ -222,44 +226,27 @@ def _judge(
         return Judge(model, held_out, loaded, budget, isas)
 
 
-def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
-    """The best candidate, or where none keeps the budget, the nearest."""
-    if isinstance(found, Survey):
-        return None, None
-    candidate = found.searched.best or found.searched.nearest
-    return (candidate.model, candidate.judgement) if candidate is not None else (None, None)
-
-
-def _rewritten(model: ir.Model, scheme: Scheme, per_channel: bool, power_of_two: bool) -> ir.Model | None:
+def _rewritten(model: ir.Model, scheme: Scheme, kept: frozenset[str]) -> ir.Model | None:
     """The model after the scheme's passes; None where they changed nothing."""
     pipeline = Pipeline(tuple(map(parse_pass, scheme.passes)), rounds=1)
-    outcome = pipeline.run(lambda: model)
-    return outcome.model if outcome.changes else None
-
-
-def _cleaned(model: ir.Model, placement: str) -> ir.Model:
-    """Without the float weights that nobody reads any more."""
-    passes = ["eliminate-dead", "dedupe-initializers"]
-    if placement in ("x86", "arm"):
-        passes.insert(0, "merge-qdq")
-    return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
+    outcome = pipeline.run(lambda: model, veto=veto_of(kept))
+    return cleaned(outcome.model, "") if outcome.changes else None
 
 
 def _why_not(
-    found: Static | Survey | None, quantized: ir.Model | None, judgement: Judgement | None, scheme: Scheme
+    found: Static | Survey | None, made: Finished, judgement: Judgement | None, scheme: Scheme
 ) -> str:
     """Why there is no result, before speed is looked at; empty where there is one."""
-    if quantized is None or judgement is None:
-        left = found.left if isinstance(found, Survey) else found.surveyed.left if found is not None else {}
-        why = "; ".join(f"{len(sites)} {reason}" for reason, sites in left.items())
-        if isinstance(found, Static):
-            return (
-                "nothing was quantized: integers would not make it faster"
-                if not why
-                else f"nothing was quantized: {why}"
-            )
-        return f"nothing was quantized: {why or f'there is nothing that {scheme.name} applies to'}"
-    return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    if judgement is not None:
+        return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    why = [f"{len(sites)} {reason}" for reason, sites in left_in_float(found, ()).items()]
+    why += [f"{one.name} is left out: {one.why}" for one in made.tried]
+    if isinstance(found, Static) and found.searched.unfused:
+        why.append(f"{len(found.searched.unfused)} nodes that the runtime does not fuse")
+    if not why:
+        otherwise = "integers would not make it faster" if isinstance(found, Static) else ""
+        why = [otherwise or f"there is nothing that {scheme.name} applies to"]
+    return f"nothing was quantized: {'; '.join(why)}"
 
 
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:

@@ -14,7 +14,8 @@ class Scheme:
     """A way to quantize.
 
     static: activations have scales from calibration. activation, weight: formats, where they are not the
-    target's. passes: of those that need no data. opset: what the model is raised to.
+    target's. passes: of those that need no data. finishing: for the CPU, passes over what static quantization
+    leaves in floating point. opset: what the model is raised to.
     """
 
     name: str
@@ -23,13 +24,19 @@ class Scheme:
     activation: str | None = None
     weight: str | None = None
     passes: tuple[str, ...] = ()
+    finishing: tuple[str, ...] = ()
     opset: int = 17
 
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8", "weights and activations in 8 bits, ranges from calibration", static=True),
+        Scheme(
+            "int8",
+            "weights and activations in 8 bits, ranges from calibration",
+            static=True,
+            finishing=("quantize-dynamic{layers=LSTM}", "quantize-dynamic{layers=Gemm+MatMul}"),
+        ),
         Scheme("int16", "activations in 16 bits, weights in 8", static=True, activation="uint16", opset=21),
         Scheme("float8", "small floats, for TensorRT", True, "float8e4m3fn", "float8e4m3fn", opset=19),
         Scheme(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import onnx_ir as ir
 
 from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
-from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
 from onnxopt.quantization.choose import prices_of_bytes, prices_of_time
 from onnxopt.quantization.draft import Draft
@@ -40,7 +38,7 @@ class Settings:
     """How to quantize.
 
     placement: what the target takes. activation, weight: formats; the placement's own by default. method: of
-    `calibration.METHODS`. keep: patterns of sites or operators that stay in floating point. goal: the least
+    `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
     the table of kernel costs is about the target.
     """
@@ -51,7 +49,7 @@ class Settings:
     method: str = "auto"
     per_channel: bool = True
     power_of_two: bool = False
-    keep: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
     goal: Goal = "speed"
     saturates: bool = False
     timed: bool = True
@@ -133,7 +131,8 @@ def quantize_static(
         return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
 
     by_time = settings.goal == "speed" and settings.timed
-    kept = _matching(surveyed.units, settings.keep) + _narrow(surveyed.units, placement)
+    asked = [unit.site for unit in surveyed.units if unit.site in settings.keep]
+    kept = asked + _narrow(surveyed.units, placement)
     searched = search(
         model,
         surveyed,
@@ -182,23 +181,6 @@ def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -
         power_of_two=settings.power_of_two,
         saturates=settings.saturates,
     )
-
-
-def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
-    """The sites that patterns name, by site, node name or operator. Raises UsageError where one names none."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [
-            unit.site
-            for unit in units
-            if any(
-                fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type)
-            )
-        ]
-        if not hits:
-            raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
-        found.update(dict.fromkeys(hits))
-    return list(found)
 
 
 def _narrow(units: Sequence[Unit], placement: Placement) -> list[str]:

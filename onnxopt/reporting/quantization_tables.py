@@ -31,6 +31,9 @@ def print_quantization(
         console.print()
     for reason, sites in report.left.items():
         console.print(Text(f"left in float: {len(sites)} x {reason}", style="yellow"))
+    for one in report.finished.tried:
+        what = f"{one.name} of {len(one.sites)} nodes" if one.sites else one.name
+        console.print(Text(f"{'kept' if one.kept else 'left out'} {what}: {one.why}"))
     if list_nodes:
         console.print(_nodes(report))
     if report.judgement is not None:

@@ -65,6 +65,7 @@ class QuantizeDynamic(Pass):
     reduce_range: weights have 7 bits, for processors whose sums of two 8-bit products saturate (AVX2 and
         AVX512 without VNNI).
     minimum: elements of the smallest weight; smaller products are hardly faster.
+    layers: only these operators, such as LSTM or Gemm+MatMul; all where empty.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
@@ -79,13 +80,19 @@ class QuantizeDynamic(Pass):
     per_channel: bool = True
     reduce_range: bool = False
     minimum: int = 64
+    layers: tuple[str, ...] = ()
 
     def rules(self) -> Sequence[Rule]:
-        return (
-            Rule("product", ("Gemm", "MatMul"), self._product),
-            Rule("recurrent layer", ("LSTM",), self._lstm),
-            Rule("left in float", tuple(_LEFT), _left),
+        rules = (
+            ("product", ("Gemm", "MatMul"), self._product),
+            ("recurrent layer", ("LSTM",), self._lstm),
+            ("left in float", tuple(_LEFT), _left),
         )
+        wanted = [
+            (name, [one for one in of if not self.layers or one in self.layers], apply)
+            for name, of, apply in rules
+        ]
+        return [Rule(name, tuple(of), apply) for name, of, apply in wanted if of]
 
     def _product(self, node: ir.Node, scope: Scope) -> Edit | None:
         x, value, *more = node.inputs
