@@ -13,6 +13,7 @@ from onnxopt.reporting.report import Size
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
+    from onnxopt.inspection.lints import Finding
     from onnxopt.pipeline import Step
     from onnxopt.quantization.judge import Judgement
     from onnxopt.quantization.static import Static
@@ -42,8 +43,8 @@ class QuantizationReport:
     synthetic: they were made up. before, after: sizes of the input and of the best candidate. steps: of the
     preparation. static: what static quantization found; None for other schemes. left: reason -> heavy nodes
     that could not be quantized. kernels: what the runtime executes, by operator. judgement: of the best
-    candidate. timing: of it against the input; None where it was not measured. reason: why the result is the
-    input; empty where it is the candidate.
+    candidate. timing: of it against the input; None where it was not measured. findings: what the target's
+    lint says of the candidate. reason: why the result is the input; empty where it is the candidate.
     """
 
     source: str
@@ -62,6 +63,7 @@ class QuantizationReport:
     kernels: Mapping[str, int]
     judgement: Judgement | None
     timing: Timing | None
+    findings: tuple[Finding, ...]
     reason: str
     notes: tuple[str, ...]
     seconds: float
@@ -97,13 +99,7 @@ class QuantizationReport:
                 static.noise.get(Source("weight", site)),
                 static.noise.get(Source("tensor", unit.output.name or "")),
             ]
-            why = (
-                ""
-                if site in chosen
-                else "asked for, or too narrow"
-                if site in static.kept
-                else "costs more than it gains"
-            )
+            why = "" if site in chosen else "asked for" if site in static.kept else "costs more than it gains"
             if site in static.searched.unfused:
                 why = "the runtime does not fuse it"
             lines.append(
@@ -155,6 +151,7 @@ class QuantizationReport:
             ],
             "judgement": self.judgement.to_dict() if self.judgement else None,
             "timing": self.timing.to_dict() if self.timing else None,
+            "lint": [finding.to_dict() for finding in self.findings],
             "reason": self.reason,
             "notes": list(self.notes),
             "seconds": self.seconds,
