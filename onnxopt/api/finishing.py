@@ -43,7 +43,7 @@ def best_of(
         scheme, target, settings, judge: as of it. pays: whether one candidate is better than another.
     """
     best = found.searched.best if isinstance(found, Static) else None
-    placement = settings.placement.name
+    placement = target.placement
     nothing = Finished(plain, None, static=False)
     static = (
         Finished(cleaned(best.model, placement), best.judgement, static=True) if best is not None else None
@@ -57,12 +57,12 @@ def best_of(
     )
 
 
-def nearest_of(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
+def nearest_of(found: Static | Survey, target: Target) -> tuple[ir.Model | None, Judgement | None]:
     """The candidate that is nearest to the budget where none keeps it."""
     nearest = found.searched.nearest if isinstance(found, Static) else None
     if nearest is None or nearest.judgement.ok:
         return None, None
-    return nearest.model, nearest.judgement
+    return cleaned(nearest.model, target.placement), nearest.judgement
 
 
 def cleaned(model: ir.Model, placement: str) -> ir.Model:

@@ -19,7 +19,7 @@ __all__ = ["SCORES_DB", "SIGNALS_DB", "required_db"]
 SCORES_DB = 25.0
 """SQNR that outputs keep which are read as scores."""
 SIGNALS_DB = 40.0
-"""SQNR that signals keep, and all outputs of a model that carries state."""
+"""SQNR that signals keep, and what a model that carries state gives beside its scores."""
 
 _SCORES = ("LogSoftmax", "Sigmoid", "Softmax")
 """Operators whose results are scores, however many."""
@@ -45,8 +45,8 @@ def required_db(
     carries_state = any(_is_float(array) and array.shape in states for array in outputs.values())
     found = {}
     for name, array in outputs.items():
-        signal = _is_float(array) and array.size >= largest and not _are_scores(ends.get(name))
-        found[name] = SIGNALS_DB if signal or carries_state else SCORES_DB
+        signal = _is_float(array) and (carries_state or array.size >= largest)
+        found[name] = SIGNALS_DB if signal and not _are_scores(ends.get(name)) else SCORES_DB
     return found
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxopt.calibration import ChannelStatistics, Statistics, TensorStatistics, calibrate, choose_range
 from onnxopt.data import Feeds
 from onnxopt.quantization.formats import Format, QuantParams, params_from_range
-from onnxopt.quantization.plan import Plan
+from onnxopt.quantization.plan import Plan, is_symmetric
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import Placement
 
@@ -63,6 +63,7 @@ class Draft:
         return replace(draft, plan=replace(self.plan, params=params, rounded={}, biases={}))
 
     def _params(self, stats: TensorStatistics, form: Format) -> QuantParams:
-        how = {"symmetric": self.placement.symmetric, "power_of_two": self.plan.power_of_two}
+        symmetric = is_symmetric(self.placement, form, stats.minimum)
+        how = {"symmetric": symmetric, "power_of_two": self.plan.power_of_two}
         found = choose_range(stats, self.method, form, **how)
         return params_from_range(found.low, found.high, form, **how)

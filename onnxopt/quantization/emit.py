@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of, sole_user
-from onnxopt.quantization.formats import QuantParams, find_format, quantize
+from onnxopt.quantization.formats import QuantParams, quantize
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.saturation import safe_params
 from onnxopt.quantization.units import Unit
@@ -73,7 +73,8 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
     assert tensor is not None
     array = tensor.numpy()
     if not unit.is_layer:
-        return quantize_weight(array, find_format("uint8"), axis=None, symmetric=False)
+        form = plan.params[unit.output.name or ""].format
+        return quantize_weight(array, form, axis=None, symmetric=False, power_of_two=plan.power_of_two)
     axis = weight_axis(unit.node, unit.weight) if plan.per_channel and array.ndim > 1 else None
     if unit.node.op_type == "MatMul" and array.ndim > 2:
         axis = None  # the runtime's kernel takes one scale for a stack of matrices
@@ -164,8 +165,9 @@ class _Writer:
             )
             name = value.name or ""
             source = value.producer()
-            assert source is not None
-            inputs = [source.inputs[0], *self._params(wide, name)]
+            quantized = source.inputs[0] if source is not None else None
+            assert quantized is not None
+            inputs = [quantized, *self._params(wide, name)]
             read = self._node("DequantizeLinear", inputs, f"{name}_by_channel", [ir.AttrInt64("axis", 1)])
             graph.insert_before(node, read)
             read.outputs[0].type, read.outputs[0].shape = value.type, value.shape

@@ -57,8 +57,11 @@ class _Layer:
 def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     """With the weights of layers rounded for what they are multiplied with, as it is quantized.
 
-    Conv, Gemm, and MatMul with a matrix; layers with more than 2048 summands stay as they are.
+    Conv, Gemm, and MatMul with a matrix; layers with more than 2048 summands stay as they are. Small floats
+    are no whole numbers of a step, and there is nothing to do.
     """
+    if draft.plan.weight.is_float:
+        return None
     rounded = {}
     for units in _batches(draft):
         layers = [_layer(unit) for unit in units]

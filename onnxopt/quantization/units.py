@@ -56,13 +56,15 @@ class Unit:
     """A node that can become an integer kernel.
 
     reads: the positions of its computed float operands. weight: the position of a layer's constant operand.
-    output: what it writes, behind the Relu or Clip where there is one.
+    output: what it writes, behind the Relu or Clip where there is one. layer: where only the residual of
+    an Add is quantized, the layer that it becomes one kernel with.
     """
 
     node: ir.Node
     reads: tuple[int, ...]
     weight: int | None
     output: ir.Value
+    layer: ir.Node | None = None
 
     @property
     def site(self) -> str:
@@ -108,11 +110,15 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
         measured: names of tensors whose ranges are known.
     """
     units: list[Unit] = []
+    layers: dict[ir.Node | None, int] = {}
     left: dict[str, list[str]] = {}
     for node in nodes(model):
         reason = _reason(node, model.graph, placement, measured)
         if reason is None:
+            layers[node] = len(units)
             units.append(_unit(node))
+        elif (sum_ := _with_residual(node, layers, placement, measured)) is not None:
+            units.append(sum_)
         elif node.op_type in _HEAVY:
             left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
     return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
@@ -121,6 +127,40 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
 def _unit(node: ir.Node) -> Unit:
     weight = _weight_of(node)
     return Unit(node, tuple(place for place in _operands(node) if place != weight), weight, _tail(node))
+
+
+def _with_residual(
+    node: ir.Node, layers: Mapping[ir.Node | None, int], placement: Placement, measured: Container[str]
+) -> Unit | None:
+    """An Add behind a layer, where the target wants its other operand quantized.
+
+    Of two layers the one that runs last becomes one kernel with the Add.
+    """
+    if not placement.residual or node.domain != "" or node.op_type != "Add":
+        return None
+    values = [value for value in node.inputs if value is not None and constant_of(value) is None]
+    runs = [layers.get(value.producer(), -1) for value in values]
+    if len(dict.fromkeys(values)) < 2 or max(runs) < 0:
+        return None
+    other = runs.index(min(runs))
+    known = all(value.name in measured for value in (values[other], node.outputs[0]))
+    return Unit(node, (other,), None, node.outputs[0], values[1 - other].producer()) if known else None
+
+
+def _narrow(node: ir.Node, fewest: int) -> str | None:
+    """Where a target wants layers to have some channels, at least: what of a layer is too narrow."""
+    if not fewest or node.op_type not in LAYERS:
+        return None
+    if node.op_type in ("Gemm", "MatMul"):
+        shape = node.outputs[0].shape
+        single = shape is not None and any(size == 1 for size in shape[-2:])
+        return (
+            "it gives a single row or column, for which the target has no fast integers" if single else None
+        )
+    weight = constant_of(node.inputs[1])
+    first, second = sizes_of(weight)[:2] if weight is not None else (fewest, fewest)
+    few = min(first, second * int_attr(node, "group", 1)) < fewest
+    return f"it has fewer than {fewest} channels, for which the target has no fast integers" if few else None
 
 
 def _operands(node: ir.Node) -> tuple[int, ...]:
@@ -160,7 +200,7 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
         return "it is in a body or function, whose values are not calibrated"
     if has_reference(node) or len(node.outputs) != 1:
         return "its attributes or outputs are not all known"
-    refused = _OBJECTIONS.get(node.op_type, _nothing)(node)
+    refused = _OBJECTIONS.get(node.op_type, _nothing)(node) or _narrow(node, placement.narrow)
     if refused is not None:
         return refused
     weight = _weight_of(node)

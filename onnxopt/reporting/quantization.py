@@ -13,6 +13,7 @@ from onnxopt.reporting.report import Size
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
+    from onnxopt.inspection.lints import Finding
     from onnxopt.pipeline import Step
     from onnxopt.quantization.finish import Finished
     from onnxopt.quantization.judge import Judgement
@@ -44,8 +45,8 @@ class QuantizationReport:
     preparation. static: what static quantization found; None for other schemes. finished: what was tried on
     top of it. left: reason -> heavy nodes
     that could not be quantized. kernels: what the runtime executes, by operator. judgement: of the best
-    candidate. timing: of it against the input; None where it was not measured. reason: why the result is the
-    input; empty where it is the candidate.
+    candidate. timing: of it against the input; None where it was not measured. findings: what the target's
+    lint says of the candidate. reason: why the result is the input; empty where it is the candidate.
     """
 
     source: str
@@ -65,6 +66,7 @@ class QuantizationReport:
     kernels: Mapping[str, int]
     judgement: Judgement | None
     timing: Timing | None
+    findings: tuple[Finding, ...]
     reason: str
     notes: tuple[str, ...]
     seconds: float
@@ -107,7 +109,7 @@ class QuantizationReport:
                 if site in chosen
                 else "its input is quantized at run time"
                 if at_run_time
-                else "asked for, or too narrow"
+                else "asked for"
                 if site in static.kept
                 else "costs more than it gains"
             )
@@ -163,6 +165,7 @@ class QuantizationReport:
             "finishing": [asdict(one) for one in self.finished.tried],
             "judgement": self.judgement.to_dict() if self.judgement else None,
             "timing": self.timing.to_dict() if self.timing else None,
+            "lint": [finding.to_dict() for finding in self.findings],
             "reason": self.reason,
             "notes": list(self.notes),
             "seconds": self.seconds,

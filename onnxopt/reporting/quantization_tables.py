@@ -49,6 +49,10 @@ def print_quantization(
         )
     if report.timing is not None:
         print_timing(report.timing, console)
+    for (rule, severity), count in Counter((one.rule, one.severity) for one in report.findings).items():
+        first = next(one for one in report.findings if one.rule == rule)
+        text = f"lint     {severity} {rule} at {count} places, the first {first.site}: {first.message}"
+        console.print(Text(text, style="red" if severity == "error" else "yellow"))
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if report.reason:

@@ -64,6 +64,7 @@ class QuantizeDynamic(Pass):
     per_channel: weights have a scale for each output channel, not one for all.
     reduce_range: weights have 7 bits, for processors whose sums of two 8-bit products saturate (AVX2 and
         AVX512 without VNNI).
+    contrib: LSTM becomes an operator of ONNX Runtime's own, as the standard has none; without it, it stays.
     minimum: elements of the smallest weight; smaller products are hardly faster.
     layers: only these operators, such as LSTM or Gemm+MatMul; all where empty.
     """
@@ -79,6 +80,7 @@ class QuantizeDynamic(Pass):
 
     per_channel: bool = True
     reduce_range: bool = False
+    contrib: bool = True
     minimum: int = 64
     layers: tuple[str, ...] = ()
 
@@ -119,6 +121,8 @@ class QuantizeDynamic(Pass):
         return edit.replace(node.outputs[0], product if bias is None else edit.op("Add", [product, bias]))
 
     def _lstm(self, node: ir.Node, scope: Scope) -> Edit | None:
+        if not self.contrib:
+            raise Declined("the ONNX standard has no LSTM of integers")
         if int_attr(node, "layout", 0):
             raise Declined("DynamicQuantizeLSTM has no layout 1")
         edit, inputs, ends = (
