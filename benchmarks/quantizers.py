@@ -33,12 +33,12 @@ class Reader(CalibrationDataReader):
 """
 
 _PREPARE = """
-import warnings
 def prepare(graph):
     held = {tensor.name for tensor in graph.initializer}
     for port in [port for port in graph.input if port.name in held]:
         graph.input.remove(port)
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]:
+    constants = [node for node in graph.node if node.op_type == "Constant"]
+    for node in [node for node in constants if node.attribute[0].name == "value"]:
         tensor = node.attribute[0].t
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
@@ -84,7 +84,8 @@ def _onnxsim(options: str) -> Peer:
 
 _OURS = """
 command = [sys.executable, "-m", "onnxopt", "quantize", source, "-o", target, "--data", more[0]]
-done = subprocess.run([*command, "--target", "cpu", "--json", target + ".json"], capture_output=True, text=True)
+command += ["--target", "cpu", "--json", target + ".json"]
+done = subprocess.run(command, capture_output=True, text=True)
 if done.returncode:
     raise SystemExit(f"exit {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
 """
