@@ -63,7 +63,7 @@ class Bench:
         if record.exists() and "quantize" not in self.args.again:
             found = Outcome(**json.loads(record.read_text()))
         else:
-            found = self.judged(self.made(tool))
+            found = self.made(tool)
             self.keep(record, found)
         wanted = found.timing is None or "latency" in self.args.again
         if wanted and self.args.seconds and not found.remark and tool != ORIGINAL:
@@ -79,22 +79,22 @@ class Bench:
         return self.model if tool == ORIGINAL else self.folder / f"{tool}.onnx"
 
     def made(self, tool: str) -> Outcome:
-        """Let the tool quantize; of the prepared forms of the model, the first that it does not fail on."""
+        """What the tool makes of the first prepared form of the model that it does not fail on."""
         outcome = Outcome(tool, self.model.stem, self.evaluation.metric)
         if tool == ORIGINAL:
-            return outcome
+            return self.judged(outcome)
         sources = {"": self.model}
         if tool != OURS:
             sources = {"quant_pre_process": self.preprocessed(), "opset 13": self.prepared()}
-        faults = []
+        tries = []
         for name, source in sources.items():
             self.path(tool).unlink(missing_ok=True)
             ran = self.ran(QUANTIZERS[tool], source, self.path(tool), self.data())
-            outcome = replace(outcome, prepared=name, seconds=ran.wall, peak=ran.peak, fault="")
-            if not ran.fault:
-                return outcome
-            faults.append(ran.fault)
-        return replace(outcome, fault=faults[0])
+            made = replace(outcome, prepared=name, seconds=ran.wall, peak=ran.peak, fault=ran.fault)
+            tries.append(self.judged(made))
+            if not tries[-1].fault:
+                return tries[-1]
+        return tries[0]
 
     def ran(self, peer: Peer, source: Path, target: Path, *more: Path) -> Ran:
         try:
@@ -126,7 +126,7 @@ class Bench:
         return target
 
     def judged(self, outcome: Outcome) -> Outcome:
-        """With size, kernels and score."""
+        """With size, kernels and score, or why it has none."""
         if outcome.fault:
             return outcome
         path = self.path(outcome.tool)
