@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from benchmarks.rewrite import row, table
 
-__all__ = ["ORIGINAL", "OURS", "Outcome", "executed", "is_quantized", "show", "summarize"]
+__all__ = ["ORIGINAL", "OURS", "Outcome", "executed", "operators", "show", "summarize"]
 
 ORIGINAL, OURS = "float32", "onnxopt"
 INTEGER = {
@@ -32,8 +32,8 @@ class Outcome:
     """What came of one tool on one model.
 
     fault: why there is no model, or none that runs. seconds, peak: of the process that made it; MB.
-    quantized: whether the file holds any node of a quantized model. kernels: operator -> nodes, in the graph
-    that the runtime executes. timing: `onnxopt.Timing.to_dict()`; None before it is measured.
+    stored, kernels: operator -> nodes, in the file and in the graph that the runtime executes.
+    timing: `onnxopt.Timing.to_dict()`; None before it is measured.
     """
 
     tool: str
@@ -44,13 +44,14 @@ class Outcome:
     seconds: float = 0.0
     peak: float = 0.0
     size: int = 0
-    quantized: bool = False
-    kernels: dict[str, int] | None = None
+    stored: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
     score: float | None = None
     timing: dict[str, Any] | None = None
 
     def count(self, operators: Iterable[str]) -> int:
-        return sum((self.kernels or {}).get(operator, 0) for operator in operators)
+        """Nodes of these operators in the graph that the runtime executes."""
+        return sum(self.kernels.get(operator, 0) for operator in operators)
 
     @property
     def ratio(self) -> float | None:
@@ -64,8 +65,8 @@ class Outcome:
     def remark(self) -> str:
         if self.fault:
             return self.fault
-        nothing = not self.quantized and self.tool != ORIGINAL
-        return "quantized nothing" if nothing else ""
+        quantized = self.tool == ORIGINAL or (INTEGER | CONVERSIONS) & self.stored.keys()
+        return "" if quantized else "quantized nothing"
 
 
 def budget(metric: str, original: float) -> float:
@@ -82,20 +83,13 @@ def keeps(outcome: Outcome, original: Outcome) -> bool:
     return outcome.score >= budget(original.metric, original.score) - 1e-9
 
 
-def operators(graph: onnx.GraphProto) -> Counter[str]:
-    """Nodes by operator, those of subgraphs included."""
-    found = Counter(node.op_type for node in graph.node)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                found += operators(attribute.g)
-    return found
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether the file holds any node of a quantized model."""
-    stored = operators(onnx.load(path, load_external_data=False).graph)
-    return any(name in INTEGER | CONVERSIONS for name in stored)
+def operators(path: Path) -> dict[str, int]:
+    """Nodes of a file by operator, those of subgraphs included."""
+    graphs, found = [onnx.load(path, load_external_data=False).graph], Counter[str]()
+    for graph in graphs:
+        found.update(node.op_type for node in graph.node)
+        graphs += [attr.g for node in graph.node for attr in node.attribute if attr.HasField("g")]
+    return dict(sorted(found.items()))
 
 
 def executed(path: Path, scratch: Path) -> dict[str, int]:
@@ -103,9 +97,9 @@ def executed(path: Path, scratch: Path) -> dict[str, int]:
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(scratch), 4
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    found = operators(onnx.load(scratch).graph)
+    found = operators(scratch)
     scratch.unlink()
-    return dict(sorted(found.items()))
+    return found
 
 
 def figure(estimate: dict[str, float]) -> str:
@@ -115,7 +109,7 @@ def figure(estimate: dict[str, float]) -> str:
 def show(outcomes: Sequence[Outcome]) -> None:
     """The table of one model."""
     original = outcomes[0]
-    linear = original.count(FLOAT)
+    linear = sum(original.stored.get(operator, 0) for operator in FLOAT)
     print(f"\n### {original.model}: {original.metric}\n")
     columns = "tool,score,budget,CPU time / float32,A/A,integer kernels,float,Q/DQ,MB,peak MB,s,remark"
     table(columns.split(","))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,18 +156,21 @@ def command(peer: Peer, folder: Path) -> list[str]:
 
 
 def run(peer: Peer, folder: Path, source: Path, target: Path, *more: Path, seconds: float = 120) -> Ran:
-    """Let a tool make `target` of `source`, and of what else it is given."""
+    """Let a tool make `target` of `source`, and of what else it is given; what it litters goes."""
+    paths = [str(path.resolve()) for path in (source, target, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            [*command(peer, folder), *map(str, (source, target, *more))],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return Ran(fault=f"over {seconds:.0f} s")
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            done = subprocess.run(
+                [*command(peer, folder.resolve()), *paths],
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                env=environment,
+                cwd=place if peer.requires else None,
+            )
+        except subprocess.TimeoutExpired:
+            return Ran(fault=f"over {seconds:.0f} s")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         crashed = "Traceback" in done.stderr or done.returncode < 0 or not last

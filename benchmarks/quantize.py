@@ -10,9 +10,9 @@ What a tool made is kept in RESULTS, and not made or measured again unless --aga
 
 CPU time is that of a run on one thread, as a ratio to the original at the runtime's default level, paired;
 A/A is the original to itself. Kernels are counted in the graph that ONNX Runtime saves: nodes that compute
-in integers, linear nodes left in float, QuantizeLinear and DequantizeLinear nodes left. A result keeps the
-budget where the score falls by at most 0.005, agreement stays at 0.95 or more, and decibels fall by at most
-0.5 %. Seconds and peak memory are those of the tool's own process, its imports left out of the seconds.
+in integers, of the linear nodes in the original; linear nodes in float; conversions between the two. A result
+keeps the budget where the score falls by at most 0.005, agreement stays at 0.95 or more, and decibels fall by
+at most 0.5 %. Seconds and peak memory are those of the tool's own process, imports left out of the seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import onnxruntime as ort
 
 import onnxopt
-from benchmarks.outcomes import ORIGINAL, OURS, Outcome, executed, is_quantized, show, summarize
+from benchmarks.outcomes import ORIGINAL, OURS, Outcome, executed, operators, show, summarize
 from benchmarks.peers import ENVIRONMENTS, Peer, Ran, run
 from benchmarks.quantizers import PREPARE, PREPROCESS, QUANTIZERS
 from benchmarks.real_models import load_scores
@@ -130,7 +130,7 @@ class Bench:
         if outcome.fault:
             return outcome
         path = self.path(outcome.tool)
-        outcome = replace(outcome, size=path.stat().st_size, quantized=is_quantized(path))
+        outcome = replace(outcome, size=path.stat().st_size, stored=operators(path))
         try:
             outcome = replace(outcome, kernels=executed(path, self.folder / "executed.onnx"))
             found = self.evaluation.score(self.evaluation.run(self.scores.open_session(path)))
