@@ -118,7 +118,14 @@ class QuantizationReport:
             lines.append(
                 (
                     sum(n or 0.0 for n in noise),
-                    UnitLine(site, unit.node.op_type, site in chosen or at_run_time, *map(_db, noise), why),
+                    UnitLine(
+                        site,
+                        unit.node.op_type,
+                        site in chosen or at_run_time,
+                        _db(noise[0]),
+                        _db(noise[1]),
+                        why,
+                    ),
                 )
             )
         return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
