@@ -27,9 +27,7 @@ def required(text: str, **feeds: np.ndarray) -> dict[str, float]:
         ("y = ReduceSum(x)", SCORES_DB),
     ],
 )
-def test_what_is_as_large_as_the_input_is_a_signal_unless_it_ends_in_scores(
-    body: str, expected: float
-) -> None:
+def test_what_is_as_large_as_the_input_is_a_signal_or_scores(body: str, expected: float) -> None:
     found = required(f"agraph (float[1, 8] x) => (float[M, N] y) {{ {body} }}", x=np.ones((1, 8), np.float32))
     assert found == {"y": expected}
 
@@ -40,11 +38,11 @@ def test_outputs_of_a_model_of_integers_are_scores() -> None:
 
 
 def test_what_a_model_with_state_gives_are_signals_beside_its_scores() -> None:
-    text = """agraph (float[1, 16] x, float[1, 4] state) => (float[1, 1] level, float[1, 1] p, float[1, 4] next) {
-        next = Add(state, state)
+    text = """agraph (float[1, 16] x, float[1, 4] s) => (float[1, 1] level, float[1, 1] p, float[1, 4] next) {
+        next = Add(s, s)
         level = ReduceSum<axes = [1]>(x)
         p = Sigmoid(level)
     }"""
-    feeds = {"x": np.ones((1, 16), np.float32), "state": np.ones((1, 4), np.float32)}
+    feeds = {"x": np.ones((1, 16), np.float32), "s": np.ones((1, 4), np.float32)}
     header = '<ir_version: 8, opset_import: ["": 12]>'
     assert required(header + text, **feeds) == {"level": SIGNALS_DB, "p": SCORES_DB, "next": SIGNALS_DB}
