@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_note
+from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
 from onnxopt.api.preparation import prepare, rewritten, settings_for
 from onnxopt.benchmarking import Timing
@@ -140,7 +140,8 @@ def quantize(
     samples = _samples(job, data)
     fitted, held_out = split(samples)
     outcome = job.run_under_proof(held_out, None)
-    judge = _judge(model, metric, budget, fitted, held_out, also_isa)
+    config = settings.session_config if settings is not None else {}
+    judge = _judge(model, metric, budget, held_out, also_isa, config)
     if settings is not None:
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say)
         quantized, judgement = _best(found)
@@ -173,8 +174,8 @@ def quantize(
     kernels: Mapping[str, int] = {}
     if quantized is not None and where.provider == "cpu" and not elsewhere:
         kernels = kernels_of(quantized)
-        note = "" if also_isa else saturation_note(quantized, judge, after.macs, len(held_out), measure=bench)
-        job.notes.extend([note] if note else [])
+        if not also_isa and (settings is None or settings.timed):
+            job.notes += saturation_notes(quantized, judge, after.macs, len(held_out), measure=bench)
     report = QuantizationReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         target=where.name,
@@ -218,17 +219,17 @@ def _judge(
     model: ModelLike,
     metric: str | Callable[..., Any] | Metric | None,
     budget: Budget | None,
-    fitted: Sequence[Feeds],
     held_out: Sequence[Feeds],
     isas: Sequence[str],
+    session_config: Mapping[str, str],
 ) -> Judge:
     if metric is None and budget is not None:
         metric = "agreement"
     if metric is None:
-        return Judge(model, held_out, None, None, isas)
+        return Judge(model, held_out, None, None, isas, session_config)
     with open_session(model) as session:
         loaded = load_metric(metric, session.run, held_out, held_out)
-        return Judge(model, held_out, loaded, budget, isas)
+        return Judge(model, held_out, loaded, budget, isas, session_config)
 
 
 def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
