@@ -16,7 +16,7 @@ from onnxopt.quantization.saturation import find_saturation
 from onnxopt.runtimes import RunError, UnsupportedModelError
 from onnxopt.targets import Target
 
-__all__ = ["lint_findings", "new_error", "not_here", "saturation_note"]
+__all__ = ["lint_findings", "new_error", "not_here", "saturation_notes"]
 
 _EMULATED_MACS = 5e9
 """Multiply-accumulates that are emulated without being asked for: some ten seconds."""
@@ -48,7 +48,9 @@ def new_error(found: tuple[Finding, ...], original: ModelLike, target: Target) -
     return ""
 
 
-def saturation_note(model: ir.Model, judge: Judge, macs: int | str, samples: int, *, measure: bool) -> str:
+def saturation_notes(
+    model: ir.Model, judge: Judge, macs: int | str, samples: int, *, measure: bool
+) -> list[str]:
     """How many layers can saturate on CPUs that have AVX2 and no VNNI, and for small models what that costs.
 
     Args:
@@ -59,13 +61,13 @@ def saturation_note(model: ir.Model, judge: Judge, macs: int | str, samples: int
     """
     layers = find_saturation(model)
     if not layers:
-        return ""
+        return []
     text = f"on CPUs without VNNI, sums of {len(layers)} layers can saturate; --also-isa avx2 avoids it"
     small = isinstance(macs, int) and macs * samples <= _EMULATED_MACS
     if not (measure and small and judge.by_outputs):
-        return f"{text}, onnxopt verify --isa avx2 tells what it costs"
+        return [f"{text}, onnxopt verify --isa avx2 tells what it costs"]
     try:
         find_isa("avx2")
-        return f"{text}; as it is, there: {judge.on(model, 'avx2').summary}"
+        return [f"{text}; as it is, there: {judge.on(model, 'avx2').summary}"]
     except (ProviderError, RunError, RuntimeMissingError, UnsupportedModelError) as error:
-        return f"{text}; what it costs was not measured: {error}"
+        return [f"{text}; what it costs was not measured: {error}"]

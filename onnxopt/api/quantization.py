@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_note
+from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
 from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
 from onnxopt.api.preparation import prepare, rewritten, settings_for
@@ -140,7 +140,8 @@ def quantize(
     samples = _samples(job, data)
     fitted, held_out = split(samples)
     outcome = job.run_under_proof(held_out, None)
-    judge = _judge(model, metric, budget, held_out, also_isa)
+    config = settings.session_config if settings is not None else {}
+    judge = _judge(model, metric, budget, held_out, also_isa, config)
     kept = kept_sites(outcome.model, keep)
     found: Static | Survey | None = None
     if settings is not None:
@@ -178,8 +179,8 @@ def quantize(
     kernels: Mapping[str, int] = {}
     if quantized is not None and where.provider == "cpu" and not elsewhere:
         kernels = kernels_of(quantized)
-        note = "" if also_isa else saturation_note(quantized, judge, after.macs, len(held_out), measure=bench)
-        job.notes.extend([note] if note else [])
+        if not also_isa and (settings is None or settings.timed):
+            job.notes += saturation_notes(quantized, judge, after.macs, len(held_out), measure=bench)
     report = QuantizationReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         target=where.name,
@@ -226,14 +227,15 @@ def _judge(
     budget: Budget | None,
     held_out: Sequence[Feeds],
     isas: Sequence[str],
+    session_config: Mapping[str, str],
 ) -> Judge:
     if metric is None and budget is not None:
         metric = "agreement"
     if metric is None:
-        return Judge(model, held_out, None, None, isas)
+        return Judge(model, held_out, None, None, isas, session_config)
     with open_session(model) as session:
         loaded = load_metric(metric, session.run, held_out, held_out)
-        return Judge(model, held_out, loaded, budget, isas)
+        return Judge(model, held_out, loaded, budget, isas, session_config)
 
 
 def _why_not(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from onnxopt.data import Feeds
 from onnxopt.model import clone
@@ -23,9 +24,15 @@ _GAIN = 0.98
 
 
 def improve(
-    draft: Draft, samples: Sequence[Feeds], held_out: Sequence[Feeds]
+    draft: Draft,
+    samples: Sequence[Feeds],
+    held_out: Sequence[Feeds],
+    session_config: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Draft, dict[str, tuple[float, float]]]:
-    """The draft with every keeper that lowers the noise, and of those the noise before and after."""
+    """The draft with every keeper that lowers the noise, and of those the noise before and after.
+
+    Quantized models run with `session_config`.
+    """
     judged = [held_out[number] for number in range(min(len(held_out), _MOST_SAMPLES))]
     with open_session(draft.model) as session:
         expected = [session.run(feeds) for feeds in judged]
@@ -37,7 +44,7 @@ def improve(
         )
         model = clone(one.model)
         emit(model, survey(model, one.placement, one.plan.params).units, everything, one.placement)
-        with open_session(model) as session:
+        with open_session(model, session_config=session_config) as session:
             return noise_between(expected, [session.run(feeds) for feeds in judged])
 
     before, gains = noise_of(draft), {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -56,7 +57,10 @@ class Judgement:
 
 
 class Judge:
-    """Judges candidates for one original, by the user's metric or by how near their outputs stay."""
+    """Judges candidates for one original, by the user's metric or by how near their outputs stay.
+
+    isas: on whose emulated CPUs candidates are judged, too. session_config: that candidates run with.
+    """
 
     def __init__(
         self,
@@ -65,7 +69,9 @@ class Judge:
         metric: Metric | None,
         budget: Budget | None,
         isas: Sequence[str] = (),
+        session_config: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._session_config = dict(session_config)
         self._samples, self._metric, self._budget, self._isas = samples, metric, budget, isas
         for isa in isas:
             find_isa(isa)
@@ -75,7 +81,7 @@ class Judge:
 
     def __call__(self, model: ir.Model) -> Judgement:
         """Judge a candidate here, and where it keeps the budget on the other instruction sets, too."""
-        with open_session(model) as session:
+        with open_session(model, session_config=self._session_config) as session:
             found = self._judged(session.run)
         if not found.within:
             return found
@@ -88,7 +94,7 @@ class Judge:
 
     def on(self, model: ir.Model, isa: str) -> Judgement:
         """Judge a candidate on an emulated CPU of that instruction set."""
-        with open_emulated(model, isa=isa) as emulated:
+        with open_emulated(model, isa=isa, session_config=self._session_config) as emulated:
             return self._judged(emulated.run)
 
     def _judged(self, run: Run) -> Judgement:

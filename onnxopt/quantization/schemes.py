@@ -71,8 +71,9 @@ SCHEMES = {
             activation="float8e4m3fn",
             weight="float8e4m3fn",
             opset=19,
-            targets=("tensorrt", "generic"),
+            targets=("tensorrt",),
             elsewhere="only TensorRT has kernels for 8-bit floats; take int8 on a CPU, float16 on CUDA",
+            note="ONNX Runtime's CPU provider refuses 8-bit floats unless session.disable_quant_qdq is 1",
         ),
         Scheme(
             "dynamic",

@@ -46,6 +46,7 @@ MOVES = (
 )
 """Operators whose output holds numbers of their first input alone: both sides have one scale."""
 
+_OVERRIDABLE = "its {} is a graph input (overridable; --freeze-initializers makes it constant)"
 _RECURRENT = ("GRU", "LSTM", "RNN")
 _HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
 """Operators that a user expects to be quantized: where they are not, that is said."""
@@ -220,7 +221,7 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
         if value is None:
             return "an operand is missing"
         if value.is_initializer():
-            return "its weight is a graph input (overridable; --freeze-initializers makes it constant)"
+            return _OVERRIDABLE.format("weight")
         if node.op_type in ("Conv", "ConvTranspose") and value is node.inputs[1]:
             return "its weight is computed at run time"
         if value.dtype not in (ir.DataType.FLOAT, None):
@@ -240,7 +241,7 @@ def _conv(node: ir.Node) -> str | None:
         return f"its weight is of type {tensor.dtype.name}"
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and constant_of(bias) is None:
-        return "its bias is no constant"
+        return _OVERRIDABLE.format("bias") if bias.is_initializer() else "its bias is no constant"
     return None
 
 
