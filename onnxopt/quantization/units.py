@@ -25,7 +25,7 @@ from onnxopt.graph import (
 from onnxopt.ledger import site_of
 from onnxopt.targets import Placement
 
-__all__ = ["LAYERS", "MOVES", "Survey", "Unit", "survey"]
+__all__ = ["HEAVY", "LAYERS", "MOVES", "Survey", "Unit", "survey"]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and add, which is where integers save time."""
@@ -47,7 +47,7 @@ MOVES = (
 """Operators whose output holds numbers of their first input alone: both sides have one scale."""
 
 _RECURRENT = ("GRU", "LSTM", "RNN")
-_HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
+HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
 """Operators that a user expects to be quantized: where they are not, that is said."""
 
 
@@ -113,7 +113,7 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
         reason = _reason(node, model.graph, placement, measured)
         if reason is None:
             units.append(_unit(node))
-        elif node.op_type in _HEAVY:
+        elif node.op_type in HEAVY:
             left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
     return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
 
