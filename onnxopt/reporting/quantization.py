@@ -115,17 +115,11 @@ class QuantizationReport:
             )
             if site in static.searched.unfused:
                 why = why if at_run_time else "the runtime does not fuse it"
+            integer = site in chosen or at_run_time
             lines.append(
                 (
                     sum(n or 0.0 for n in noise),
-                    UnitLine(
-                        site,
-                        unit.node.op_type,
-                        site in chosen or at_run_time,
-                        _db(noise[0]),
-                        _db(noise[1]),
-                        why,
-                    ),
+                    UnitLine(site, unit.node.op_type, integer, _db(noise[0]), _db(noise[1]), why),
                 )
             )
         return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
