@@ -32,7 +32,7 @@ from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
 from onnxopt.runtimes import open_session
-from onnxopt.targets import PLACEMENTS, find_target
+from onnxopt.targets import PLACEMENTS, Target, find_target
 
 __all__ = ["quantize"]
 
@@ -113,7 +113,7 @@ def quantize(
     model = reusable(model)
     say = progress or silent
     say("reading the model", None)
-    pipeline = _preparation(chosen, freeze_initializers)
+    pipeline = _preparation(chosen, where, freeze_initializers)
     guard = Guard((), where.provider, measure=False)
     open_model = opener(model)
     job = Job(
@@ -183,12 +183,15 @@ def quantize(
     return Result(result, report, model)
 
 
-def _preparation(scheme: Scheme, freeze: bool) -> Pipeline:
-    """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators."""
+def _preparation(scheme: Scheme, target: Target, freeze: bool) -> Pipeline:
+    """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators.
+
+    The runtime fuses no activation behind an integer kernel: each part would read it for itself.
+    """
     pipeline = build_pipeline("quantize", freeze_initializers=freeze)
-    return replace(
-        pipeline, passes=(*pipeline.passes, parse_pass(f"retarget-opset{{version={scheme.opset}}}"))
-    )
+    more = ["fuse-activation{contrib=true}"] if target.contrib else []
+    more.append(f"retarget-opset{{version={scheme.opset}}}")
+    return replace(pipeline, passes=(*pipeline.passes, *map(parse_pass, more)))
 
 
 def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:

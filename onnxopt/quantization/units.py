@@ -223,6 +223,10 @@ def _resize(node: ir.Node) -> str | None:
     return None if str_attr(node, "mode", "nearest") == "nearest" else "it interpolates"
 
 
+def _hard_sigmoid(node: ir.Node) -> str | None:
+    return None if float_attr(node, "alpha", 0.2) > 0 else "it does not rise"
+
+
 def _max_pool(node: ir.Node) -> str | None:
     return None if len(node.outputs) == 1 else "it gives indices"
 
@@ -231,6 +235,7 @@ _OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "Conv": _conv,
     "ConvTranspose": _conv,
     "Gemm": _gemm,
+    "HardSigmoid": _hard_sigmoid,
     "MatMul": _matmul,
     "Resize": _resize,
     "MaxPool": _max_pool,
