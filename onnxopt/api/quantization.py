@@ -131,7 +131,7 @@ def quantize(
         workers=workers,
         executor=executor,
     )
-    pipeline = prepare(chosen, settings, freeze_initializers)
+    pipeline = prepare(chosen, settings, where, freeze_initializers)
     guard = Guard((), where.provider, measure=False)
     open_model = opener(model)
     job = Job(
