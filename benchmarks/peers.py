@@ -71,7 +71,7 @@ class Ran:
 
 
 _ORT = ("onnxruntime==1.31.1", "onnx==1.23.2")
-_IMPORT = "import onnxopt, onnxopt.api, onnxopt.passes"
+_IMPORT = "import onnxopt, onnxopt.api.optimize, onnxopt.passes"
 _OURS = "onnxopt.optimize(source, target={target!r}, verify=False, bench=False).save(target)"
 
 PEERS = {

@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api import optimize, quantize
+    from onnxopt.api.optimize import optimize
+    from onnxopt.api.quantize import quantize
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -60,9 +61,9 @@ _HOMES = {
     "lint": "inspection",
     "load": "model",
     "load_recipe": "recipe",
-    "optimize": "api",
+    "optimize": "api.optimize",
     "parse_pass": "recipe",
-    "quantize": "api",
+    "quantize": "api.quantize",
     "save": "storage",
     "verify": "verification",
 }

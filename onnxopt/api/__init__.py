@@ -1,6 +1,1 @@
 """The workflows behind the public functions."""
-
-from onnxopt.api.optimize import optimize
-from onnxopt.api.quantize import quantize
-
-__all__ = ["optimize", "quantize"]

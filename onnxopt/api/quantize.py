@@ -1,8 +1,9 @@
-"""Quantize a model: prepare, quantize, prove what runs, judge accuracy and speed, and give it back only if it pays."""
+"""Quantize a model: prepare, quantize, prove what runs, judge accuracy and speed; keep it only if it pays."""
 
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,32 +13,38 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
+from onnxopt.api.options import least_opset, passes_for, static_settings
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
-from onnxopt.calibration import METHODS, split
+from onnxopt.calibration import split
 from onnxopt.data import Feeds, FeedSource
-from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.emulation import find_isa
+from onnxopt.errors import UsageError
 from onnxopt.graph import tensor_bytes
 from onnxopt.job import Job, Progress
-from onnxopt.metric import Budget, Metric, load_metric, parse_drop
+from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Pipeline
+from onnxopt.pipeline import Outcome, Pipeline
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.planfile import PlanSource, read_plan
 from onnxopt.quantization.schemes import Scheme, find_scheme
-from onnxopt.quantization.static import Goal, Settings, Static, quantize_static
+from onnxopt.quantization.static import Goal, Static, quantize_static
 from onnxopt.quantization.units import Survey
 from onnxopt.recipe import build_pipeline, parse_pass
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
-from onnxopt.runtimes import open_session
-from onnxopt.targets import PLACEMENTS, find_target
+from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
 
-_SAMPLES = 32
-"""Samples that are made up where the user has none."""
+_FEW = 8
+"""Samples that are too few to be silent about."""
+_PROVED = 8
+"""Samples on which the preparation is proved."""
+_TIMED_S = (3.0, 10.0)
+"""Seconds of measurement: the second where the first cannot tell the two apart."""
 
 
 def quantize(
@@ -54,7 +61,9 @@ def quantize(
     per_channel: bool = True,
     power_of_two: bool = False,
     keep: Sequence[str] = (),
+    plan: PlanSource | None = None,
     also_isa: Sequence[str] = (),
+    sensitivity: bool = False,
     freeze_initializers: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
@@ -64,7 +73,7 @@ def quantize(
     workers: int = 1,
     executor: Literal["process", "ray"] = "process",
     progress: Progress | None = None,
-) -> Result:
+) -> Result[QuantizationReport]:
     """Quantize a model so that it keeps its accuracy and is faster, or smaller, as asked.
 
     Nodes that cost too much accuracy stay in floating point; where no candidate keeps the budget and pays,
@@ -81,11 +90,14 @@ def quantize(
             to keep an SQNR of `judge.LEAST_DB`, and of others the share `judge.LEAST_AGREEMENT`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was; by default 0.005.
         calibration: of `onnxopt.calibration.METHODS`.
-        activation: format of activations; by default the target's.
+        activation: uint8, int8, uint16 or int16; by default the target's.
         per_channel: a scale for each output channel of a weight, not one for all.
         power_of_two: scales are powers of two.
         keep: patterns of outputs, nodes or operators that stay in floating point.
+        plan: a file that `report.plan` was written to, or that itself: its ranges and its choice of nodes are
+            taken, and neither calibrated nor searched for.
         also_isa: instruction sets, as avx2, on whose emulated CPUs the budget has to be kept, too.
+        sensitivity: report what each node costs in accuracy even where none has to stay in floating point.
         freeze_initializers: let initializers that are graph inputs become constants.
         shapes: sizes for dynamic graph inputs, by input name.
         seed: of synthetic samples and of the measurement.
@@ -96,71 +108,82 @@ def quantize(
         progress: called with each thing that is done.
 
     Raises:
-        ModelError, UsageError: input that cannot be used.
+        ModelError, UsageError: input that cannot be used, or an option that the scheme or the target has no
+            use for.
         ProviderError: an instruction set that cannot be emulated here.
         RuntimeMissingError: onnxruntime is not installed.
     """
     started = time.perf_counter()
     chosen, where = find_scheme(scheme), find_target(target)
-    if calibration not in METHODS:
-        raise UsageError(f"unknown calibration method {calibration!r}{did_you_mean(calibration, METHODS)}")
-    if chosen.static and not where.placement:
-        raise UsageError(
-            f"scheme {scheme} is not offered for target {target}: its provider has no integer kernels for it; "
-            "take float16, or weight-only int8 or int4"
-        )
+    for isa in also_isa:
+        find_isa(isa)
     budget = parse_drop(max_drop) if max_drop is not None else Budget(0.005) if metric is not None else None
+    given = read_plan(plan) if plan is not None else None
+    asked = {
+        "activation": activation,
+        "method": calibration,
+        "per_channel": per_channel,
+        "power_of_two": power_of_two,
+        "keep": tuple(keep),
+        "sensitivity": sensitivity,
+        "cache": Path(cache) if cache is not None else None,
+        "workers": workers,
+        "executor": executor,
+    }
+    settings = static_settings(chosen, where, goal, also_isa, asked) if chosen.static else None
+    passes = () if chosen.static else passes_for(chosen, also_isa, asked, given)
     model = reusable(model)
     say = progress or silent
     say("reading the model", None)
-    pipeline = _preparation(chosen, freeze_initializers)
+    opset = least_opset(settings) if settings is not None else 0
+    pipeline = _preparation(max(chosen.opset, opset), freeze_initializers)
     guard = Guard((), where.provider, measure=False)
     open_model = opener(model)
     job = Job(
         model, open_model(), open_model, pipeline, where, guard, shapes, seed, say, frozen=freeze_initializers
     )
+    sha256 = fingerprint(model, job.original)
+    if given is not None:
+        given.require(sha256)
     samples = _samples(job, data)
     fitted, held_out = split(samples)
-    outcome = job.run_under_proof(held_out, None)
-    judge = _judge(model, metric, budget, fitted, held_out, also_isa)
-    if chosen.static:
-        settings = Settings(
-            replace(PLACEMENTS[where.placement], name=where.placement),
-            activation=chosen.activation or activation,
-            weight=chosen.weight,
-            method=calibration,
-            per_channel=per_channel,
-            power_of_two=power_of_two,
-            keep=tuple(keep),
-            goal=goal,
-            saturates=bool(also_isa),
-            timed=where.name in ("cpu", "generic"),
-            cache=Path(cache) if cache is not None else None,
-            workers=workers,
-            executor=executor,
-        )
-        found = quantize_static(outcome.model, fitted, held_out, settings, judge, say)
+    judge = Judge(model, held_out, metric if budget is None else metric or "agreement", budget, also_isa)
+    outcome = job.run_under_proof(held_out[:_PROVED], None)
+    found: Static | Survey | None = None
+    if settings is not None:
+        _require_opset(outcome, opset)
+        found = quantize_static(outcome.model, fitted, held_out, settings, judge, say, given)
         quantized, judgement = _best(found)
+        left = found.left if isinstance(found, Survey) else found.surveyed.left
     else:
-        found = None
-        quantized = _rewritten(outcome.model, chosen, per_channel, power_of_two)
+        quantized, left = _rewritten(outcome.model, passes)
         judgement = judge(quantized) if quantized is not None else None
+    reason = _why_not(found, left, judgement, chosen)
+    here = where.placement != "arm" or platform.machine() in ("aarch64", "arm64")
     timing: Timing | None = None
-    reason = _why_not(found, quantized, judgement, chosen)
-    if not reason and quantized is not None:
+    if quantized is not None and not reason:
         quantized = _cleaned(quantized, where.placement)
-        timing = job.time(job.model, quantized, samples, {}) if bench and where.provider == "cpu" else None
+        say("judging the result", None)
+        judgement = judge(quantized, "final")
+        reason = "" if judgement.ok else f"the result does not keep the budget: {judgement.reason}"
+    if quantized is not None and not reason:
+        if bench and here:
+            timing = _timed(job, quantized, samples)
+        else:
+            job.notes.append("speed not measured: " + ("this machine is no ARM" if bench else "--no-bench"))
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
+    if judgement is not None and not judgement.unseen:
+        job.notes.append(
+            "the last check was on the samples that the search chose by, not on unseen ones; a metric with a "
+            'parameter split can keep some for split="final"'
+        )
     result = job.open_model() if reason or quantized is None else quantized
     if metadata and not reason:
-        record(
-            result,
-            [*(s.name for s in outcome.steps if s.changes), str(chosen.name)],
-            fingerprint(model, job.original),
-        )
+        record(result, [*(s.name for s in outcome.steps if s.changes), chosen.name], sha256)
     sizes = {**(shapes or {}), **sizes_of(samples)}
     report = QuantizationReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
+        input_sha256=sha256,
         target=where.name,
         scheme=chosen.name,
         goal=goal,
@@ -172,8 +195,10 @@ def quantize(
         after=measure_size(quantized if quantized is not None else job.original, sizes),
         steps=outcome.steps,
         static=found if isinstance(found, Static) else None,
-        left=found.left if isinstance(found, Survey) else found.surveyed.left if found is not None else {},
-        kernels=dict(kernels_of(quantized)) if quantized is not None and where.provider == "cpu" else {},
+        left=left,
+        kernels=dict(kernels_of(quantized))
+        if quantized is not None and where.provider == "cpu" and here
+        else {},
         judgement=judgement,
         timing=timing,
         reason=reason,
@@ -183,12 +208,21 @@ def quantize(
     return Result(result, report, model)
 
 
-def _preparation(scheme: Scheme, freeze: bool) -> Pipeline:
+def _require_opset(outcome: Outcome, opset: int) -> None:
+    have = outcome.model.graph.opset_imports.get("", 0)
+    if have >= opset:
+        return
+    declined = (reason for step in outcome.steps if step.name == "retarget-opset" for reason in step.declined)
+    why = next(declined, "nothing can be proved of this model")
+    raise UsageError(
+        f"quantize: the model is of opset {have}, {opset} is needed, and raising it failed: {why}"
+    )
+
+
+def _preparation(opset: int, freeze: bool) -> Pipeline:
     """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators."""
     pipeline = build_pipeline("quantize", freeze_initializers=freeze)
-    return replace(
-        pipeline, passes=(*pipeline.passes, parse_pass(f"retarget-opset{{version={scheme.opset}}}"))
-    )
+    return replace(pipeline, passes=(*pipeline.passes, parse_pass(f"retarget-opset{{version={opset}}}")))
 
 
 def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
@@ -200,26 +234,13 @@ def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
             "no --data: ranges and accuracy come from made-up samples, and say little of real ones; "
             "a few dozen real samples are worth more than any setting"
         )
-    elif len(samples) < 8:
+    elif len(samples) == 1:
+        job.notes.append(
+            "one sample alone: what it is judged by is what it was fitted to; 32 to 256 are usual"
+        )
+    elif len(samples) < _FEW:
         job.notes.append(f"only {len(samples)} samples: ranges may be too narrow; 32 to 256 are usual")
     return samples
-
-
-def _judge(
-    model: ModelLike,
-    metric: str | Callable[..., Any] | Metric | None,
-    budget: Budget | None,
-    fitted: Sequence[Feeds],
-    held_out: Sequence[Feeds],
-    isas: Sequence[str],
-) -> Judge:
-    if metric is None and budget is not None:
-        metric = "agreement"
-    if metric is None:
-        return Judge(model, held_out, None, None, isas)
-    with open_session(model) as session:
-        loaded = load_metric(metric, session.run, held_out, held_out)
-        return Judge(model, held_out, loaded, budget, isas)
 
 
 def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
@@ -230,11 +251,16 @@ def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
     return (candidate.model, candidate.judgement) if candidate is not None else (None, None)
 
 
-def _rewritten(model: ir.Model, scheme: Scheme, per_channel: bool, power_of_two: bool) -> ir.Model | None:
-    """The model after the scheme's passes; None where they changed nothing."""
-    pipeline = Pipeline(tuple(map(parse_pass, scheme.passes)), rounds=1)
-    outcome = pipeline.run(lambda: model)
-    return outcome.model if outcome.changes else None
+def _rewritten(
+    model: ir.Model, passes: Sequence[ir.passes.PassBase]
+) -> tuple[ir.Model | None, Mapping[str, tuple[str, ...]]]:
+    """The model after the scheme's passes, None where they changed nothing; reason -> what they left."""
+    outcome = Pipeline(tuple(passes), rounds=1).run(lambda: model)
+    left: dict[str, tuple[str, ...]] = {}
+    for step in outcome.steps:
+        for reason, sites in step.declined.items():
+            left[reason] = (*left.get(reason, ()), *sites)
+    return (outcome.model if outcome.changes else None), left
 
 
 def _cleaned(model: ir.Model, placement: str) -> ir.Model:
@@ -245,27 +271,34 @@ def _cleaned(model: ir.Model, placement: str) -> ir.Model:
     return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
 
 
+def _timed(job: Job, quantized: ir.Model, samples: Sequence[Feeds]) -> Timing | None:
+    for seconds in _TIMED_S:
+        timing = job.time(job.model, quantized, samples, {}, seconds=seconds)
+        if timing is None or timing.verdict != "no measurable difference":
+            break
+    return timing
+
+
 def _why_not(
-    found: Static | Survey | None, quantized: ir.Model | None, judgement: Judgement | None, scheme: Scheme
+    found: Static | Survey | None,
+    left: Mapping[str, tuple[str, ...]],
+    judgement: Judgement | None,
+    scheme: Scheme,
 ) -> str:
     """Why there is no result, before speed is looked at; empty where there is one."""
-    if quantized is None or judgement is None:
-        left = found.left if isinstance(found, Survey) else found.surveyed.left if found is not None else {}
-        why = "; ".join(f"{len(sites)} {reason}" for reason, sites in left.items())
-        if isinstance(found, Static):
-            return (
-                "nothing was quantized: integers would not make it faster"
-                if not why
-                else f"nothing was quantized: {why}"
-            )
-        return f"nothing was quantized: {why or f'there is nothing that {scheme.name} applies to'}"
-    return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    if judgement is not None:
+        return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.reason}"
+    why = "; ".join(f"{len(sites)} x {reason}" for reason, sites in left.items())
+    if isinstance(found, Static):
+        unfused = len(found.searched.unfused)
+        why = f"the runtime fuses none of {unfused} nodes" if unfused else "integers would not make it faster"
+    return f"nothing was quantized: {why or f'there is nothing that {scheme.name} applies to'}"
 
 
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
     if goal == "size":
-        smaller = tensor_bytes(after) < tensor_bytes(before)
-        return "" if smaller else "the result is not smaller"
+        sizes = tensor_bytes(before), tensor_bytes(after)
+        return "" if sizes[1] < sizes[0] else f"the result is not smaller: {sizes[1]:,} bytes of {sizes[0]:,}"
     if timing is None or timing.verdict == "faster":
         return ""
     return f"it is not faster: {timing.summary}"

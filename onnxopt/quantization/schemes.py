@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import onnx_ir as ir
 
 from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.recipe import parse_pass
 
 __all__ = ["SCHEMES", "Scheme", "find_scheme"]
+
+
+_SPELLING = {"per_channel": "--per-tensor", "power_of_two": "--power-of-two"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,26 @@ class Scheme:
     weight: str | None = None
     passes: tuple[str, ...] = ()
     opset: int = 17
+
+    def passes_with(
+        self, asked: Mapping[str, Any], wanted: Mapping[str, Any]
+    ) -> tuple[ir.passes.PassBase, ...]:
+        """The passes with these options, option -> value, where they have them.
+
+        The first pass, which is what the scheme is about, must have those `asked` for, else UsageError; those
+        `wanted` go where there is use for them.
+        """
+        passes: list[Any] = [parse_pass(text) for text in self.passes]
+        for option in asked:
+            if not hasattr(passes[0], option):
+                raise UsageError(
+                    f"scheme {self.name} has no choice of {option.replace('_', '-')}: leave it out"
+                )
+        options = {**wanted, **asked}
+        return tuple(
+            replace(one, **{f.name: options[f.name] for f in fields(one) if f.name in options})
+            for one in passes
+        )
 
 
 SCHEMES = {

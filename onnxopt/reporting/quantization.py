@@ -1,4 +1,4 @@
-"""The report of one `quantize`: what became integers, what stayed and why, what it costs and what it gains."""
+"""The report of one `quantize`: what became integers, what stayed and why, what it costs and gains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from onnxopt.quantization.fusion import is_integer
+from onnxopt.quantization.planfile import PLAN_SCHEMA, range_of
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.reporting.report import Size
 
@@ -24,7 +25,10 @@ QUANTIZE_SCHEMA = "onnxopt.quantize/1"
 
 @dataclass(frozen=True)
 class UnitLine:
-    """A node that could be quantized: whether it is, and the noise in dB of its weight and its output alone."""
+    """A node that could be quantized, and whether it is.
+
+    weight_db, output_db: signal over the noise that quantizing either alone makes; None: not measured.
+    """
 
     site: str
     op_type: str
@@ -38,15 +42,16 @@ class UnitLine:
 class QuantizationReport:
     """What `quantize` did.
 
-    source: path or kind of the input. samples: how many to calibrate on, and how many were held out.
-    synthetic: they were made up. before, after: sizes of the input and of the best candidate. steps: of the
-    preparation. static: what static quantization found; None for other schemes. left: reason -> heavy nodes
-    that could not be quantized. kernels: what the runtime executes, by operator. judgement: of the best
-    candidate. timing: of it against the input; None where it was not measured. reason: why the result is the
-    input; empty where it is the candidate.
+    source: path or kind of the input. input_sha256: of its content. samples: how many to calibrate on, and
+    how many were held out. synthetic: they were made up. before, after: sizes of the input and of the best
+    candidate. steps: of the preparation. static: what static quantization found; None for other schemes.
+    left: reason -> heavy nodes that could not be quantized. kernels: what the runtime executes, by operator.
+    judgement: of the best candidate. timing: of it against the input; None where it was not measured. reason:
+    why the result is the input; empty where it is the candidate.
     """
 
     source: str
+    input_sha256: str
     target: str
     scheme: str
     goal: str
@@ -89,30 +94,46 @@ class QuantizationReport:
         if self.static is None:
             return ()
         static, lines = self.static, []
-        candidate = static.searched.best or static.searched.nearest
-        chosen = candidate.plan.nodes if candidate is not None else frozenset()
+        chosen = static.chosen.nodes
+        unfused = dict.fromkeys(static.searched.unfused, "the runtime does not fuse it")
+        why = {**unfused, **static.kept}
         for unit in static.surveyed.units:
-            site = unit.site
-            noise = [
-                static.noise.get(Source("weight", site)),
-                static.noise.get(Source("tensor", unit.output.name or "")),
-            ]
-            why = (
-                ""
-                if site in chosen
-                else "asked for, or too narrow"
-                if site in static.kept
-                else "costs more than it gains"
-            )
-            if site in static.searched.unfused:
-                why = "the runtime does not fuse it"
-            lines.append(
-                (
-                    sum(n or 0.0 for n in noise),
-                    UnitLine(site, unit.node.op_type, site in chosen, *map(_db, noise), why),
-                )
-            )
+            sources = (Source("weight", unit.site), Source("tensor", unit.output.name or ""))
+            noise = [static.searched.noise.get(source) for source in sources]
+            weight_db, output_db = map(_db, noise)
+            is_chosen = unit.site in chosen
+            reason = "" if is_chosen else why.get(unit.site, "it costs more than it gains")
+            line = UnitLine(unit.site, unit.node.op_type, is_chosen, weight_db, output_db, reason)
+            lines.append((sum(n or 0.0 for n in noise), line))
         return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The choice and the ranges, as `quantize` takes them again; None for schemes that have none."""
+        if self.static is None:
+            return None
+        static, plan = self.static, self.static.chosen
+        units = {unit.site: unit for unit in static.surveyed.units}
+        nodes = [
+            {
+                "site": line.site,
+                "op_type": line.op_type,
+                "as": plan.weight.name if line.integer else "float",
+                "output": plan.params[name].format.name
+                if (name := units[line.site].output.name or "") in plan.tensors
+                else "float",
+                "weight_db": line.weight_db,
+                "output_db": line.output_db,
+            }
+            for line in self.units
+        ]
+        return {
+            "schema": PLAN_SCHEMA,
+            "model": self.input_sha256,
+            "keepers": list(static.keepers),
+            "nodes": nodes,
+            "ranges": {name: list(range_of(params)) for name, params in plan.params.items()},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has; laid out as docs/report.md says."""
@@ -121,6 +142,7 @@ class QuantizationReport:
             "schema": QUANTIZE_SCHEMA,
             "ok": self.ok,
             "source": self.source,
+            "input_sha256": self.input_sha256,
             "target": self.target,
             "scheme": self.scheme,
             "for": self.goal,
