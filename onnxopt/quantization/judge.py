@@ -77,7 +77,7 @@ class Judge:
         isas: instruction sets on whose emulated CPUs the budget has to be kept, too.
 
     Raises:
-        UsageError: there is no such metric, or it fails on the original.
+        UsageError: there is no such metric, it fails on the original, or that cannot run the samples.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Judge:
         self._before: dict[Split, float] = {}
         with open_session(original) as session:
             if metric is None:
-                self._expected = [session.run(feeds) for feeds in samples]
+                self._expected = [_outputs(session, number, feeds) for number, feeds in enumerate(samples)]
                 return
             self._metric = load_metric(metric, session.run, samples)
             splits: tuple[Split, ...] = ("search", "final") if self._metric.has_split else ("search",)
@@ -136,6 +136,13 @@ class Judge:
         return Judgement(
             margins[worst] >= 0, margins[worst], None, f"{told}, on {len(self._samples)} held-out samples"
         )
+
+
+def _outputs(session: Session, number: int, feeds: Feeds) -> dict[str, Any]:
+    try:
+        return session.run(feeds)
+    except RunError as error:
+        raise UsageError(f"the original model cannot run held-out sample {number}: {error}") from error
 
 
 def _score(metric: Metric, session: Session, split: Split) -> float:
