@@ -12,8 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api.optimize import optimize
-    from onnxopt.api.quantize import quantize
+    from onnxopt.api import optimize, quantize
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -61,9 +60,9 @@ _HOMES = {
     "lint": "inspection",
     "load": "model",
     "load_recipe": "recipe",
-    "optimize": "api.optimize",
+    "optimize": "api",
     "parse_pass": "recipe",
-    "quantize": "api.quantize",
+    "quantize": "api",
     "save": "storage",
     "verify": "verification",
 }

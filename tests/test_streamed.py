@@ -191,7 +191,7 @@ def test_a_sample_tells_weights_apart_and_reads_little(tmp_path: Path) -> None:
 
 _SAVED = """
 import json, resource, sys
-import onnxopt, onnxopt.api.optimize
+import onnxopt, onnxopt.api
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 result = onnxopt.optimize(sys.argv[1], verify=False, bench=False)
 before = peak()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from onnxopt.data import Feeds
 from onnxopt.quantization.draft import Draft
@@ -21,9 +22,15 @@ _GAIN = 0.98
 
 
 def improve(
-    draft: Draft, samples: Sequence[Feeds], held_out: Sequence[Feeds]
+    draft: Draft,
+    samples: Sequence[Feeds],
+    held_out: Sequence[Feeds],
+    session_config: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Draft, dict[str, tuple[float, float]]]:
-    """The draft with every keeper that lowers the noise, and of those the noise before and after."""
+    """The draft with every keeper that lowers the noise, and of those the noise before and after.
+
+    Quantized models run with `session_config`.
+    """
     judged = [*held_out[:_MOST_SAMPLES]]
     with open_session(draft.model) as session:
         expected = [session.run(feeds) for feeds in judged]
@@ -32,7 +39,7 @@ def improve(
         sites = frozenset(unit.site for unit in one.units())
         plan = replace(one.plan, nodes=sites, tensors=frozenset(one.plan.params))
         model, _ = write(one.model, one.placement, plan)
-        with open_session(model) as session:
+        with open_session(model, session_config=session_config) as session:
             return noise_between(expected, [session.run(feeds) for feeds in judged])
 
     before, gains = noise_of(draft), {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -75,6 +76,7 @@ class Judge:
         metric: of `load_metric`; None: by LEAST_DB and LEAST_AGREEMENT.
         budget: what of the metric may be lost.
         isas: instruction sets on whose emulated CPUs the budget has to be kept, too.
+        session_config: that candidates run with.
 
     Raises:
         UsageError: there is no such metric, it fails on the original, or that cannot run the samples.
@@ -87,7 +89,9 @@ class Judge:
         metric: str | Callable[..., Any] | Metric | None = None,
         budget: Budget | None = None,
         isas: Sequence[str] = (),
+        session_config: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._session_config = dict(session_config)
         self._samples, self._budget, self._isas = samples, budget or Budget(0.0), isas
         self._metric: Metric | None = None
         self._expected: list[dict[str, Any]] = []
@@ -105,15 +109,21 @@ class Judge:
 
         split: "final" for the last word, on what the metric keeps unseen if it does.
         """
-        with open_session(model) as session:
+        with open_session(model, session_config=self._session_config) as session:
             found = self._judged(session.run, split)
         if not found.within:
             return found
-        elsewhere = {}
-        for isa in self._isas:
-            with open_emulated(model, isa=isa) as emulated:
-                elsewhere[isa] = self._judged(emulated.run, split)
-        return replace(found, elsewhere=elsewhere)
+        return replace(found, elsewhere={isa: self.on(model, isa, split) for isa in self._isas})
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether it judges by how near outputs stay on its samples, not by a metric."""
+        return self._metric is None
+
+    def on(self, model: ir.Model, isa: str, split: Split = "search") -> Judgement:
+        """Judge a candidate on an emulated CPU of that instruction set."""
+        with open_emulated(model, isa=isa, session_config=self._session_config) as emulated:
+            return self._judged(emulated.run, split)
 
     def _judged(self, run: Run, split: Split) -> Judgement:
         if self._metric is None:

@@ -31,6 +31,7 @@ from onnxopt.quantization.formats import QuantParams
 from onnxopt.quantization.keepers import KEEPERS
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.units import Unit
+from onnxopt.targets import Placement
 
 __all__ = ["PLAN_SCHEMA", "GivenPlan", "PlanSource", "range_of", "read_plan"]
 
@@ -65,13 +66,15 @@ class GivenPlan:
                 "write one for this model with --save-plan"
             )
 
-    def applied(self, plan: Plan, units: Sequence[Unit], outputs: bool, kept: Container[str] = ()) -> Plan:
+    def applied(
+        self, plan: Plan, units: Sequence[Unit], placement: Placement, kept: Container[str] = ()
+    ) -> Plan:
         """`plan` with the units and tensors that this one names.
 
         Args:
             plan: with the ranges of this one.
             units: of the model, whether their ranges are known or not.
-            outputs: as of `choose`.
+            placement: what the target takes.
             kept: sites that stay in floating point all the same.
 
         Raises UsageError for a site, type or range that does not fit.
@@ -88,7 +91,7 @@ class GivenPlan:
                 )
         nodes = frozenset(site for site, kind in self.weights.items() if kind != _FLOAT and site not in kept)
         written = {known[site].output.name or "" for site in self.outputs}
-        tensors = chosen_tensors(units, nodes, written, outputs=outputs)
+        tensors = chosen_tensors(units, nodes, written, outputs=placement.outputs)
         for name in tensors:
             if name not in plan.params:
                 raise UsageError(f"{self.name}: there is no range for tensor {name!r}")

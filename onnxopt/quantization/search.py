@@ -9,8 +9,8 @@ it runs: nodes that did not become integer kernels are left in floating point, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -20,7 +20,7 @@ from onnxopt.quantization.emit import emit
 from onnxopt.quantization.fusion import Fusion, fusion_of
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan
-from onnxopt.quantization.sensitivity import Source
+from onnxopt.quantization.sensitivity import Noise
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import Placement
 
@@ -65,14 +65,12 @@ class Searched:
     """What was tried; the best candidate within the budget, and where there is none, the nearest to it.
 
     unfused: sites that the runtime does not run as integer kernels, which were left in floating point.
-    noise: of each source alone; empty where the search needed none.
     """
 
     best: Candidate | None
     nearest: Candidate | None
     trials: tuple[Trial, ...]
     unfused: tuple[str, ...]
-    noise: Mapping[Source, float] = field(default_factory=dict)
 
 
 def write(model: ir.Model, placement: Placement, plan: Plan) -> tuple[ir.Model, dict[str, ir.Node]]:
@@ -86,11 +84,12 @@ def search(
     units: Sequence[Unit],
     placement: Placement,
     plan: Plan,
-    measure: Callable[[], Mapping[Source, float]],
+    noise: Noise,
     prices: Prices,
     judge: Judge,
     *,
     kept: Collection[str] = (),
+    proves: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Searched:
     """The fastest candidate within the budget.
@@ -100,23 +99,31 @@ def search(
         units: those of the model that may be chosen.
         placement: what the target takes.
         plan: how tensors and weights are quantized; its choice of units does not matter.
-        measure: the noise of each source; called where the fastest choice does not keep the budget.
+        noise: of each source; measured where the fastest choice does not keep the budget.
         prices: of nodes and borders.
         judge: says whether a candidate keeps the budget.
         kept: sites that stay in floating point.
+        proves: nodes that the runtime here does not fuse are found, and stay in floating point.
         progress: called with what is being tried.
     """
-    return _Search(model, units, placement, plan, measure, prices, judge, list(kept), progress).run()
+    begun = _Search(model, units, placement, plan, noise, prices, judge, list(kept), progress)
+    return begun.run(proves and placement.outputs)
 
 
 def judge_plan(
-    model: ir.Model, units: Sequence[Unit], placement: Placement, plan: Plan, judge: Judge
+    model: ir.Model,
+    units: Sequence[Unit],
+    placement: Placement,
+    plan: Plan,
+    judge: Judge,
+    *,
+    proves: bool = True,
 ) -> Searched:
     """The candidate of a plan's own choice, without the units that the runtime does not fuse."""
     unfused: list[str] = []
     while plan.nodes:
         quantized, sites = write(model, placement, plan)
-        fusion = fusion_of(quantized, sites) if placement.outputs else None
+        fusion = fusion_of(quantized, sites) if proves and placement.outputs else None
         if fusion is None or not fusion.unfused:
             judgement = judge(quantized)
             candidate = Candidate(quantized, plan, judgement, fusion)
@@ -135,22 +142,21 @@ class _Search:
         units: Sequence[Unit],
         placement: Placement,
         plan: Plan,
-        measure: Callable[[], Mapping[Source, float]],
+        noise: Noise,
         prices: Prices,
         judge: Judge,
         kept: list[str],
         progress: Callable[[str], None],
     ) -> None:
         self._model, self._units, self._placement, self._plan = model, units, placement, plan
-        self._measure, self._prices, self._judge = measure, prices, judge
-        self._noise: Mapping[Source, float] = {}
+        self._noise, self._prices, self._judge = noise, prices, judge
         self._kept, self._progress = kept, progress
         self._trials: dict[tuple[frozenset[str], frozenset[str]], tuple[Trial, Candidate]] = {}
         self._unfused: list[str] = []
 
-    def run(self) -> Searched:
+    def run(self, proves: bool) -> Searched:
         best = self._cheapest()
-        while best is not None and self._placement.outputs:
+        while best is not None and proves:
             fusion = fusion_of(*write(self._model, self._placement, best.plan))
             best = replace(best, fusion=fusion)
             if not fusion.unfused:
@@ -160,14 +166,14 @@ class _Search:
             best = self._cheapest()
         trials = tuple(trial for trial, _ in self._trials.values())
         nearest = max((c for _, c in self._trials.values()), key=lambda c: c.judgement.score, default=None)
-        return Searched(best, nearest, trials, tuple(self._unfused), self._noise)
+        return Searched(best, nearest, trials, tuple(self._unfused))
 
     def _cheapest(self) -> Candidate | None:
         """The candidate of the lowest price of noise that keeps the budget."""
         candidate = self._try(self._choice(0.0))
         if candidate is None or candidate.judgement.ok:
             return candidate
-        self._noise = self._noise or self._measure()
+        self._noise()
         choice = self._choice(0.0)
         price = choice.before / max(choice.noise, _LEAST_NOISE) / _STEP**4
         low = price / _STEP
@@ -191,9 +197,14 @@ class _Search:
         return found
 
     def _choice(self, price: float) -> Choice:
-        outputs = self._placement.outputs
         return choose(
-            self._model.graph, self._units, self._prices, self._noise, price, outputs=outputs, kept=self._kept
+            self._model.graph,
+            self._units,
+            self._prices,
+            self._noise.known,
+            price,
+            outputs=self._placement.outputs,
+            kept=self._kept,
         )
 
     def _try(self, choice: Choice) -> Candidate | None:

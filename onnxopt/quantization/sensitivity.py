@@ -28,7 +28,7 @@ from onnxopt.scope import Names
 from onnxopt.targets import Placement
 from onnxopt.verification.distance import arrays_of, is_float
 
-__all__ = ["Source", "measure_sensitivity", "noise_between"]
+__all__ = ["Noise", "Source", "measure_sensitivity", "noise_between"]
 
 _SEGMENTS = 8
 _SWITCH = "onnxopt_source"
@@ -42,6 +42,20 @@ class Source(NamedTuple):
 
     kind: Literal["tensor", "weight"]
     name: str
+
+
+class Noise:
+    """The noise of each source, measured when it is first asked for; `known` is empty until then."""
+
+    def __init__(self, measure: Callable[[], Mapping[Source, float]] = dict) -> None:
+        self._measure = measure
+        self.known: Mapping[Source, float] = {}
+
+    def __call__(self) -> Mapping[Source, float]:
+        """Source -> its noise."""
+        if not self.known:
+            self.known = self._measure()
+        return self.known
 
 
 def measure_sensitivity(

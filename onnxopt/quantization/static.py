@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import onnx_ir as ir
 
 from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
-from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
-from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time
+from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.improve import improve
 from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.keepers import KEEPERS
-from onnxopt.quantization.plan import Plan, params_of_tensors
+from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
 from onnxopt.quantization.planfile import GivenPlan
 from onnxopt.quantization.search import Searched, judge_plan, search
-from onnxopt.quantization.sensitivity import Source, measure_sensitivity
+from onnxopt.quantization.sensitivity import Noise, measure_sensitivity
 from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.targets import Placement
@@ -33,6 +32,15 @@ from onnxopt.targets import Placement
 __all__ = ["Goal", "Settings", "Static", "quantize_static"]
 
 Goal = Literal["speed", "size"]
+_AS_WRITTEN = MappingProxyType(
+    {
+        "session.disable_quant_qdq": "1",
+        "optimization.disable_specified_optimizers": "ReluQuantRewrite;ClipQuantRewrite",
+    }
+)
+"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then, and it
+leaves out a Relu in front of a zero point 0 of 8-bit floats, as if those had no negative numbers."""
+
 Progress = Callable[[str, float | None], None]
 
 _SENSITIVITY_SAMPLES = 6
@@ -44,10 +52,11 @@ class Settings:
     """How to quantize.
 
     placement: what the target takes. activation, weight: formats; the placement's own by default. method: of
-    `calibration.METHODS`. keep: patterns of sites or operators that stay in floating point. goal: the least
+    `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
-    the table of kernel costs is about the target. sensitivity: noise is measured even where the search needs
-    none.
+    the table of kernel costs is about what is quantized, and the runtime here has the target's kernels;
+    otherwise integers are taken for all that the budget allows, and no fusion is proved. sensitivity: noise is
+    measured even where the search needs none.
     """
 
     placement: Placement
@@ -56,7 +65,7 @@ class Settings:
     method: str = "auto"
     per_channel: bool = True
     power_of_two: bool = False
-    keep: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
     goal: Goal = "speed"
     saturates: bool = False
     timed: bool = True
@@ -65,28 +74,28 @@ class Settings:
     workers: int = 1
     executor: Literal["process", "ray"] = "process"
 
+    @property
+    def session_config(self) -> Mapping[str, str]:
+        """How quantized models run here: as the standard says, where the runtime lacks the target's kernels."""
+        return {} if self.timed else _AS_WRITTEN
+
 
 @dataclass(frozen=True)
 class Static:
     """What came of it.
 
     model: in floating point, as the keepers left it. surveyed: what could be quantized, and why the rest
-    could not. noise: of each source alone; empty where the plan was given. keepers: name -> noise before and
-    after, for those kept. kept: site -> why it had to stay in floating point.
+    could not. noise: of each source alone, where it was measured. keepers: name -> noise before and after,
+    for those kept. kept: sites that the user wants in floating point.
     """
 
     model: ir.Model
     surveyed: Survey
     plan: Plan
+    noise: Noise
     keepers: Mapping[str, tuple[float, float]]
-    kept: Mapping[str, str]
+    kept: tuple[str, ...]
     searched: Searched
-
-    @property
-    def chosen(self) -> Plan:
-        """The plan of the best candidate, or of the nearest; without any unit where there is none."""
-        candidate = self.searched.best or self.searched.nearest
-        return self.plan if candidate is None else candidate.plan
 
 
 def quantize_static(
@@ -108,16 +117,14 @@ def quantize_static(
         progress: called with what is being done.
         given: a plan, whose ranges and choice of nodes are taken; None: they are found.
 
-    Raises UsageError where the plan, or what is to be kept in floating point, does not fit the model.
+    Raises UsageError where the plan does not fit the model.
     """
     placement = settings.placement
     possible = survey(model, placement, frozenset(exposable(model)))
     if not possible.units:
         return possible
-    narrow = dict.fromkeys(_narrow(possible.units, placement), "it is too narrow for the target's kernels")
-    kept = narrow | dict.fromkeys(_matching(possible.units, settings.keep), "it was asked for")
     if given is not None:
-        return _as_given(model, samples, settings, judge, progress, possible, kept, given)
+        return _as_given(model, samples, settings, judge, progress, possible, given)
     statistics = _calibrated(model, samples, held_out, settings, possible, progress)
     names = tensors_of(possible.units)
     known = [name for name in names if statistics[name].count and not statistics[name].nonfinite]
@@ -126,29 +133,28 @@ def quantize_static(
         return surveyed
     plan = plan_of(surveyed.units, _ranges(surveyed.units, statistics, settings), settings)
     progress("keeping accuracy", None)
-    draft, keepers = improve(Draft(model, placement, plan, statistics, settings.method), samples, held_out)
+    draft = Draft(model, placement, plan, statistics, settings.method)
+    draft, keepers = improve(draft, samples, held_out, settings.session_config)
     model, plan = draft.model, draft.plan
     surveyed = survey(model, placement, plan.params)
-
-    def measure() -> Mapping[Source, float]:
-        some = [*samples[:_SENSITIVITY_SAMPLES]]
-        told = partial(progress, "measuring sensitivity")
-        return measure_sensitivity(model, placement, plan, some, progress=told)
-
+    some, told = [*samples[:_SENSITIVITY_SAMPLES]], partial(progress, "measuring sensitivity")
+    noise = Noise(lambda: measure_sensitivity(model, placement, plan, some, progress=told))
+    if settings.sensitivity:
+        noise()
+    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
     searched = search(
         model,
         surveyed.units,
         placement,
         plan,
-        measure,
+        noise,
         _prices(model, samples[0], settings),
         judge,
         kept=kept,
+        proves=settings.timed,
         progress=lambda what: progress(what, None),
     )
-    if settings.sensitivity and not searched.noise:
-        searched = replace(searched, noise=measure())
-    return Static(model, surveyed, plan, keepers, kept, searched)
+    return Static(model, surveyed, plan, noise, keepers, kept, searched)
 
 
 def _calibrated(
@@ -180,27 +186,27 @@ def _as_given(
     judge: Judge,
     progress: Progress,
     possible: Survey,
-    kept: Mapping[str, str],
     given: GivenPlan,
 ) -> Static:
     """The one candidate of a plan. The ranges in it are those behind the keepers, which are applied again."""
     placement = settings.placement
     known = survey(model, placement, given.ranges).units
-    plan = plan_of(known, given.ranges, settings)
-    plan = given.applied(plan, possible.units, placement.outputs, kept)
+    plan = given.applied(plan_of(known, given.ranges, settings), possible.units, placement, settings.keep)
     progress("keeping accuracy", None)
     draft = Draft(model, placement, plan, Statistics({}), settings.method)
     for name in given.keepers:
         draft = KEEPERS[name](draft, samples) or draft
     progress("trying the plan", None)
-    surveyed = survey(draft.model, placement, plan.params)
-    searched = judge_plan(draft.model, surveyed.units, placement, draft.plan, judge)
+    model, plan = draft.model, draft.plan
+    surveyed = survey(model, placement, plan.params)
+    searched = judge_plan(model, surveyed.units, placement, plan, judge, proves=settings.timed)
     keepers = dict.fromkeys(given.keepers, (math.nan, math.nan))
-    return Static(draft.model, surveyed, draft.plan, keepers, kept, searched)
+    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
+    return Static(model, surveyed, plan, Noise(), keepers, kept, searched)
 
 
 def _prices(model: ir.Model, sample: Feeds, settings: Settings) -> Prices:
-    if settings.goal == "size" or not settings.timed:
+    if settings.goal == "size":
         return prices_of_bytes()
     shapes = measure_shapes(model, sample)
 
@@ -208,7 +214,7 @@ def _prices(model: ir.Model, sample: Feeds, settings: Settings) -> Prices:
         tensor = constant_of(value)
         return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
 
-    return prices_of_time(sizes)
+    return prices_of_time(sizes) if settings.timed else prices_of_work(sizes)
 
 
 def tensors_of(units: Sequence[Unit]) -> list[str]:
@@ -224,11 +230,17 @@ def _ranges(
 ) -> dict[str, tuple[float, float]]:
     """Of each tensor that units read or write, by what calibration saw."""
     form = find_format(settings.activation or settings.placement.activation)
-    how = {"symmetric": settings.placement.symmetric, "power_of_two": settings.power_of_two}
-    chosen = (
-        (name, choose_range(statistics[name], settings.method, form, **how)) for name in tensors_of(units)
-    )
-    return {name: (found.low, found.high) for name, found in chosen}
+    ranges = {}
+    for name in tensors_of(units):
+        found = choose_range(
+            statistics[name],
+            settings.method,
+            form,
+            symmetric=is_symmetric(settings.placement, form, statistics[name].minimum),
+            power_of_two=settings.power_of_two,
+        )
+        ranges[name] = (found.low, found.high)
+    return ranges
 
 
 def plan_of(units: Sequence[Unit], ranges: Mapping[str, tuple[float, float]], settings: Settings) -> Plan:
@@ -246,33 +258,3 @@ def plan_of(units: Sequence[Unit], ranges: Mapping[str, tuple[float, float]], se
         power_of_two=settings.power_of_two,
         saturates=settings.saturates,
     )
-
-
-def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
-    """The sites that patterns name, by site, node name or operator; UsageError where one names none."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [
-            unit.site
-            for unit in units
-            if any(
-                text == pattern or fnmatch.fnmatchcase(text or "", pattern)
-                for text in (unit.site, unit.node.name, unit.node.op_type)
-            )
-        ]
-        if not hits:
-            raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
-        found.update(dict.fromkeys(hits))
-    return list(found)
-
-
-def _narrow(units: Sequence[Unit], placement: Placement) -> list[str]:
-    """Layers with too few channels for the target's integer kernels."""
-    found = []
-    for unit in units:
-        tensor = (
-            constant_of(unit.node.inputs[unit.weight]) if unit.is_layer and unit.weight is not None else None
-        )
-        if tensor is not None and min(sizes_of(tensor)[:2]) < placement.narrow:
-            found.append(unit.site)
-    return found

@@ -14,8 +14,11 @@ from onnxopt.reporting.report import Size
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
+    from onnxopt.inspection.lints import Finding
     from onnxopt.pipeline import Step
+    from onnxopt.quantization.finish import Finished
     from onnxopt.quantization.judge import Judgement
+    from onnxopt.quantization.plan import Plan
     from onnxopt.quantization.static import Static
 
 __all__ = ["QUANTIZE_SCHEMA", "QuantizationReport", "UnitLine"]
@@ -45,9 +48,9 @@ class QuantizationReport:
     source: path or kind of the input. input_sha256: of its content. samples: how many to calibrate on, and
     how many were held out. synthetic: they were made up. before, after: sizes of the input and of the best
     candidate. steps: of the preparation. static: what static quantization found; None for other schemes.
-    left: reason -> heavy nodes that could not be quantized. kernels: what the runtime executes, by operator.
-    judgement: of the best candidate. timing: of it against the input; None where it was not measured. reason:
-    why the result is the input; empty where it is the candidate.
+    finished: what was tried on top of it. left: reason -> heavy nodes that could not be quantized. kernels:
+    what the runtime executes, by operator. judgement: of the best candidate. timing: of it against the input; None where it was not measured. findings: what the target's
+    lint says of the candidate. reason: why the result is the input; empty where it is the candidate.
     """
 
     source: str
@@ -63,10 +66,12 @@ class QuantizationReport:
     after: Size
     steps: tuple[Step, ...]
     static: Static | None
+    finished: Finished
     left: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, int]
     judgement: Judgement | None
     timing: Timing | None
+    findings: tuple[Finding, ...]
     reason: str
     notes: tuple[str, ...]
     seconds: float
@@ -91,36 +96,41 @@ class QuantizationReport:
     @property
     def units(self) -> tuple[UnitLine, ...]:
         """Every node that could be quantized, the one that costs most accuracy first."""
-        if self.static is None:
+        chosen = self._chosen
+        if self.static is None or chosen is None:
             return ()
         static, lines = self.static, []
-        chosen = static.chosen.nodes
-        unfused = dict.fromkeys(static.searched.unfused, "the runtime does not fuse it")
-        why = {**unfused, **static.kept}
+        why = dict.fromkeys(static.searched.unfused, "the runtime does not fuse it")
+        why |= dict.fromkeys(static.kept, "asked for")
+        why |= dict.fromkeys(self.finished.at_run_time, "its input is quantized at run time")
+        why |= dict.fromkeys(chosen.nodes, "")
         for unit in static.surveyed.units:
-            sources = (Source("weight", unit.site), Source("tensor", unit.output.name or ""))
-            noise = [static.searched.noise.get(source) for source in sources]
-            weight_db, output_db = map(_db, noise)
-            is_chosen = unit.site in chosen
-            reason = "" if is_chosen else why.get(unit.site, "it costs more than it gains")
-            line = UnitLine(unit.site, unit.node.op_type, is_chosen, weight_db, output_db, reason)
-            lines.append((sum(n or 0.0 for n in noise), line))
+            site = unit.site
+            weight, output = (
+                static.noise.known.get(source)
+                for source in (Source("weight", site), Source("tensor", unit.output.name or ""))
+            )
+            integer = site in chosen.nodes or site in self.finished.at_run_time
+            reason = why.get(site, "costs more than it gains")
+            line = UnitLine(site, unit.node.op_type, integer, _db(weight), _db(output), reason)
+            lines.append(((weight or 0.0) + (output or 0.0), line))
         return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
 
     @property
     def plan(self) -> dict[str, Any] | None:
         """The choice and the ranges, as `quantize` takes them again; None for schemes that have none."""
-        if self.static is None:
+        chosen = self._chosen
+        if self.static is None or chosen is None:
             return None
-        static, plan = self.static, self.static.chosen
-        units = {unit.site: unit for unit in static.surveyed.units}
+        outputs = {unit.site: unit.output.name or "" for unit in self.static.surveyed.units}
+        quantized = chosen.tensors if chosen.nodes else frozenset()
         nodes = [
             {
                 "site": line.site,
                 "op_type": line.op_type,
-                "as": plan.weight.name if line.integer else "float",
-                "output": plan.params[name].format.name
-                if (name := units[line.site].output.name or "") in plan.tensors
+                "as": chosen.weight.name if line.site in chosen.nodes else "float",
+                "output": chosen.params[name].format.name
+                if (name := outputs[line.site]) in quantized and line.site in chosen.nodes
                 else "float",
                 "weight_db": line.weight_db,
                 "output_db": line.output_db,
@@ -130,10 +140,21 @@ class QuantizationReport:
         return {
             "schema": PLAN_SCHEMA,
             "model": self.input_sha256,
-            "keepers": list(static.keepers),
+            "keepers": list(self.static.keepers),
             "nodes": nodes,
-            "ranges": {name: list(range_of(params)) for name, params in plan.params.items()},
+            "ranges": {name: list(range_of(params)) for name, params in chosen.params.items()},
         }
+
+    @property
+    def _chosen(self) -> Plan | None:
+        """The plan of the candidate that the figures are about; None of other schemes."""
+        if self.static is None:
+            return None
+        static, judged = self.static, self.finished.judgement is not None
+        candidate = static.searched.best if judged else static.searched.nearest
+        if candidate is None or (judged and not self.finished.static):
+            return static.plan
+        return candidate.plan
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has; laid out as docs/report.md says."""
@@ -175,8 +196,10 @@ class QuantizationReport:
                 }
                 for trial in (searched.trials if searched else ())
             ],
+            "finishing": [asdict(one) for one in self.finished.tried],
             "judgement": self.judgement.to_dict() if self.judgement else None,
             "timing": self.timing.to_dict() if self.timing else None,
+            "lint": [finding.to_dict() for finding in self.findings],
             "reason": self.reason,
             "notes": list(self.notes),
             "seconds": self.seconds,

@@ -220,7 +220,7 @@ def test_the_budget_holds_elsewhere_too(monkeypatch: pytest.MonkeyPatch) -> None
             return {name: array * np.float32(1.1) for name, array in self.session.run(feeds).items()}
 
     @contextlib.contextmanager
-    def emulated(candidate: ir.Model, *, isa: str) -> Iterator[Elsewhere]:
+    def emulated(candidate: ir.Model, *, isa: str, session_config: object) -> Iterator[Elsewhere]:
         opened.append(isa)
         yield Elsewhere(candidate)
 

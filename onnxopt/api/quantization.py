@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +11,10 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
-from onnxopt.api.options import least_opset, passes_for, static_settings
+from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
+from onnxopt.api.preparation import prepare, require_opset, require_use, rewritten, settings_for
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.calibration import split
@@ -21,17 +22,18 @@ from onnxopt.data import Feeds, FeedSource
 from onnxopt.emulation import find_isa
 from onnxopt.errors import UsageError
 from onnxopt.graph import tensor_bytes
+from onnxopt.inspection.lints import Finding
 from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Outcome, Pipeline
+from onnxopt.quantization.finish import Finished
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.keep import kept_sites
 from onnxopt.quantization.planfile import PlanSource, read_plan
 from onnxopt.quantization.schemes import Scheme, find_scheme
 from onnxopt.quantization.static import Goal, Static, quantize_static
 from onnxopt.quantization.units import Survey
-from onnxopt.recipe import build_pipeline, parse_pass
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
@@ -45,6 +47,10 @@ _PROVED = 8
 """Samples on which the preparation is proved."""
 _TIMED_S = (3.0, 10.0)
 """Seconds of measurement: the second where the first cannot tell the two apart."""
+_SEEN = (
+    "the last check was on the samples that the search chose by, not on unseen ones; a metric with a parameter "
+    'split can keep some for split="final"'
+)
 
 
 def quantize(
@@ -59,11 +65,12 @@ def quantize(
     calibration: str = "auto",
     activation: str | None = None,
     per_channel: bool = True,
+    symmetric: bool = False,
     power_of_two: bool = False,
     keep: Sequence[str] = (),
     plan: PlanSource | None = None,
-    also_isa: Sequence[str] = (),
     sensitivity: bool = False,
+    also_isa: Sequence[str] = (),
     freeze_initializers: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
@@ -90,14 +97,16 @@ def quantize(
             to keep an SQNR of `judge.LEAST_DB`, and of others the share `judge.LEAST_AGREEMENT`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was; by default 0.005.
         calibration: of `onnxopt.calibration.METHODS`.
-        activation: uint8, int8, uint16 or int16; by default the target's.
+        activation: format of activations; by default the scheme's, or the target's.
         per_channel: a scale for each output channel of a weight, not one for all.
+        symmetric: the zero point of activations is in the middle of their integers, as TensorRT has it
+            always; of unsigned integers it is 0 where nothing is negative.
         power_of_two: scales are powers of two.
         keep: patterns of outputs, nodes or operators that stay in floating point.
         plan: a file that `report.plan` was written to, or that itself: its ranges and its choice of nodes are
             taken, and neither calibrated nor searched for.
-        also_isa: instruction sets, as avx2, on whose emulated CPUs the budget has to be kept, too.
         sensitivity: report what each node costs in accuracy even where none has to stay in floating point.
+        also_isa: instruction sets, as avx2, on whose emulated CPUs the budget has to be kept, too.
         freeze_initializers: let initializers that are graph inputs become constants.
         shapes: sizes for dynamic graph inputs, by input name.
         seed: of synthetic samples and of the measurement.
@@ -108,35 +117,34 @@ def quantize(
         progress: called with each thing that is done.
 
     Raises:
-        ModelError, UsageError: input that cannot be used, or an option that the scheme or the target has no
-            use for.
+        ModelError, UsageError: input that cannot be used, or an option that the scheme has no use for.
         ProviderError: an instruction set that cannot be emulated here.
         RuntimeMissingError: onnxruntime is not installed.
     """
     started = time.perf_counter()
     chosen, where = find_scheme(scheme), find_target(target)
+    chosen.require(where)
     for isa in also_isa:
         find_isa(isa)
     budget = parse_drop(max_drop) if max_drop is not None else Budget(0.005) if metric is not None else None
     given = read_plan(plan) if plan is not None else None
-    asked = {
+    asked: dict[str, Any] = {
         "activation": activation,
+        "symmetric": symmetric,
         "method": calibration,
         "per_channel": per_channel,
         "power_of_two": power_of_two,
-        "keep": tuple(keep),
         "sensitivity": sensitivity,
         "cache": Path(cache) if cache is not None else None,
         "workers": workers,
         "executor": executor,
     }
-    settings = static_settings(chosen, where, goal, also_isa, asked) if chosen.static else None
-    passes = () if chosen.static else passes_for(chosen, also_isa, asked, given)
+    require_use(chosen, {**asked, "plan": plan})
+    settings = settings_for(chosen, where, goal=goal, saturates=bool(also_isa), **asked)
     model = reusable(model)
     say = progress or silent
     say("reading the model", None)
-    opset = least_opset(settings) if settings is not None else 0
-    pipeline = _preparation(max(chosen.opset, opset), freeze_initializers)
+    pipeline = prepare(chosen, settings, freeze_initializers)
     guard = Guard((), where.provider, measure=False)
     open_model = opener(model)
     job = Job(
@@ -147,40 +155,54 @@ def quantize(
         given.require(sha256)
     samples = _samples(job, data)
     fitted, held_out = split(samples)
-    judge = Judge(model, held_out, metric if budget is None else metric or "agreement", budget, also_isa)
+    config = settings.session_config if settings is not None else {}
+    say("running the original", None)
+    if metric is None and budget is not None:
+        metric = "agreement"
+    judge = Judge(model, held_out, metric, budget, also_isa, config)
     outcome = job.run_under_proof(held_out[:_PROVED], None)
+    kept = kept_sites(outcome.model, keep)
     found: Static | Survey | None = None
     if settings is not None:
-        _require_opset(outcome, opset)
+        require_opset(outcome, settings)
+        settings = replace(settings, keep=kept)
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say, given)
-        quantized, judgement = _best(found)
-        left = found.left if isinstance(found, Survey) else found.surveyed.left
+        pays = comparison(job, goal, samples, measure=bench)
+        made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
+        quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
+        left = left_in_float(found, made.at_run_time)
     else:
-        quantized, left = _rewritten(outcome.model, passes)
-        judgement = judge(quantized) if quantized is not None else None
-    reason = _why_not(found, left, judgement, chosen)
-    here = where.placement != "arm" or platform.machine() in ("aarch64", "arm64")
+        options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
+        quantized, left = rewritten(outcome.model, chosen, {**options, "contrib": where.contrib}, kept)
+        made = Finished(quantized or outcome.model, judge(quantized) if quantized else None, static=False)
+        judgement = made.judgement
     timing: Timing | None = None
-    if quantized is not None and not reason:
-        quantized = _cleaned(quantized, where.placement)
+    findings: tuple[Finding, ...] = ()
+    elsewhere = not_here(where)
+    job.notes.extend(note for note in (chosen.note, elsewhere) if note)
+    reason = _why_not(found, made, judgement, chosen, left)
+    if not reason and quantized is not None:
+        findings = lint_findings(quantized, where)
+        reason = new_error(findings, model, where)
+    if not reason and quantized is not None:
         say("judging the result", None)
         judgement = judge(quantized, "final")
         reason = "" if judgement.ok else f"the result does not keep the budget: {judgement.reason}"
-    if quantized is not None and not reason:
-        if bench and here:
-            timing = _timed(job, quantized, samples)
-        else:
-            job.notes.append("speed not measured: " + ("this machine is no ARM" if bench else "--no-bench"))
+    if not reason and quantized is not None:
+        timing = _timed(job, quantized, samples) if bench and not elsewhere else None
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
     if judgement is not None and not judgement.unseen:
-        job.notes.append(
-            "the last check was on the samples that the search chose by, not on unseen ones; a metric with a "
-            'parameter split can keep some for split="final"'
-        )
+        job.notes.append(_SEEN)
     result = job.open_model() if reason or quantized is None else quantized
     if metadata and not reason:
         record(result, [*(s.name for s in outcome.steps if s.changes), chosen.name], sha256)
     sizes = {**(shapes or {}), **sizes_of(samples)}
+    after = measure_size(quantized if quantized is not None else job.original, sizes)
+    kernels: Mapping[str, int] = {}
+    if quantized is not None and where.provider == "cpu" and not elsewhere:
+        kernels = kernels_of(quantized)
+        if not also_isa and (settings is None or settings.timed):
+            job.notes += saturation_notes(quantized, judge, after.macs, len(held_out), measure=bench)
     report = QuantizationReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         input_sha256=sha256,
@@ -192,13 +214,13 @@ def quantize(
         samples=(len(fitted), len(held_out)),
         synthetic=data is None,
         before=measure_size(job.original, sizes),
-        after=measure_size(quantized if quantized is not None else job.original, sizes),
+        after=after,
         steps=outcome.steps,
         static=found if isinstance(found, Static) else None,
+        finished=made,
         left=left,
-        kernels=dict(kernels_of(quantized))
-        if quantized is not None and where.provider == "cpu" and here
-        else {},
+        kernels=dict(kernels),
+        findings=findings,
         judgement=judgement,
         timing=timing,
         reason=reason,
@@ -206,23 +228,6 @@ def quantize(
         seconds=time.perf_counter() - started,
     )
     return Result(result, report, model)
-
-
-def _require_opset(outcome: Outcome, opset: int) -> None:
-    have = outcome.model.graph.opset_imports.get("", 0)
-    if have >= opset:
-        return
-    declined = (reason for step in outcome.steps if step.name == "retarget-opset" for reason in step.declined)
-    why = next(declined, "nothing can be proved of this model")
-    raise UsageError(
-        f"quantize: the model is of opset {have}, {opset} is needed, and raising it failed: {why}"
-    )
-
-
-def _preparation(opset: int, freeze: bool) -> Pipeline:
-    """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators."""
-    pipeline = build_pipeline("quantize", freeze_initializers=freeze)
-    return replace(pipeline, passes=(*pipeline.passes, parse_pass(f"retarget-opset{{version={opset}}}")))
 
 
 def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
@@ -243,34 +248,6 @@ def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
     return samples
 
 
-def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
-    """The best candidate, or where none keeps the budget, the nearest."""
-    if isinstance(found, Survey):
-        return None, None
-    candidate = found.searched.best or found.searched.nearest
-    return (candidate.model, candidate.judgement) if candidate is not None else (None, None)
-
-
-def _rewritten(
-    model: ir.Model, passes: Sequence[ir.passes.PassBase]
-) -> tuple[ir.Model | None, Mapping[str, tuple[str, ...]]]:
-    """The model after the scheme's passes, None where they changed nothing; reason -> what they left."""
-    outcome = Pipeline(tuple(passes), rounds=1).run(lambda: model)
-    left: dict[str, tuple[str, ...]] = {}
-    for step in outcome.steps:
-        for reason, sites in step.declined.items():
-            left[reason] = (*left.get(reason, ()), *sites)
-    return (outcome.model if outcome.changes else None), left
-
-
-def _cleaned(model: ir.Model, placement: str) -> ir.Model:
-    """Without the float weights that nobody reads any more."""
-    passes = ["eliminate-dead", "dedupe-initializers"]
-    if placement in ("x86", "arm"):
-        passes.insert(0, "merge-qdq")
-    return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
-
-
 def _timed(job: Job, quantized: ir.Model, samples: Sequence[Feeds]) -> Timing | None:
     for seconds in _TIMED_S:
         timing = job.time(job.model, quantized, samples, {}, seconds=seconds)
@@ -281,24 +258,28 @@ def _timed(job: Job, quantized: ir.Model, samples: Sequence[Feeds]) -> Timing | 
 
 def _why_not(
     found: Static | Survey | None,
-    left: Mapping[str, tuple[str, ...]],
+    made: Finished,
     judgement: Judgement | None,
     scheme: Scheme,
+    left: Mapping[str, Sequence[str]],
 ) -> str:
     """Why there is no result, before speed is looked at; empty where there is one."""
     if judgement is not None:
         return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.reason}"
-    why = "; ".join(f"{len(sites)} x {reason}" for reason, sites in left.items())
-    if isinstance(found, Static):
-        unfused = len(found.searched.unfused)
-        why = f"the runtime fuses none of {unfused} nodes" if unfused else "integers would not make it faster"
-    return f"nothing was quantized: {why or f'there is nothing that {scheme.name} applies to'}"
+    why = [f"{len(sites)} {reason}" for reason, sites in left.items()]
+    why += [f"{one.name} is left out: {one.why}" for one in made.tried]
+    if isinstance(found, Static) and found.searched.unfused:
+        why.append(f"{len(found.searched.unfused)} nodes that the runtime does not fuse")
+    if not why:
+        otherwise = "integers would not make it faster" if isinstance(found, Static) else ""
+        why = [otherwise or f"there is nothing that {scheme.name} applies to"]
+    return f"nothing was quantized: {'; '.join(why)}"
 
 
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
     if goal == "size":
-        sizes = tensor_bytes(before), tensor_bytes(after)
-        return "" if sizes[1] < sizes[0] else f"the result is not smaller: {sizes[1]:,} bytes of {sizes[0]:,}"
+        was, now = tensor_bytes(before), tensor_bytes(after)
+        return "" if now < was else f"the result is not smaller: {now:,} bytes of tensors, it had {was:,}"
     if timing is None or timing.verdict == "faster":
         return ""
     return f"it is not faster: {timing.summary}"
