@@ -76,7 +76,7 @@ def _noise_of(found: Static | Survey) -> dict[str, float]:
     """Site -> the noise of its operands in fixed ranges."""
     if not isinstance(found, Static):
         return {}
-    of = found.noise
+    of = found.searched.noise
     return {
         unit.site: of.get(Source("weight", unit.site), 0.0)
         + sum(of.get(Source("tensor", value.name or ""), 0.0) for value in unit.sources)
