@@ -54,7 +54,7 @@ def best_of(
     narrow = ",reduce_range=true}" if settings.saturates else "}"
     passes = tuple(one.replace("}", narrow) for one in scheme.finishing)
     tidy = partial(cleaned, placement=placement)
-    return Finisher(passes, tidy, settings.keep, _noise_of(found), judge, pays).best(nothing, static)
+    return Finisher(passes, tidy, settings.keep, partial(_noise_of, found), judge, pays).best(nothing, static)
 
 
 def nearest_of(found: Static | Survey, target: Target) -> tuple[ir.Model | None, Judgement | None]:
@@ -76,7 +76,7 @@ def _noise_of(found: Static | Survey) -> dict[str, float]:
     """Site -> the noise of its operands in fixed ranges."""
     if not isinstance(found, Static):
         return {}
-    of = found.searched.noise
+    of = found.noise()
     return {
         unit.site: of.get(Source("weight", unit.site), 0.0)
         + sum(of.get(Source("tensor", value.name or ""), 0.0) for value in unit.sources)

@@ -68,14 +68,15 @@ class Finisher:
     """Tries passes at the end, each alone, and keeps those that keep the budget and pay.
 
     passes: as a recipe spells them, in their order. tidy: what follows each of them. kept: sites of
-    nodes that stay in floating point. noise: site -> how much it costs in accuracy, as far as that is known.
+    nodes that stay in floating point. noise: site -> how much it costs in accuracy; asked for
+    where not all can be quantized.
     judge: says whether a candidate keeps the budget. pays: whether one candidate is better than another.
     """
 
     passes: tuple[str, ...]
     tidy: Callable[[ir.Model], ir.Model]
     kept: frozenset[str]
-    noise: Mapping[str, float]
+    noise: Callable[[], Mapping[str, float]]
     judge: Judge
     pays: Pays
 
@@ -117,7 +118,8 @@ class Finisher:
         best = self._trial(model, name, self.kept)
         if best is None or best.judgement.ok:
             return best
-        order = sorted(best.sites, key=lambda site: self.noise.get(site, 0.0))
+        noise = self.noise()
+        order = sorted(best.sites, key=lambda site: noise.get(site, 0.0))
         low, high = 0, len(order)
         while high - low > 1:
             middle = (low + high) // 2

@@ -16,7 +16,8 @@ from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.metric import Budget, Run
 from onnxopt.quantization import judge as module
-from onnxopt.quantization.judge import LEAST_AGREEMENT, LEAST_DB, Judge, Judgement
+from onnxopt.quantization.bounds import SIGNALS_DB
+from onnxopt.quantization.judge import LEAST_AGREEMENT, Judge, Judgement
 from onnxopt.runtimes import open_session
 from tests.support import text_model
 
