@@ -44,8 +44,11 @@ __all__ = ["command"]
     show_default=True,
     help="min-max, average, percentile, entropy, mse or auto.",
 )
-@click.option("--activation", help="Type of activations: uint8, int8, uint16, int16.")
+@click.option(
+    "--activation", help="Type of activations: uint8, int8, uint16, int16, float8e4m3fn, float8e5m2."
+)
 @click.option("--per-tensor", is_flag=True, help="One scale for a whole weight.")
+@click.option("--symmetric", is_flag=True, help="Zero in the middle of the integers of activations.")
 @click.option("--power-of-two", is_flag=True, help="Scales are powers of two.")
 @click.option(
     "--keep", multiple=True, metavar="PATTERN", help="Nodes or operators to leave in float. Repeatable."
@@ -90,6 +93,7 @@ def command(
     calibration: str,
     activation: str | None,
     per_tensor: bool,
+    symmetric: bool,
     power_of_two: bool,
     keep: tuple[str, ...],
     also_isa: tuple[str, ...],
@@ -134,6 +138,7 @@ def command(
             calibration=calibration,
             activation=activation,
             per_channel=not per_tensor,
+            symmetric=symmetric,
             power_of_two=power_of_two,
             keep=keep,
             also_isa=also_isa,

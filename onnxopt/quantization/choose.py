@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.quantization.costs import NodeCost, Shapes, node_cost, shipped_costs
+from onnxopt.quantization.costs import NodeCost, Shapes, features, node_cost, shipped_costs
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.units import Unit
 
-__all__ = ["Choice", "Prices", "choose", "prices_of_bytes", "prices_of_time"]
+__all__ = ["Choice", "Prices", "choose", "prices_of_bytes", "prices_of_time", "prices_of_work"]
 
 _NEVER = 1e18
 """More than any choice costs."""
@@ -31,7 +31,7 @@ _FLOATS_OUT = ("Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class Prices:
-    """What nodes cost, and what it costs to quantize a tensor and to read it back: in ns, or in bytes."""
+    """What nodes cost, and what it costs to quantize a tensor and to read it back, in any unit."""
 
     node: Callable[[ir.Node], NodeCost]
     quantize: Callable[[ir.Value], float]
@@ -74,6 +74,22 @@ def prices_of_bytes() -> Prices:
         return NodeCost(weights, weights / 4)
 
     return Prices(node, lambda _: 1.0, lambda _: 1.0)
+
+
+def prices_of_work(shapes: Shapes) -> Prices:
+    """Where no times are known: multiply-accumulates, or elements where there are none, a quarter in 8 bits.
+
+    Integers thus pay for every layer, and for what lies between layers in integers.
+    """
+
+    def node(one: ir.Node) -> NodeCost:
+        work = features(one, shapes, quantized=False)[1]
+        return NodeCost(work, work / 4)
+
+    def elements(value: ir.Value) -> float:
+        return math.prod(shapes(value)) / 4
+
+    return Prices(node, elements, elements)
 
 
 def choose(
@@ -122,6 +138,8 @@ def choose(
     for unit in units:
         for value in unit.sources:
             cut.if_parted(unit, value, math.inf)
+        if unit.layer is not None:
+            cut.if_parted(unit, part.get(unit.layer, unit.layer), math.inf)
         cut.if_first(unit, price_of_noise * noise.get(Source("weight", unit.site), 0.0))
     first = cut.first_side()
     chosen = [unit for unit in units if unit in first]

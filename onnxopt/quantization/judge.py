@@ -79,11 +79,17 @@ class Judge:
             found = self._judged(session.run)
         if not found.within:
             return found
-        elsewhere = {}
-        for isa in self._isas:
-            with open_emulated(model, isa=isa) as emulated:
-                elsewhere[isa] = self._judged(emulated.run)
-        return replace(found, elsewhere=elsewhere)
+        return replace(found, elsewhere={isa: self.on(model, isa) for isa in self._isas})
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether it judges by how near outputs stay on its samples, not by a metric of the user's."""
+        return self._metric is None
+
+    def on(self, model: ir.Model, isa: str) -> Judgement:
+        """Judge a candidate on an emulated CPU of that instruction set."""
+        with open_emulated(model, isa=isa) as emulated:
+            return self._judged(emulated.run)
 
     def _judged(self, run: Run) -> Judgement:
         if self._metric is None or self._budget is None or self._before is None:

@@ -84,6 +84,7 @@ def search(
     *,
     kept: Sequence[str] = (),
     forced: Sequence[str] = (),
+    proves: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Searched:
     """The fastest candidate within the budget.
@@ -97,10 +98,11 @@ def search(
         prices: of nodes and borders.
         judge: says whether a candidate keeps the budget.
         kept: sites that stay in floating point. forced: sites that become integers where the budget lets them.
+        proves: nodes that the runtime here does not fuse are found, and stay in floating point.
         progress: called with what is being tried.
     """
     done = _Search(model, surveyed, placement, plan, noise, prices, judge, list(kept), forced, progress)
-    return done.run()
+    return done.run(_ROUNDS if proves and placement.outputs else 0)
 
 
 class _Search:
@@ -123,10 +125,10 @@ class _Search:
         self._trials: dict[frozenset[str], tuple[Trial, Candidate]] = {}
         self._unfused: list[str] = []
 
-    def run(self) -> Searched:
+    def run(self, rounds: int) -> Searched:
         best = self._cheapest()
-        for _ in range(_ROUNDS):
-            if best is None or not self._placement.outputs:
+        for _ in range(rounds):
+            if best is None:
                 break
             model, sites = write(self._model, self._placement, best.plan)
             fusion = fusion_of(model, sites)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,13 @@ import onnx_ir as ir
 
 from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
-from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
-from onnxopt.quantization.choose import prices_of_bytes, prices_of_time
+from onnxopt.quantization.choose import prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.improve import improve
 from onnxopt.quantization.judge import Judge
-from onnxopt.quantization.plan import Plan, params_of_tensors
+from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
 from onnxopt.quantization.search import Searched, search
 from onnxopt.quantization.sensitivity import Source, measure_sensitivity
 from onnxopt.quantization.shapes import measure_shapes
@@ -40,9 +38,10 @@ class Settings:
     """How to quantize.
 
     placement: what the target takes. activation, weight: formats; the placement's own by default. method: of
-    `calibration.METHODS`. keep: patterns of sites or operators that stay in floating point. goal: the least
+    `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
-    the table of kernel costs is about the target.
+    the table of kernel costs is about what is quantized, and the runtime here has the target's kernels;
+    otherwise integers are taken for all that the budget allows, and no fusion is proved.
     """
 
     placement: Placement
@@ -51,7 +50,7 @@ class Settings:
     method: str = "auto"
     per_channel: bool = True
     power_of_two: bool = False
-    keep: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
     goal: Goal = "speed"
     saturates: bool = False
     timed: bool = True
@@ -126,23 +125,25 @@ def quantize_static(
     noise = measure_sensitivity(
         model, placement, plan, some, progress=lambda share: progress("measuring sensitivity", share)
     )
+    kept = [unit.site for unit in surveyed.units if unit.site in settings.keep]
     shapes = measure_shapes(model, samples[0])
 
     def sizes(value: ir.Value) -> tuple[int, ...]:
         tensor = constant_of(value)
         return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
 
-    by_time = settings.goal == "speed" and settings.timed
-    kept = _matching(surveyed.units, settings.keep) + _narrow(surveyed.units, placement)
+    by_time = prices_of_time if settings.timed else prices_of_work
+    kept = [unit.site for unit in surveyed.units if unit.site in settings.keep]
     searched = search(
         model,
         surveyed,
         placement,
         plan,
         noise,
-        prices_of_time(sizes) if by_time else prices_of_bytes(),
+        by_time(sizes) if settings.goal == "speed" else prices_of_bytes(),
         judge,
         kept=kept,
+        proves=settings.timed,
         progress=lambda what: progress(what, None),
     )
     return Static(model, surveyed, draft.statistics, plan, noise, keepers, tuple(kept), searched)
@@ -166,7 +167,7 @@ def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -
             statistics[name],
             settings.method,
             form,
-            symmetric=placement.symmetric,
+            symmetric=is_symmetric(placement, form, statistics[name].minimum),
             power_of_two=settings.power_of_two,
         )
         ranges[name] = (found.low, found.high)
@@ -182,32 +183,3 @@ def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -
         power_of_two=settings.power_of_two,
         saturates=settings.saturates,
     )
-
-
-def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
-    """The sites that patterns name, by site, node name or operator. Raises UsageError where one names none."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [
-            unit.site
-            for unit in units
-            if any(
-                fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type)
-            )
-        ]
-        if not hits:
-            raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
-        found.update(dict.fromkeys(hits))
-    return list(found)
-
-
-def _narrow(units: Sequence[Unit], placement: Placement) -> list[str]:
-    """Layers with too few channels for the target's integer kernels."""
-    found = []
-    for unit in units:
-        tensor = (
-            constant_of(unit.node.inputs[unit.weight]) if unit.is_layer and unit.weight is not None else None
-        )
-        if tensor is not None and min(sizes_of(tensor)[:2]) < placement.narrow:
-            found.append(unit.site)
-    return found

@@ -6,7 +6,7 @@ numbers below zero point or above the largest integer saturate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -14,15 +14,14 @@ import onnx_ir as ir
 from onnxopt.graph import (
     constant_array,
     constant_of,
-    float_attr,
     has_reference,
     int_attr,
     nodes,
     sizes_of,
     sole_user,
-    str_attr,
 )
 from onnxopt.ledger import site_of
+from onnxopt.quantization.objections import objection_to
 from onnxopt.targets import Placement
 
 __all__ = ["LAYERS", "MOVES", "Survey", "Unit", "survey"]
@@ -56,13 +55,15 @@ class Unit:
     """A node that can become an integer kernel.
 
     reads: the positions of its computed float operands. weight: that of a constant operand. output: what it
-    writes, behind the Relu or Clip where there is one. others: positions of further constants, of a Concat.
+    writes, behind the Relu or Clip where there is one. layer: where only the residual of an Add is quantized,
+    the layer that it becomes one kernel with. others: positions of further constants, of a Concat.
     """
 
     node: ir.Node
     reads: tuple[int, ...]
     weight: int | None
     output: ir.Value
+    layer: ir.Node | None = None
     others: tuple[int, ...] = ()
 
     @property
@@ -109,6 +110,7 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
         measured: names of tensors whose ranges are known.
     """
     units: list[Unit] = []
+    layers: dict[ir.Node | None, int] = {}
     left: dict[str, list[str]] = {}
     sizes = _sizes(model.graph)
     for node in nodes(model):
@@ -116,7 +118,10 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
         if reason is None and node.outputs[0] in sizes:
             reason = "it computes sizes"
         if reason is None:
+            layers[node] = len(units)
             units.append(_unit(node))
+        elif (sum_ := _with_residual(node, layers, placement, measured)) is not None:
+            units.append(sum_)
         elif node.op_type in _HEAVY:
             left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
     return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
@@ -125,7 +130,7 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
 def _unit(node: ir.Node) -> Unit:
     constants = [place for place in _operands(node) if constant_of(node.inputs[place]) is not None]
     reads = tuple(place for place in _operands(node) if place not in constants)
-    return Unit(node, reads, constants[0] if constants else None, _tail(node), tuple(constants[1:]))
+    return Unit(node, reads, constants[0] if constants else None, _tail(node), None, tuple(constants[1:]))
 
 
 def _sizes(graph: ir.Graph) -> dict[ir.Value, None]:
@@ -136,6 +141,42 @@ def _sizes(graph: ir.Graph) -> dict[ir.Value, None]:
         if node.op_type in ("Shape", "Size") or (computed and all(value in found for value in computed)):
             found.update(dict.fromkeys(node.outputs))
     return found
+
+
+def _with_residual(
+    node: ir.Node, layers: Mapping[ir.Node | None, int], placement: Placement, measured: Container[str]
+) -> Unit | None:
+    """An Add behind a layer, where the target wants its other operand quantized.
+
+    Of two layers the one that runs last becomes one kernel with the Add.
+    """
+    if not placement.residual or node.domain != "" or node.op_type != "Add":
+        return None
+    values = [value for value in node.inputs if value is not None and constant_of(value) is None]
+    runs = [layers.get(value.producer(), -1) for value in values]
+    if len(dict.fromkeys(values)) < 2 or max(runs) < 0:
+        return None
+    other = runs.index(min(runs))
+    known = all(
+        v.name in measured and v.dtype in (ir.DataType.FLOAT, None) for v in (values[other], node.outputs[0])
+    )
+    return Unit(node, (other,), None, node.outputs[0], values[1 - other].producer()) if known else None
+
+
+def _narrow(node: ir.Node, fewest: int) -> str | None:
+    """Where a target wants layers to have some channels, at least: what of a layer is too narrow."""
+    if not fewest or node.op_type not in LAYERS:
+        return None
+    if node.op_type in ("Gemm", "MatMul"):
+        shape = node.outputs[0].shape
+        single = shape is not None and any(size == 1 for size in shape[-2:])
+        return (
+            "it gives a single row or column, for which the target has no fast integers" if single else None
+        )
+    weight = constant_of(node.inputs[1])
+    first, second = sizes_of(weight)[:2] if weight is not None else (fewest, fewest)
+    few = min(first, second * int_attr(node, "group", 1)) < fewest
+    return f"it has fewer than {fewest} channels, for which the target has no fast integers" if few else None
 
 
 def _operands(node: ir.Node) -> tuple[int, ...]:
@@ -169,7 +210,7 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
         return "it is in a body or function, whose values are not calibrated"
     if has_reference(node) or len(node.outputs) != 1:
         return "its attributes or outputs are not all known"
-    refused = _OBJECTIONS.get(node.op_type, _nothing)(node)
+    refused = objection_to(node) or _narrow(node, placement.narrow)
     if refused is not None:
         return refused
     computed = [node.inputs[p] for p in _operands(node) if constant_of(node.inputs[p]) is None]
@@ -182,78 +223,8 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
             return "its weight is a graph input (overridable; --freeze-initializers makes it constant)"
         if node.op_type in ("Conv", "ConvTranspose") and value is node.inputs[1]:
             return "its weight is computed at run time"
-        if value.dtype not in (ir.DataType.FLOAT, None):
+        if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
             return f"its operands are of type {value.dtype.name}"
         if value.name not in measured:
             return "an operand has no known range (it was never finite)"
     return None if _tail(node).name in measured else "its output has no known range"
-
-
-def _nothing(_: ir.Node) -> str | None:
-    return None
-
-
-def _conv(node: ir.Node) -> str | None:
-    tensor = constant_of(node.inputs[1])
-    if tensor is not None and tensor.dtype != ir.DataType.FLOAT:
-        return f"its weight is of type {tensor.dtype.name}"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and constant_of(bias) is None:
-        return "its bias is no constant"
-    return None
-
-
-def _gemm(node: ir.Node) -> str | None:
-    if float_attr(node, "alpha", 1.0) != 1 or int_attr(node, "transA", 0):
-        return "its factors are scaled or transposed"
-    if constant_of(node.inputs[0]) is not None:
-        return "its first factor is a constant"
-    c = node.inputs[2] if len(node.inputs) > 2 else None
-    if c is None:
-        return _conv(node)
-    bias, weight = constant_of(c), constant_of(node.inputs[1])
-    if bias is None or float_attr(node, "beta", 1.0) != 1:
-        return "its bias is no constant, or scaled"
-    if weight is None:
-        return "it has a bias, and its weight is computed at run time"
-    columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
-    if sizes_of(bias) not in ((columns,), (1, columns)):
-        return "its bias has not one number a column"
-    return _conv(node)
-
-
-def _matmul(node: ir.Node) -> str | None:
-    for value in node.inputs:
-        tensor = constant_of(value)
-        if tensor is not None and (tensor.dtype != ir.DataType.FLOAT or len(sizes_of(tensor)) < 2):
-            return "its weight is no matrix of float32"
-    return None
-
-
-def _resize(node: ir.Node) -> str | None:
-    if str_attr(node, "mode", "nearest") != "nearest":
-        return "it interpolates"
-    crops = str_attr(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
-    return "it crops" if crops else None
-
-
-def _average_pool(node: ir.Node) -> str | None:
-    return "its windows are dilated" if "dilations" in node.attributes else None
-
-
-def _softmax(node: ir.Node) -> str | None:
-    """The uint8 kernel of ONNX Runtime 1.31 gives 0 for the 1 that a single element makes."""
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    size = shape.dims[int_attr(node, "axis", -1)] if shape is not None else None
-    return None if isinstance(size, int) and size > 1 else "its axis is not known to have two elements"
-
-
-_OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
-    "AveragePool": _average_pool,
-    "Conv": _conv,
-    "ConvTranspose": _conv,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "Resize": _resize,
-    "Softmax": _softmax,
-}

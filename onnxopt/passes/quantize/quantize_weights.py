@@ -55,6 +55,7 @@ class QuantizeWeights(Pass):
 
     type: of the elements: int8, uint8, int4, uint4, int2, uint2, int16, uint16, float8e4m3fn, float8e5m2.
     block: elements that share a scale along the axis that is summed up; 0: one scale a channel.
+    per_channel: where there are no blocks, a scale for each output channel, not one for all.
     symmetric: zero is in the middle of the range, so that no zero point is needed (of a signed type).
     form: dequantize, of the ONNX standard; or matmulnbits, of ONNX Runtime, for MatMul and Gemm.
     levels: all; or experimental, ternary (-a, 0, a) or binary (-a, a), which lose most of the accuracy.
@@ -75,6 +76,7 @@ class QuantizeWeights(Pass):
 
     type: str = "int8"
     block: int = 0
+    per_channel: bool = True
     symmetric: bool = True
     form: Literal["dequantize", "matmulnbits"] = "dequantize"
     levels: Literal["all", "ternary", "binary"] = "all"
@@ -166,7 +168,7 @@ class QuantizeWeights(Pass):
             return summed[0], self.block
         if len(axes) > 1 and form.bits < 8:
             raise Declined("the weight has readers with output channels in different axes")
-        return (axes[0] if len(axes) == 1 else None), 0
+        return (axes[0] if self.per_channel and len(axes) == 1 else None), 0
 
     def _packed(
         self, node: ir.Node, position: int, weight: Weight, form: Format, scope: Scope

@@ -11,33 +11,34 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_note
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
+from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
+from onnxopt.api.preparation import prepare, rewritten, settings_for
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.calibration import METHODS, split
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import tensor_bytes
+from onnxopt.inspection.lints import Finding
 from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, load_metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Pipeline
+from onnxopt.quantization.finish import Finished
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.keep import kept_sites
 from onnxopt.quantization.schemes import Scheme, find_scheme
-from onnxopt.quantization.static import Goal, Settings, Static, quantize_static
+from onnxopt.quantization.static import Goal, Static, quantize_static
 from onnxopt.quantization.units import Survey
-from onnxopt.recipe import build_pipeline, parse_pass
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
 from onnxopt.runtimes import open_session
-from onnxopt.targets import PLACEMENTS, find_target
+from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
-
-_SAMPLES = 32
-"""Samples that are made up where the user has none."""
 
 
 def quantize(
@@ -52,6 +53,7 @@ def quantize(
     calibration: str = "auto",
     activation: str | None = None,
     per_channel: bool = True,
+    symmetric: bool = False,
     power_of_two: bool = False,
     keep: Sequence[str] = (),
     also_isa: Sequence[str] = (),
@@ -81,8 +83,10 @@ def quantize(
             to keep an SQNR of `judge.LEAST_DB`, and of others the share `judge.LEAST_AGREEMENT`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was; by default 0.005.
         calibration: of `onnxopt.calibration.METHODS`.
-        activation: format of activations; by default the target's.
+        activation: format of activations; by default the scheme's, or the target's.
         per_channel: a scale for each output channel of a weight, not one for all.
+        symmetric: the zero point of activations is in the middle of their integers, as TensorRT has it
+            always; of unsigned integers it is 0 where nothing is negative.
         power_of_two: scales are powers of two.
         keep: patterns of outputs, nodes or operators that stay in floating point.
         also_isa: instruction sets, as avx2, on whose emulated CPUs the budget has to be kept, too.
@@ -104,16 +108,30 @@ def quantize(
     chosen, where = find_scheme(scheme), find_target(target)
     if calibration not in METHODS:
         raise UsageError(f"unknown calibration method {calibration!r}{did_you_mean(calibration, METHODS)}")
-    if chosen.static and not where.placement:
+    chosen.require(where)
+    if not chosen.static and (activation is not None or symmetric):
         raise UsageError(
-            f"scheme {scheme} is not offered for target {target}: its provider has no integer kernels for it; "
-            "take float16, or weight-only int8 or int4"
+            f"scheme {scheme} quantizes no activations by calibration: drop --activation, --symmetric"
         )
     budget = parse_drop(max_drop) if max_drop is not None else Budget(0.005) if metric is not None else None
     model = reusable(model)
     say = progress or silent
     say("reading the model", None)
-    pipeline = _preparation(chosen, freeze_initializers)
+    settings = settings_for(
+        chosen,
+        where,
+        activation,
+        symmetric,
+        method=calibration,
+        per_channel=per_channel,
+        power_of_two=power_of_two,
+        goal=goal,
+        saturates=bool(also_isa),
+        cache=Path(cache) if cache is not None else None,
+        workers=workers,
+        executor=executor,
+    )
+    pipeline = prepare(chosen, settings, freeze_initializers)
     guard = Guard((), where.provider, measure=False)
     open_model = opener(model)
     job = Job(
@@ -122,34 +140,31 @@ def quantize(
     samples = _samples(job, data)
     fitted, held_out = split(samples)
     outcome = job.run_under_proof(held_out, None)
-    judge = _judge(model, metric, budget, fitted, held_out, also_isa)
-    if chosen.static:
-        settings = Settings(
-            replace(PLACEMENTS[where.placement], name=where.placement),
-            activation=chosen.activation or activation,
-            weight=chosen.weight,
-            method=calibration,
-            per_channel=per_channel,
-            power_of_two=power_of_two,
-            keep=tuple(keep),
-            goal=goal,
-            saturates=bool(also_isa),
-            timed=where.name in ("cpu", "generic"),
-            cache=Path(cache) if cache is not None else None,
-            workers=workers,
-            executor=executor,
-        )
+    judge = _judge(model, metric, budget, held_out, also_isa)
+    kept = kept_sites(outcome.model, keep)
+    found: Static | Survey | None = None
+    if settings is not None:
+        settings = replace(settings, keep=kept)
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say)
-        quantized, judgement = _best(found)
+        pays = comparison(job, goal, samples, measure=bench)
+        made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
+        quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
+        left = left_in_float(found, made.at_run_time)
     else:
-        found = None
-        quantized = _rewritten(outcome.model, chosen, per_channel, power_of_two)
-        judgement = judge(quantized) if quantized is not None else None
+        options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
+        quantized, left = rewritten(outcome.model, chosen, {**options, "contrib": where.contrib}, kept)
+        made = Finished(quantized or outcome.model, judge(quantized) if quantized else None, static=False)
+        judgement = made.judgement
     timing: Timing | None = None
-    reason = _why_not(found, quantized, judgement, chosen)
+    findings: tuple[Finding, ...] = ()
+    elsewhere = not_here(where)
+    job.notes.extend(note for note in (chosen.note, elsewhere) if note)
+    reason = _why_not(found, made, judgement, chosen, left)
     if not reason and quantized is not None:
-        quantized = _cleaned(quantized, where.placement)
-        timing = job.time(job.model, quantized, samples, {}) if bench and where.provider == "cpu" else None
+        findings = lint_findings(quantized, where)
+        reason = new_error(findings, model, where)
+    if not reason and quantized is not None:
+        timing = job.time(job.model, quantized, samples, {}) if bench and not elsewhere else None
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
     result = job.open_model() if reason or quantized is None else quantized
     if metadata and not reason:
@@ -159,6 +174,12 @@ def quantize(
             fingerprint(model, job.original),
         )
     sizes = {**(shapes or {}), **sizes_of(samples)}
+    after = measure_size(quantized if quantized is not None else job.original, sizes)
+    kernels: Mapping[str, int] = {}
+    if quantized is not None and where.provider == "cpu" and not elsewhere:
+        kernels = kernels_of(quantized)
+        note = "" if also_isa else saturation_note(quantized, judge, after.macs, len(held_out), measure=bench)
+        job.notes.extend([note] if note else [])
     report = QuantizationReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         target=where.name,
@@ -169,11 +190,13 @@ def quantize(
         samples=(len(fitted), len(held_out)),
         synthetic=data is None,
         before=measure_size(job.original, sizes),
-        after=measure_size(quantized if quantized is not None else job.original, sizes),
+        after=after,
         steps=outcome.steps,
         static=found if isinstance(found, Static) else None,
-        left=found.left if isinstance(found, Survey) else found.surveyed.left if found is not None else {},
-        kernels=dict(kernels_of(quantized)) if quantized is not None and where.provider == "cpu" else {},
+        finished=made,
+        left=left,
+        kernels=dict(kernels),
+        findings=findings,
         judgement=judgement,
         timing=timing,
         reason=reason,
@@ -181,14 +204,6 @@ def quantize(
         seconds=time.perf_counter() - started,
     )
     return Result(result, report, model)
-
-
-def _preparation(scheme: Scheme, freeze: bool) -> Pipeline:
-    """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators."""
-    pipeline = build_pipeline("quantize", freeze_initializers=freeze)
-    return replace(
-        pipeline, passes=(*pipeline.passes, parse_pass(f"retarget-opset{{version={scheme.opset}}}"))
-    )
 
 
 def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
@@ -209,7 +224,6 @@ def _judge(
     model: ModelLike,
     metric: str | Callable[..., Any] | Metric | None,
     budget: Budget | None,
-    fitted: Sequence[Feeds],
     held_out: Sequence[Feeds],
     isas: Sequence[str],
 ) -> Judge:
@@ -222,44 +236,24 @@ def _judge(
         return Judge(model, held_out, loaded, budget, isas)
 
 
-def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
-    """The best candidate, or where none keeps the budget, the nearest."""
-    if isinstance(found, Survey):
-        return None, None
-    candidate = found.searched.best or found.searched.nearest
-    return (candidate.model, candidate.judgement) if candidate is not None else (None, None)
-
-
-def _rewritten(model: ir.Model, scheme: Scheme, per_channel: bool, power_of_two: bool) -> ir.Model | None:
-    """The model after the scheme's passes; None where they changed nothing."""
-    pipeline = Pipeline(tuple(map(parse_pass, scheme.passes)), rounds=1)
-    outcome = pipeline.run(lambda: model)
-    return outcome.model if outcome.changes else None
-
-
-def _cleaned(model: ir.Model, placement: str) -> ir.Model:
-    """Without the float weights that nobody reads any more."""
-    passes = ["eliminate-dead", "dedupe-initializers"]
-    if placement in ("x86", "arm"):
-        passes.insert(0, "merge-qdq")
-    return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
-
-
 def _why_not(
-    found: Static | Survey | None, quantized: ir.Model | None, judgement: Judgement | None, scheme: Scheme
+    found: Static | Survey | None,
+    made: Finished,
+    judgement: Judgement | None,
+    scheme: Scheme,
+    left: Mapping[str, Sequence[str]],
 ) -> str:
     """Why there is no result, before speed is looked at; empty where there is one."""
-    if quantized is None or judgement is None:
-        left = found.left if isinstance(found, Survey) else found.surveyed.left if found is not None else {}
-        why = "; ".join(f"{len(sites)} {reason}" for reason, sites in left.items())
-        if isinstance(found, Static):
-            return (
-                "nothing was quantized: integers would not make it faster"
-                if not why
-                else f"nothing was quantized: {why}"
-            )
-        return f"nothing was quantized: {why or f'there is nothing that {scheme.name} applies to'}"
-    return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    if judgement is not None:
+        return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    why = [f"{len(sites)} {reason}" for reason, sites in left.items()]
+    why += [f"{one.name} is left out: {one.why}" for one in made.tried]
+    if isinstance(found, Static) and found.searched.unfused:
+        why.append(f"{len(found.searched.unfused)} nodes that the runtime does not fuse")
+    if not why:
+        otherwise = "integers would not make it faster" if isinstance(found, Static) else ""
+        why = [otherwise or f"there is nothing that {scheme.name} applies to"]
+    return f"nothing was quantized: {'; '.join(why)}"
 
 
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
