@@ -167,7 +167,7 @@ def test_nothing_is_rewritten_where_no_valid_input_is_found(monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise NoSamplesError("no valid synthetic input")
 
-    monkeypatch.setattr(api, "synthesize", fail)
+    monkeypatch.setattr(common, "synthesize", fail)
     result = onnxopt.optimize(text_model(TEXT), bench=False)
     assert result.report.left_as_it_was
     assert result.report.verdict is not None

@@ -14,6 +14,7 @@ from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.finish import Finished, Finisher, Pays
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.schemes import Scheme
+from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.static import Goal, Settings, Static
 from onnxopt.quantization.units import Survey
 from onnxopt.recipe import parse_pass
@@ -44,7 +45,7 @@ def best_of(
     """
     best = found.searched.best if isinstance(found, Static) else None
     placement = target.placement
-    nothing = Finished(plain, None, static=False)
+    nothing = Finished(found.model if isinstance(found, Static) else plain, None, static=False)
     static = (
         Finished(cleaned(best.model, placement), best.judgement, static=True) if best is not None else None
     )
@@ -52,9 +53,8 @@ def best_of(
         return static or nothing
     narrow = ",reduce_range=true}" if settings.saturates else "}"
     passes = tuple(one.replace("}", narrow) for one in scheme.finishing)
-    return Finisher(passes, partial(cleaned, placement=placement), settings.keep, judge, pays).best(
-        nothing, static
-    )
+    tidy = partial(cleaned, placement=placement)
+    return Finisher(passes, tidy, settings.keep, partial(_noise_of, found), judge, pays).best(nothing, static)
 
 
 def nearest_of(found: Static | Survey, target: Target) -> tuple[ir.Model | None, Judgement | None]:
@@ -72,6 +72,18 @@ def cleaned(model: ir.Model, placement: str) -> ir.Model:
     return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
 
 
+def _noise_of(found: Static | Survey) -> dict[str, float]:
+    """Site -> the noise of its operands in fixed ranges."""
+    if not isinstance(found, Static):
+        return {}
+    of = found.noise()
+    return {
+        unit.site: of.get(Source("weight", unit.site), 0.0)
+        + sum(of.get(Source("tensor", value.name or ""), 0.0) for value in unit.sources)
+        for unit in found.surveyed.units
+    }
+
+
 def left_in_float(found: Static | Survey | None, done: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Reason -> the nodes that static quantization left, without those `done` since."""
     surveyed = found.surveyed if isinstance(found, Static) else found
@@ -81,7 +93,7 @@ def left_in_float(found: Static | Survey | None, done: Collection[str]) -> dict[
 
 
 def comparison(job: Job, goal: Goal, samples: Sequence[Feeds], *, measure: bool) -> Pays:
-    """Whether one model is smaller, or faster, than another; where speed is not measured, it is taken to be."""
+    """Whether a model is smaller, or faster, than another; taken for granted where speed is not measured."""
 
     def pays(before: ir.Model, after: ir.Model) -> tuple[bool, str]:
         if goal == "size":

@@ -91,11 +91,16 @@ def settings_for(
     )
 
 
-def prepare(scheme: Scheme, settings: Settings | None, freeze: bool) -> Pipeline:
-    """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators."""
+def prepare(scheme: Scheme, settings: Settings | None, target: Target, freeze: bool) -> Pipeline:
+    """What makes the graph ready: folded, merged, and of an opset that has the scheme's operators.
+
+    ONNX Runtime fuses no activation behind an integer kernel: each part of it would read for itself.
+    """
     pipeline = build_pipeline("quantize", freeze_initializers=freeze)
     version = max(scheme.opset, _least_opset(settings) if settings is not None else 0)
-    return replace(pipeline, passes=(*pipeline.passes, parse_pass(f"retarget-opset{{version={version}}}")))
+    more = ["fuse-activation{contrib=true}"] if target.contrib else []
+    more.append(f"retarget-opset{{version={version}}}")
+    return replace(pipeline, passes=(*pipeline.passes, *map(parse_pass, more)))
 
 
 def rewritten(

@@ -7,9 +7,10 @@ range. Small and recurrent models are as fast, and nearer to the original, witho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -19,6 +20,7 @@ from onnxopt.model import clone
 from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.keep import veto_of
+from onnxopt.quantization.units import HEAVY
 from onnxopt.recipe import parse_pass
 
 __all__ = ["Finish", "Finished", "Finisher"]
@@ -55,18 +57,25 @@ class Finished:
         return frozenset(site for one in self.tried if one.kept for site in one.sites)
 
 
+class _Trial(NamedTuple):
+    model: ir.Model
+    sites: tuple[str, ...]
+    judgement: Judgement
+
+
 @dataclass(frozen=True)
 class Finisher:
     """Tries passes at the end, each alone, and keeps those that keep the budget and pay.
 
     passes: as a recipe spells them, in their order. tidy: what follows each of them. kept: sites of
-    nodes that stay in floating point.
+    nodes that stay in floating point. noise: gives site -> how much it costs in accuracy, as far as known.
     judge: says whether a candidate keeps the budget. pays: whether one candidate is better than another.
     """
 
     passes: tuple[str, ...]
     tidy: Callable[[ir.Model], ir.Model]
     kept: frozenset[str]
+    noise: Callable[[], Mapping[str, float]]
     judge: Judge
     pays: Pays
 
@@ -89,21 +98,49 @@ class Finisher:
     def finished(self, found: Finished) -> Finished:
         """The model after those passes that keep the budget and pay; the one that is given is not changed."""
         for name in self.passes:
-            pipeline = Pipeline((parse_pass(name),), rounds=1)
-            outcome = pipeline.run(partial(clone, found.model), veto=veto_of(self.kept))
-            if not outcome.changes:
+            trial = self._most(found.model, name)
+            if trial is None:
                 continue
-            sites = _rewritten(found.model, outcome.model)
-            model = self.tidy(outcome.model)
-            judgement = self.judge(model)
-            kept, why = self.pays(found.model, model) if judgement.ok else (False, judgement.summary)
-            found = replace(found, tried=(*found.tried, Finish(name, kept, why, sites)))
+            kept, why = False, trial.judgement.summary
+            if trial.judgement.ok:
+                kept, why = self.pays(found.model, trial.model)
+            found = replace(found, tried=(*found.tried, Finish(name, kept, why, trial.sites)))
             if kept:
-                found = replace(found, model=model, judgement=judgement)
+                found = replace(found, model=trial.model, judgement=trial.judgement)
         return found
+
+    def _most(self, model: ir.Model, name: str) -> _Trial | None:
+        """A pass on as many nodes as the budget allows, those first that cost least accuracy.
+
+        On all of them where it allows none; None: the pass changes nothing.
+        """
+        best = self._trial(model, name, self.kept)
+        if best is None or best.judgement.ok:
+            return best
+        noise = self.noise()
+        order = sorted(best.sites, key=lambda site: noise.get(site, 0.0))
+        low, high = 0, len(order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = self._trial(model, name, self.kept | frozenset(order[middle:]))
+            if trial is not None and trial.judgement.ok:
+                best, low = trial, middle
+            else:
+                high = middle
+        return best
+
+    def _trial(self, model: ir.Model, name: str, kept: frozenset[str]) -> _Trial | None:
+        pipeline = Pipeline((parse_pass(name),), rounds=1)
+        outcome = pipeline.run(partial(clone, model), veto=veto_of(kept))
+        if not outcome.changes:
+            return None
+        sites = _rewritten(model, outcome.model)
+        tidied = self.tidy(outcome.model)
+        return _Trial(tidied, sites, self.judge(tidied))
 
 
 def _rewritten(before: ir.Model, after: ir.Model) -> tuple[str, ...]:
-    """The nodes that have another operator afterwards."""
+    """The heavy nodes that have another operator afterwards."""
     left = {site_of(node): node.op_type for node in nodes(after)}
-    return tuple(site for node in nodes(before) if left.get(site := site_of(node)) != node.op_type)
+    heavy = {site_of(node): node.op_type for node in nodes(before) if node.op_type in HEAVY}
+    return tuple(site for site, operator in heavy.items() if left.get(site) != operator)

@@ -25,7 +25,7 @@ from onnxopt.graph import (
 from onnxopt.ledger import site_of
 from onnxopt.targets import Placement
 
-__all__ = ["LAYERS", "MOVES", "Survey", "Unit", "survey"]
+__all__ = ["HEAVY", "LAYERS", "MOVES", "Survey", "Unit", "survey"]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and add, which is where integers save time."""
@@ -48,7 +48,7 @@ MOVES = (
 
 _OVERRIDABLE = "its {} is a graph input (overridable; --freeze-initializers makes it constant)"
 _RECURRENT = ("GRU", "LSTM", "RNN")
-_HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
+HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
 """Operators that a user expects to be quantized: where they are not, that is said."""
 
 
@@ -124,7 +124,7 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
             units.append(_unit(node))
         elif (sum_ := _with_residual(node, layers, placement, measured)) is not None:
             units.append(sum_)
-        elif node.op_type in _HEAVY:
+        elif node.op_type in HEAVY:
             left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
     return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
 
@@ -290,11 +290,16 @@ def _softmax(node: ir.Node) -> str | None:
     return None if isinstance(size, int) and size > 1 else "its axis is not known to have two elements"
 
 
+def _hard_sigmoid(node: ir.Node) -> str | None:
+    return None if float_attr(node, "alpha", 0.2) > 0 else "it does not rise"
+
+
 _OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "AveragePool": _average_pool,
     "Conv": _conv,
     "ConvTranspose": _conv,
     "Gemm": _gemm,
+    "HardSigmoid": _hard_sigmoid,
     "MatMul": _matmul,
     "Resize": _resize,
     "Softmax": _softmax,
