@@ -20,7 +20,8 @@ import onnxopt
 from models.bert import bert
 from models.digits_cnn import PATH, digits
 from models.resnet20 import resnet20
-from onnxopt import Edit, Pass, Rule, Scope, api, job
+from onnxopt import Edit, Pass, Rule, Scope, job
+from onnxopt.api import common
 from onnxopt.errors import NoSamplesError, UsageError
 from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, execute, sqnr, text_model
