@@ -74,8 +74,12 @@ def labels(differing: int, kind: str) -> str:
     array = np.zeros(200, np.int64)
     array[:differing] = 1
     numbers = ", ".join(map(str, array))
-    line = {"int64": "y = Identity(v)", "bool": "y = Cast <to = 9> (v)", "string": "y = Cast <to = 8> (v)"}[kind]
-    return f"z = Constant <value_float = 0.0> () v = Constant <value_ints = [{numbers}]> () {line} w = Mul(x, z)"
+    line = {"int64": "y = Identity(v)", "bool": "y = Cast <to = 9> (v)", "string": "y = Cast <to = 8> (v)"}[
+        kind
+    ]
+    return (
+        f"z = Constant <value_float = 0.0> () v = Constant <value_ints = [{numbers}]> () {line} w = Mul(x, z)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["int64", "bool", "string"])
@@ -102,7 +106,12 @@ SEQUENCE = "a = Constant <value_float = {}> () p = Mul(x, a) y = SequenceConstru
     [
         (SEQUENCE.format("1.0", "p"), SEQUENCE.format("1.01", "p"), True, "dB of output 'y'"),
         (SEQUENCE.format("1.0", "p"), SEQUENCE.format("1.5", "p"), False, "SQNR 9.03 dB of output 'y'"),
-        (SEQUENCE.format("1.0", "p"), SEQUENCE.format("1.0", "p, p"), False, "a sequence of 2 became one of 3"),
+        (
+            SEQUENCE.format("1.0", "p"),
+            SEQUENCE.format("1.0", "p, p"),
+            False,
+            "a sequence of 2 became one of 3",
+        ),
     ],
 )
 def test_sequences(before: str, after: str, ok: bool, why: str) -> None:
@@ -139,7 +148,9 @@ def mean(run: Run) -> float:
         (0.0, -0.001, Budget(0.5, relative=True), False),
     ],
 )
-def test_a_metric_may_lose_what_the_budget_says(before: float, after: float, budget: Budget, ok: bool) -> None:
+def test_a_metric_may_lose_what_the_budget_says(
+    before: float, after: float, budget: Budget, ok: bool
+) -> None:
     found = Judge(model(times(0, before)), SAMPLES, mean, budget)(model(times(0, after)))
     assert found.ok is ok
     assert (found.before, found.score) == pytest.approx((before, after))
