@@ -48,8 +48,8 @@ _PROVED = 8
 _TIMED_S = (3.0, 10.0)
 """Seconds of measurement: the second where the first cannot tell the two apart."""
 _SEEN = (
-    "the last check was on the samples that the search chose by, not on unseen ones; a metric with a parameter "
-    'split can keep some for split="final"'
+    "the last check was on the samples that the search chose by, not on unseen ones; a metric with a "
+    'parameter split can keep some for split="final"'
 )
 
 

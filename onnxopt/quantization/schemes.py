@@ -61,8 +61,8 @@ SCHEMES = {
             opset=21,
             targets=("cpu", "arm", "generic"),
             elsewhere=f"it has no kernels for 16-bit activations; {_INSTEAD}",
-            note="ONNX Runtime has no kernels for 16-bit activations on the CPU: layers run in float between Q "
-            "and DQ, slower than without; --for size keeps the smaller file",
+            note="ONNX Runtime has no kernels for 16-bit activations on the CPU: layers run in float between "
+            "Q and DQ, slower than without; --for size keeps the smaller file",
         ),
         Scheme(
             "float8",

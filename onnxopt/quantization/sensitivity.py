@@ -81,8 +81,9 @@ def measure_sensitivity(
     with open_session(model) as session:
         expected = [session.run(feeds) for feeds in samples]
     noise: dict[Source, float] = {}
-    for start, end in _segments(list(placed.values()), len(order)):
-        within = [one for one, place in placed.items() if start <= place < end]
+    start = 0
+    for first, end in _segments(list(placed.values()), len(order)):
+        within = [one for one, place in placed.items() if first <= place < end]
         after = dict.fromkeys(order[start:])
         late = [value.name or "" for value in outputs if value.producer() in after]
         rest = part_of(model, start, len(order), late, states[0])
@@ -92,8 +93,12 @@ def measure_sensitivity(
                 which = {_SWITCH: np.array(number, np.int64)}
                 noise[one] = noise_between(expected, [session.run({**state, **which}) for state in states])
                 progress(len(noise) / len(placed))
-        if end < len(order):
-            states = _advanced(model, start, end, states, samples)
+        advanced = _advanced(model, start, end, states, samples) if end < len(order) else []
+        if all(isinstance(value, np.ndarray) for state in advanced for value in state.values()):
+            start, states = (
+                end,
+                advanced,
+            )  # sequences cannot be fed: the next segment begins where this one did
     return noise
 
 

@@ -38,8 +38,8 @@ _AS_WRITTEN = MappingProxyType(
         "optimization.disable_specified_optimizers": "ReluQuantRewrite;ClipQuantRewrite",
     }
 )
-"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then, and it
-leaves out a Relu in front of a zero point 0 of 8-bit floats, as if those had no negative numbers."""
+"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then, and
+it leaves out a Relu in front of a zero point 0 of 8-bit floats, as if those had no negative numbers."""
 
 Progress = Callable[[str, float | None], None]
 
@@ -55,8 +55,8 @@ class Settings:
     `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
     the table of kernel costs is about what is quantized, and the runtime here has the target's kernels;
-    otherwise integers are taken for all that the budget allows, and no fusion is proved. sensitivity: noise is
-    measured even where the search needs none.
+    otherwise integers are taken for all that the budget allows, and no fusion is proved. sensitivity: noise
+    is measured even where the search needs none.
     """
 
     placement: Placement
@@ -76,7 +76,7 @@ class Settings:
 
     @property
     def session_config(self) -> Mapping[str, str]:
-        """How quantized models run here: as the standard says, where the runtime lacks the target's kernels."""
+        """How quantized models run here: as in the standard where the runtime lacks the target's kernels."""
         return {} if self.timed else _AS_WRITTEN
 
 

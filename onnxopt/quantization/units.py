@@ -130,7 +130,8 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
 def _unit(node: ir.Node) -> Unit:
     constants = [place for place in _operands(node) if constant_of(node.inputs[place]) is not None]
     reads = tuple(place for place in _operands(node) if place not in constants)
-    return Unit(node, reads, constants[0] if constants else None, _tail(node), None, tuple(constants[1:]))
+    weight = constants[0] if constants else None
+    return Unit(node, reads, weight, _tail(node), others=tuple(constants[1:]))
 
 
 def _sizes(graph: ir.Graph) -> dict[ir.Value, None]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from onnxopt.quantization.judge import Judgement
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.reporting.tables import count_bytes, plain_table, print_timing, size_table
 
@@ -37,11 +38,7 @@ def print_quantization(
     if list_nodes:
         console.print(_nodes(report))
     if report.judgement is not None:
-        style = "green" if report.judgement.ok else "red"
-        console.print(Text("accuracy ", style="bold") + Text(report.judgement.summary, style=style))
-        for name, other in report.judgement.elsewhere.items():
-            style = "green" if other.ok else "red"
-            console.print(Text(f"  on {name}  ", style="bold") + Text(other.summary, style=style))
+        _print_judgement("accuracy ", report.judgement, console)
     if report.kernels:
         shown = ", ".join(f"{count} {name}" for name, count in sorted(report.kernels.items()) if _heavy(name))
         console.print(
@@ -59,6 +56,13 @@ def print_quantization(
         console.print(Text(f"nothing was written: {report.reason}", style="red"))
     if written is not None:
         console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+
+
+def _print_judgement(label: str, judgement: Judgement, console: Console) -> None:
+    style = "green" if judgement.within else "red"
+    console.print(Text(label, style="bold") + Text(judgement.summary, style=style))
+    for name, other in judgement.elsewhere.items():
+        _print_judgement(f"  on {name}  ", other, console)
 
 
 def _coverage(report: QuantizationReport) -> Table:
