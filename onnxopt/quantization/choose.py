@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.quantization.costs import NodeCost, Shapes, features, node_cost, shipped_costs
+from onnxopt.quantization.costs import NodeCost, Shapes, features, keeps_layout, node_cost, shipped_costs
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.units import Unit
@@ -39,11 +39,15 @@ _FLOATS_OUT = ("Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class Prices:
-    """What nodes cost, and what it costs to quantize a tensor and to read it back, in any unit."""
+    """What nodes cost, and what it costs to quantize a tensor, to read it back, to change its layout.
+
+    In any unit.
+    """
 
     node: Callable[[ir.Node], NodeCost]
     quantize: Callable[[ir.Value], float]
     dequantize: Callable[[ir.Value], float]
+    layout: Callable[[ir.Value], float]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def prices_of_time(shapes: Shapes) -> Prices:
         lambda node: node_cost(node, shapes, table),
         lambda value: table.quantize_ns(elements(value)),
         lambda value: table.dequantize_ns(elements(value)),
+        lambda value: sum(table.layout_ns(elements(value), quantized=side) for side in (False, True)),
     )
 
 
@@ -81,7 +86,7 @@ def prices_of_bytes() -> Prices:
         weights = sum(t.nbytes for value in one.inputs if (t := constant_of(value)) is not None)
         return NodeCost(weights, weights / 4)
 
-    return Prices(node, lambda _: 1.0, lambda _: 1.0)
+    return Prices(node, lambda _: 1.0, lambda _: 1.0, lambda _: 0.0)
 
 
 def prices_of_work(shapes: Shapes) -> Prices:
@@ -97,7 +102,7 @@ def prices_of_work(shapes: Shapes) -> Prices:
     def elements(value: ir.Value) -> float:
         return math.prod(shapes(value)) / 4
 
-    return Prices(node, elements, elements)
+    return Prices(node, elements, elements, lambda _: 0.0)
 
 
 def choose(
@@ -150,6 +155,10 @@ def choose(
         if unit.layer is not None:
             cut.if_parted(unit, part.get(unit.layer, unit.layer), math.inf)
         cut.if_first(unit, cost_of(Source("weight", unit.site)))
+    changes = _changes_of_layout(graph, part, prices)
+    for one, other, cost in changes:
+        cut.if_parted(one, other, cost)
+        cut.if_parted(other, one, cost)
     first = cut.first_side()
     chosen = [unit for unit in units if unit in first]
     quantized = [value for value in tensors if value in first]
@@ -157,7 +166,8 @@ def choose(
         frozenset(unit.site for unit in chosen),
         frozenset(value.name or "" for value in quantized),
         sum(one.float_ns for one in costs.values()),
-        _total(graph, part, first, costs, quantized, written, prices),
+        _total(graph, part, first, costs, quantized, written, prices)
+        + sum(cost for one, other, cost in changes if (one in first) != (other in first)),
         _noise(chosen, quantized, written, first, noise),
     )
 
@@ -178,6 +188,25 @@ def chosen_tensors(
         if (outputs and unit.node.op_type not in _FLOATS_OUT) or unit.output.name in written:
             found.add(unit.output.name or "")
     return frozenset(found)
+
+
+def _changes_of_layout(
+    graph: ir.Graph, part: Mapping[ir.Node | None, Unit], prices: Prices
+) -> list[tuple[object, object, float]]:
+    """What differs in layout, at which cost: integer convolutions have channels last, float ones in blocks.
+
+    A tensor has a layout of its own, as operators in between keep the one that they get.
+    """
+    found: list[tuple[object, object, float]] = []
+    for node in graph:
+        result = node.outputs[0]
+        sources = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if node.op_type == "Conv":
+            side = part.get(node, node)
+            found += [(side, ("layout", v), prices.layout(v)) for v in (*sources[:1], result)]
+        elif keeps_layout(node):
+            found += [(("layout", v), ("layout", result), prices.layout(v)) for v in sources]
+    return found
 
 
 def _add_tensor(
