@@ -79,16 +79,16 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
     if unit.node.op_type == "MatMul" and array.ndim > 2:
         axis = None  # the runtime's kernel takes one scale for a stack of matrices
     ints, params = quantize_weight(array, plan.weight, axis=axis, power_of_two=plan.power_of_two)
-    if plan.saturates:
-        params = safe_params(unit.node, array, params)
-        ints = quantize(array, params).astype(ints.dtype)
+    scale = safe_params(unit.node, array, params).scale if plan.saturates else params.scale
     bias = bias_of(unit, plan)
-    if bias is None or source is None or axis is None:
+    if bias is not None and source is not None and axis is not None:
+        needed = np.abs(bias.reshape(-1).astype(np.float64)) / (float(source.scale) * _BIAS_ROOM)
+        scale = np.maximum(scale, needed)
+    if not (scale > params.scale).any():
         return ints, params
-    needed = np.abs(bias.reshape(-1).astype(np.float64)) / (float(source.scale) * _BIAS_ROOM)
-    if not (needed > params.scale).any():
-        return ints, params
-    params = replace(params, scale=np.maximum(params.scale, needed).astype(np.float32))
+    if plan.power_of_two:
+        scale = 2.0 ** np.ceil(np.log2(scale))
+    params = replace(params, scale=scale.astype(np.float32))
     return quantize(array, params).astype(ints.dtype), params
 
 
