@@ -33,7 +33,7 @@ from onnxopt.recipe import parse_pass
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
-from onnxopt.runtimes import open_session
+from onnxopt.runtimes import UnsupportedModelError, open_session
 from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
@@ -148,8 +148,9 @@ def quantize(
         left = found.surveyed.left if isinstance(found, Static) else found.left
     else:
         options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
-        quantized, left = rewritten(outcome.model, chosen, {**options, "contrib": where.contrib})
-        found, judgement = None, judge(quantized) if quantized is not None else None
+        options |= {"contrib": where.contrib, "even": where.placement == "tensorrt"}
+        quantized, left = rewritten(outcome.model, chosen, options)
+        found, judgement = None, _judged(judge, quantized, job)
     timing: Timing | None = None
     findings: tuple[Finding, ...] = ()
     elsewhere = not_here(where)
@@ -232,6 +233,15 @@ def _judge(
         return Judge(model, held_out, loaded, budget, isas, session_config)
 
 
+def _judged(judge: Judge, model: ir.Model | None, job: Job) -> Judgement | None:
+    """What a candidate keeps; None, with a note, where the runtime here has no kernels to tell."""
+    try:
+        return judge(model) if model is not None else None
+    except UnsupportedModelError as error:
+        job.notes.append(f"accuracy not judged: {error}")
+        return None
+
+
 def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
     """The best candidate, or where none keeps the budget, the nearest."""
     if isinstance(found, Survey):
@@ -256,6 +266,8 @@ def _why_not(
     left: Mapping[str, Sequence[str]],
 ) -> str:
     """Why there is no result, before speed is looked at; empty where there is one."""
+    if quantized is not None and judgement is None:
+        return "its accuracy cannot be judged here"
     if quantized is None or judgement is None:
         why = "; ".join(f"{len(sites)} {reason}" for reason, sites in left.items())
         if isinstance(found, Static):
