@@ -84,7 +84,7 @@ class Pipeline:
         open_model: Callable[[], ir.Model],
         *,
         prove: Proof | None = None,
-        veto: Callable[[str], str | None] | None = None,
+        veto: Callable[[str, str], str | None] | None = None,
         stop_after: int | None = None,
         on_pass: Callable[[str], None] | None = None,
     ) -> Outcome:
@@ -93,7 +93,7 @@ class Pipeline:
         Args:
             open_model: gives a fresh copy of the input at each call.
             prove: judges the numbers of the result; None to check structure only.
-            veto: asked with the name of a pass that is about to rewrite; why it may not, or None.
+            veto: asked with the name of a pass that is about to rewrite, and where; why it may not, or None.
             stop_after: make this many rewrites, then stop.
             on_pass: called with the name of each pass before it runs.
         """

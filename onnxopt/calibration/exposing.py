@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import subgraphs_of, value_names, walk
+from onnxopt.graph import detach, subgraphs_of, value_names, walk
 from onnxopt.inference import refine
 from onnxopt.model import ModelLike, load, opener
 from onnxopt.runtimes import open_session
@@ -74,7 +74,10 @@ def _cut(model: ir.Model, names: Sequence[str], *, shapes_only: bool = False) ->
         graph.outputs.append(value)
     graph.extend(reversed(tail))  # the runtime goes from the last end node: it frees a tensor once measured
     needed = _needed(graph)
-    graph.remove([node for node in graph if node not in needed], safe=True)
+    unneeded = [node for node in graph if node not in needed]
+    for inner in [inner for node in unneeded for body in subgraphs_of(node) for inner in walk(body)]:
+        detach(inner)
+    graph.remove(unneeded, safe=True)
     return model
 
 

@@ -27,7 +27,7 @@ _COARSE = np.exp2(-np.arange(0, 12, 0.5))
 """Thresholds that are tried first, as parts of the largest magnitude."""
 _FINE = np.exp2(np.array([-7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7]) / 16)
 """Those tried next, as multiples of the best of the first."""
-_MERGED = 4
+_MERGED = 16
 """Bins that are one while thresholds are tried."""
 
 Objective = Callable[[float, float], float]

@@ -46,10 +46,11 @@ class Draft:
         return found
 
     def with_model(self, model: ir.Model, changed: Sequence[str], samples: Sequence[Feeds]) -> Draft:
-        """With a model of the same names, of which these tensors take other values than before."""
+        """With a model of the same names, of which these tensors take other values than before.
+
+        Integers and biases of the plan were made for the old one: they are dropped.
+        """
         tensors = [name for name in changed if name in self.statistics]
-        if not tensors:
-            return replace(self, model=model)
         statistics = Statistics({**self.statistics, **calibrate(model, samples, tensors)})
         params = dict(self.plan.params)
         for name in tensors:
@@ -59,7 +60,7 @@ class Draft:
         for unit in draft.units():
             if unit.is_move:
                 params[unit.output.name or ""] = params[unit.sources[0].name or ""]
-        return replace(draft, plan=replace(self.plan, params=params))
+        return replace(draft, plan=replace(self.plan, params=params, rounded={}, biases={}))
 
     def _params(self, stats: TensorStatistics, form: Format) -> QuantParams:
         symmetric = is_symmetric(self.placement, form, stats.minimum)

@@ -29,10 +29,11 @@ _SUMMANDS = 2048
 """Layers that add up more are rounded to nearest: the time grows with the third power."""
 _MEMORY = 256 << 20
 """Bytes of moments that are gathered in one run of the samples, and of tensors exposed at once."""
-_PER_SUMMAND, _LEAST = 8, 4096
+_PER_SUMMAND, _LEAST = 4, 4096
 """Positions of a layer that are looked at, in all samples together."""
 _DAMPING = 0.01
 _BLOCK = 64
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def round_rows(target: np.ndarray, moments: np.ndarray, low: float, high: float)
     order = np.argsort(-size, axis=1, kind="stable")
     left = np.take_along_axis(target, order[:, None], 2)
     sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, None], 2), order[:, :, None], 1)
-    damping = _DAMPING * size.mean(1) + np.finfo(np.float64).tiny ** 0.5
+    damping = _DAMPING * size.mean(1) + _TINY
     sorted_moments += damping[:, None, None] * np.eye(target.shape[2])
     factor = np.linalg.cholesky(np.linalg.inv(sorted_moments)).swapaxes(1, 2)
     whole = np.empty_like(left)

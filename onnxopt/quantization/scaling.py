@@ -34,12 +34,14 @@ _HOMOGENEOUS = {
 }
 """Axis of the channels -> operators for which f(x / s) = f(x) / s, s > 0 of each channel."""
 _NORMS = {1: "BatchNormalization", -1: "LayerNormalization"}
+_WRITERS = {1: ("Conv",), -1: ("Gemm", "MatMul")}
 _POWERS = (0.25, 0.5, 0.75, 1.0)
 """Of the activations' ranges, against those of the weights, that are tried."""
 _GAIN = 0.5
 """The part of the expected noise that has to remain at most."""
 _SPREAD = 1e-3
 """Channels count as at least this part of the widest."""
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _span(value: ir.Value, readers: Sequence[Unit], axis: int) -> _Span | None:
     """From a tensor back to what can be divided."""
     divided: list[tuple[ir.Node, int]] = []
     tensors = [value]
+    groups, _, inputs, _ = _by_channel(readers[0]).shape
+    channels = groups * inputs
     while (node := tensors[-1].producer()) is not None and node.domain == "" and len(node.outputs) == 1:
         if node.op_type in _HOMOGENEOUS[axis]:
             before = node.inputs[0]
@@ -113,7 +117,7 @@ def _span(value: ir.Value, readers: Sequence[Unit], axis: int) -> _Span | None:
             divided.append((node, place))
             before = node.inputs[1 - place]
         else:
-            places = _places(node, axis)
+            places = _places(node, axis, channels)
             if not places or not all(_is_float(node.inputs[place]) for place in places):
                 return None
             divided += [(node, place) for place in places]
@@ -124,15 +128,21 @@ def _span(value: ir.Value, readers: Sequence[Unit], axis: int) -> _Span | None:
     return None
 
 
-def _places(node: ir.Node, axis: int) -> tuple[int, ...]:
+def _places(node: ir.Node, axis: int, channels: int) -> tuple[int, ...]:
     """The constants of a node that make what it writes proportional to them, channel by channel."""
     if node.op_type == "Mul":
         return next(((place,) for place in (0, 1) if _is_vector(node, place)), ())
     if node.op_type == _NORMS[axis]:
+        along: int | None = 0
         if int_attr(node, "axis", -1) != -1 or int_attr(node, "training_mode", 0):
             return ()
-    elif node.op_type not in (("Conv",) if axis == 1 else ("Gemm", "MatMul")):
+    elif node.op_type in _WRITERS[axis]:
+        along = weight_axis(node, 1)
+    else:
         return ()
+    tensor = constant_of(node.inputs[1])
+    if tensor is None or along is None or sizes_of(tensor)[along] != channels:
+        return ()  # what it writes is broadcast to these channels later
     return (1, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else (1,)
 
 
@@ -185,7 +195,7 @@ def _loss(
         steps = abs(scaled).max((2, 3)) / reach
         noise = step**2 * (scaled**2).sum((2, 3)) + steps**2 * window * (power_in / spread**2).sum((2, 3))
         signal = (weight**2 * power_in).sum((2, 3))
-        total += float((noise / np.maximum(signal, _SPREAD**2 * signal.max())).mean())
+        total += float((noise / np.maximum(signal, _SPREAD**2 * signal.max() + _TINY)).mean())
     return total
 
 

@@ -15,8 +15,9 @@ class Scheme:
     """A way to quantize.
 
     static: activations have scales from calibration. activation, weight: formats, where they are not the
-    target's. passes: of those that need no data. opset: what the model is raised to. targets: those that it
-    is for, all where empty. elsewhere: why not for others. note: what a user has to know.
+    target's. passes: of those that need no data. finishing: for the CPU, passes over what static quantization
+    leaves in floating point. opset: what the model is raised to. targets: those that it is for, all where
+    empty. elsewhere: why not for others. note: what a user has to know.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Scheme:
     activation: str | None = None
     weight: str | None = None
     passes: tuple[str, ...] = ()
+    finishing: tuple[str, ...] = ()
     opset: int = 17
     targets: tuple[str, ...] = ()
     elsewhere: str = ""
@@ -46,6 +48,7 @@ SCHEMES = {
             "int8",
             "weights and activations in 8 bits, ranges from calibration",
             static=True,
+            finishing=("quantize-dynamic{layers=LSTM}", "quantize-dynamic{layers=Gemm+MatMul}"),
             targets=("cpu", "arm", "tensorrt", "generic"),
             elsewhere="its provider has no integer kernels for Conv, Gemm and MatMul, and runs them in float "
             f"between Q and DQ, slower than without; {_INSTEAD}",
@@ -58,8 +61,8 @@ SCHEMES = {
             opset=21,
             targets=("cpu", "arm", "generic"),
             elsewhere=f"it has no kernels for 16-bit activations; {_INSTEAD}",
-            note="ONNX Runtime has no kernels for 16-bit activations on the CPU: layers run in float between Q "
-            "and DQ, slower than without; --for size keeps the smaller file",
+            note="ONNX Runtime has no kernels for 16-bit activations on the CPU: layers run in float between "
+            "Q and DQ, slower than without; --for size keeps the smaller file",
         ),
         Scheme(
             "float8",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import onnx_ir as ir
 
 from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
-from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
 from onnxopt.quantization.choose import prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
@@ -36,8 +34,8 @@ _AS_WRITTEN = MappingProxyType(
         "optimization.disable_specified_optimizers": "ReluQuantRewrite;ClipQuantRewrite",
     }
 )
-"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then, and it
-leaves out a Relu in front of a zero point 0 of 8-bit floats, as if those had no negative numbers."""
+"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then; and
+in front of a zero point 0 of 8-bit floats it leaves out a Relu, as if they had no negative numbers."""
 
 Progress = Callable[[str, float | None], None]
 
@@ -50,7 +48,7 @@ class Settings:
     """How to quantize.
 
     placement: what the target takes. activation, weight: formats; the placement's own by default. method: of
-    `calibration.METHODS`. keep: patterns of sites or operators that stay in floating point. goal: the least
+    `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
     the table of kernel costs is about what is quantized, and the runtime here has the target's kernels;
     otherwise integers are taken for all that the budget allows, and no fusion is proved.
@@ -62,7 +60,7 @@ class Settings:
     method: str = "auto"
     per_channel: bool = True
     power_of_two: bool = False
-    keep: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
     goal: Goal = "speed"
     saturates: bool = False
     timed: bool = True
@@ -72,7 +70,7 @@ class Settings:
 
     @property
     def session_config(self) -> Mapping[str, str]:
-        """How quantized models run here: as the standard says, where the runtime lacks the target's kernels."""
+        """How quantized models run here: as written, where the runtime lacks the target's kernels."""
         return {} if self.timed else _AS_WRITTEN
 
 
@@ -143,7 +141,7 @@ def quantize_static(
     noise = measure_sensitivity(
         model, placement, plan, some, progress=lambda share: progress("measuring sensitivity", share)
     )
-    kept = _matching(surveyed.units, settings.keep)
+    kept = [unit.site for unit in surveyed.units if unit.site in settings.keep]
     shapes = measure_shapes(model, samples[0])
 
     def sizes(value: ir.Value) -> tuple[int, ...]:
@@ -151,6 +149,7 @@ def quantize_static(
         return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
 
     by_time = prices_of_time if settings.timed else prices_of_work
+    kept = [unit.site for unit in surveyed.units if unit.site in settings.keep]
     searched = search(
         model,
         surveyed,
@@ -200,20 +199,3 @@ def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -
         power_of_two=settings.power_of_two,
         saturates=settings.saturates,
     )
-
-
-def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
-    """The sites that patterns name, by site, node name or operator. Raises UsageError where one names none."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [
-            unit.site
-            for unit in units
-            if any(
-                fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type)
-            )
-        ]
-        if not hits:
-            raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
-        found.update(dict.fromkeys(hits))
-    return list(found)

@@ -25,7 +25,7 @@ from onnxopt.graph import (
 from onnxopt.ledger import site_of
 from onnxopt.targets import Placement
 
-__all__ = ["LAYERS", "MOVES", "Survey", "Unit", "survey"]
+__all__ = ["HEAVY", "LAYERS", "MOVES", "Survey", "Unit", "survey"]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and add, which is where integers save time."""
@@ -48,7 +48,7 @@ MOVES = (
 
 _OVERRIDABLE = "its {} is a graph input (overridable; --freeze-initializers makes it constant)"
 _RECURRENT = ("GRU", "LSTM", "RNN")
-_HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
+HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
 """Operators that a user expects to be quantized: where they are not, that is said."""
 
 
@@ -56,15 +56,16 @@ _HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "
 class Unit:
     """A node that can become an integer kernel.
 
-    reads: the positions of its computed float operands. weight: the position of a layer's constant operand.
-    output: what it writes, behind the Relu or Clip where there is one. layer: where only the residual of
-    an Add is quantized, the layer that it becomes one kernel with.
+    reads: the positions of its computed float operands. weight: that of a constant operand. output: what it
+    writes, behind the Relu or Clip where there is one. others: positions of further constants, of a Concat.
+    layer: where only the residual of an Add is quantized, the layer that it becomes one kernel with.
     """
 
     node: ir.Node
     reads: tuple[int, ...]
     weight: int | None
     output: ir.Value
+    others: tuple[int, ...] = ()
     layer: ir.Node | None = None
 
     @property
@@ -113,21 +114,35 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
     units: list[Unit] = []
     layers: dict[ir.Node | None, int] = {}
     left: dict[str, list[str]] = {}
+    sizes = _sizes(model.graph)
     for node in nodes(model):
         reason = _reason(node, model.graph, placement, measured)
+        if reason is None and node.outputs[0] in sizes:
+            reason = "it computes sizes"
         if reason is None:
             layers[node] = len(units)
             units.append(_unit(node))
         elif (sum_ := _with_residual(node, layers, placement, measured)) is not None:
             units.append(sum_)
-        elif node.op_type in _HEAVY:
+        elif node.op_type in HEAVY:
             left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
     return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
 
 
 def _unit(node: ir.Node) -> Unit:
-    weight = _weight_of(node)
-    return Unit(node, tuple(place for place in _operands(node) if place != weight), weight, _tail(node))
+    constants = [place for place in _operands(node) if constant_of(node.inputs[place]) is not None]
+    reads = tuple(place for place in _operands(node) if place not in constants)
+    return Unit(node, reads, constants[0] if constants else None, _tail(node), tuple(constants[1:]))
+
+
+def _sizes(graph: ir.Graph) -> dict[ir.Value, None]:
+    """What is computed from sizes of tensors alone, which decide over shapes and must stay exact."""
+    found: dict[ir.Value, None] = {}
+    for node in graph:
+        computed = [value for value in node.inputs if value is not None and constant_of(value) is None]
+        if node.op_type in ("Shape", "Size") or (computed and all(value in found for value in computed)):
+            found.update(dict.fromkeys(node.outputs))
+    return found
 
 
 def _with_residual(
@@ -145,7 +160,8 @@ def _with_residual(
         return None
     other = runs.index(min(runs))
     known = all(value.name in measured for value in (values[other], node.outputs[0]))
-    return Unit(node, (other,), None, node.outputs[0], values[1 - other].producer()) if known else None
+    layer = values[1 - other].producer()
+    return Unit(node, (other,), None, node.outputs[0], layer=layer) if known else None
 
 
 def _narrow(node: ir.Node, fewest: int) -> str | None:
@@ -173,12 +189,6 @@ def _operands(node: ir.Node) -> tuple[int, ...]:
     return tuple(range(len(node.inputs)))
 
 
-def _weight_of(node: ir.Node) -> int | None:
-    if node.op_type not in LAYERS:
-        return next((p for p in _operands(node) if constant_of(node.inputs[p]) is not None), None)
-    return next((place for place in (1, 0) if constant_of(node.inputs[place]) is not None), None)
-
-
 def _tail(node: ir.Node) -> ir.Value:
     value = node.outputs[0]
     user = sole_user(value) if node.op_type not in MOVES else None
@@ -204,21 +214,20 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
     refused = _OBJECTIONS.get(node.op_type, _nothing)(node) or _narrow(node, placement.narrow)
     if refused is not None:
         return refused
-    weight = _weight_of(node)
-    for place in _operands(node):
-        value = node.inputs[place]
+    computed = [node.inputs[p] for p in _operands(node) if constant_of(node.inputs[p]) is None]
+    if not computed:
+        return "its operands are constants"
+    for value in computed:
         if value is None:
             return "an operand is missing"
-        if place == weight or constant_of(value) is not None:
-            continue
         if value.is_initializer():
             return _OVERRIDABLE.format("weight")
-        if node.op_type in ("Conv", "ConvTranspose") and place == 1:
+        if node.op_type in ("Conv", "ConvTranspose") and value is node.inputs[1]:
             return "its weight is computed at run time"
+        if value.dtype not in (ir.DataType.FLOAT, None):
+            return f"its operands are of type {value.dtype.name}"
         if value.name not in measured:
-            return "an operand has no known range (it is no float32, or was never finite)"
-    if node.op_type not in LAYERS and all(constant_of(node.inputs[p]) is not None for p in _operands(node)):
-        return "its operands are constants"
+            return "an operand has no known range (it was never finite)"
     return None if _tail(node).name in measured else "its output has no known range"
 
 
@@ -239,16 +248,19 @@ def _conv(node: ir.Node) -> str | None:
 def _gemm(node: ir.Node) -> str | None:
     if float_attr(node, "alpha", 1.0) != 1 or int_attr(node, "transA", 0):
         return "its factors are scaled or transposed"
+    if constant_of(node.inputs[0]) is not None:
+        return "its first factor is a constant"
     c = node.inputs[2] if len(node.inputs) > 2 else None
     if c is None:
         return _conv(node)
     bias, weight = constant_of(c), constant_of(node.inputs[1])
     if bias is None or float_attr(node, "beta", 1.0) != 1:
         return "its bias is no constant, or scaled"
-    if weight is not None:
-        columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
-        if sizes_of(bias) not in ((columns,), (1, columns)):
-            return "its bias has not one number a column"
+    if weight is None:
+        return "it has a bias, and its weight is computed at run time"
+    columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
+    if sizes_of(bias) not in ((columns,), (1, columns)):
+        return "its bias has not one number a column"
     return _conv(node)
 
 
@@ -261,18 +273,34 @@ def _matmul(node: ir.Node) -> str | None:
 
 
 def _resize(node: ir.Node) -> str | None:
-    return None if str_attr(node, "mode", "nearest") == "nearest" else "it interpolates"
+    if str_attr(node, "mode", "nearest") != "nearest":
+        return "it interpolates"
+    crops = str_attr(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    return "it crops" if crops else None
 
 
-def _max_pool(node: ir.Node) -> str | None:
-    return None if len(node.outputs) == 1 else "it gives indices"
+def _average_pool(node: ir.Node) -> str | None:
+    return "its windows are dilated" if "dilations" in node.attributes else None
+
+
+def _softmax(node: ir.Node) -> str | None:
+    """The uint8 kernel of ONNX Runtime 1.31 gives 0 for the 1 that a single element makes."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    size = shape.dims[int_attr(node, "axis", -1)] if shape is not None else None
+    return None if isinstance(size, int) and size > 1 else "its axis is not known to have two elements"
+
+
+def _hard_sigmoid(node: ir.Node) -> str | None:
+    return None if float_attr(node, "alpha", 0.2) > 0 else "it does not rise"
 
 
 _OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
+    "AveragePool": _average_pool,
     "Conv": _conv,
     "ConvTranspose": _conv,
     "Gemm": _gemm,
+    "HardSigmoid": _hard_sigmoid,
     "MatMul": _matmul,
     "Resize": _resize,
-    "MaxPool": _max_pool,
+    "Softmax": _softmax,
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
     from onnxopt.inspection.lints import Finding
     from onnxopt.pipeline import Step
+    from onnxopt.quantization.finish import Finished
     from onnxopt.quantization.judge import Judgement
     from onnxopt.quantization.static import Static
 
@@ -41,7 +42,8 @@ class QuantizationReport:
 
     source: path or kind of the input. samples: how many to calibrate on, and how many were held out.
     synthetic: they were made up. before, after: sizes of the input and of the best candidate. steps: of the
-    preparation. static: what static quantization found; None for other schemes. left: reason -> heavy nodes
+    preparation. static: what static quantization found; None for other schemes. finished: what was tried on
+    top of it. left: reason -> heavy nodes
     that could not be quantized. kernels: what the runtime executes, by operator. judgement: of the best
     candidate. timing: of it against the input; None where it was not measured. findings: what the target's
     lint says of the candidate. reason: why the result is the input; empty where it is the candidate.
@@ -59,6 +61,7 @@ class QuantizationReport:
     after: Size
     steps: tuple[Step, ...]
     static: Static | None
+    finished: Finished
     left: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, int]
     judgement: Judgement | None
@@ -91,21 +94,32 @@ class QuantizationReport:
         if self.static is None:
             return ()
         static, lines = self.static, []
-        candidate = static.searched.best or static.searched.nearest
-        chosen = candidate.plan.nodes if candidate is not None else frozenset()
+        candidate = static.searched.best if self.finished.judgement else static.searched.nearest
+        fixed = self.finished.static or not self.finished.judgement
+        chosen = candidate.plan.nodes if candidate is not None and fixed else frozenset()
         for unit in static.surveyed.units:
             site = unit.site
             noise = [
                 static.noise.get(Source("weight", site)),
                 static.noise.get(Source("tensor", unit.output.name or "")),
             ]
-            why = "" if site in chosen else "asked for" if site in static.kept else "costs more than it gains"
+            at_run_time = site in self.finished.at_run_time
+            why = (
+                ""
+                if site in chosen
+                else "its input is quantized at run time"
+                if at_run_time
+                else "asked for"
+                if site in static.kept
+                else "costs more than it gains"
+            )
             if site in static.searched.unfused:
-                why = "the runtime does not fuse it"
+                why = why if at_run_time else "the runtime does not fuse it"
+            integer = site in chosen or at_run_time
             lines.append(
                 (
                     sum(n or 0.0 for n in noise),
-                    UnitLine(site, unit.node.op_type, site in chosen, *map(_db, noise), why),
+                    UnitLine(site, unit.node.op_type, integer, _db(noise[0]), _db(noise[1]), why),
                 )
             )
         return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
@@ -149,6 +163,7 @@ class QuantizationReport:
                 }
                 for trial in (searched.trials if searched else ())
             ],
+            "finishing": [asdict(one) for one in self.finished.tried],
             "judgement": self.judgement.to_dict() if self.judgement else None,
             "timing": self.timing.to_dict() if self.timing else None,
             "lint": [finding.to_dict() for finding in self.findings],

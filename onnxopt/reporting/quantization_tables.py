@@ -31,6 +31,9 @@ def print_quantization(
         console.print()
     for reason, sites in report.left.items():
         console.print(Text(f"left in float: {len(sites)} x {reason}", style="yellow"))
+    for one in report.finished.tried:
+        what = f"{one.name} of {len(one.sites)} nodes" if one.sites else one.name
+        console.print(Text(f"{'kept' if one.kept else 'left out'} {what}: {one.why}"))
     if list_nodes:
         console.print(_nodes(report))
     if report.judgement is not None:
@@ -46,16 +49,24 @@ def print_quantization(
         )
     if report.timing is not None:
         print_timing(report.timing, console)
-    for (rule, severity), count in Counter((one.rule, one.severity) for one in report.findings).items():
-        first = next(one for one in report.findings if one.rule == rule)
-        text = f"lint     {severity} {rule} at {count} places, the first {first.site}: {first.message}"
-        console.print(Text(text, style="red" if severity == "error" else "yellow"))
+    console.print(_lint(report), end="")
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if report.reason:
         console.print(Text(f"nothing was written: {report.reason}", style="red"))
     if written is not None:
         console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+
+
+def _lint(report: QuantizationReport) -> Text:
+    """A line for each rule that the target's lint names, with the first place."""
+    text = Text()
+    for rule, count in Counter(one.rule for one in report.findings).items():
+        first = next(one for one in report.findings if one.rule == rule)
+        style = "red" if first.severity == "error" else "yellow"
+        said = f"{first.severity} {rule} at {count} places, the first {first.site}: {first.message}"
+        text.append(f"lint     {said}\n", style=style)
+    return text
 
 
 def _coverage(report: QuantizationReport) -> Table:

@@ -181,6 +181,16 @@ def test_a_tensor_that_others_read_is_not_equalized() -> None:
     assert KEEPERS["equalize-layers"](draft_of(model, samples), samples) is None
 
 
+def test_what_is_broadcast_to_the_channels_is_not_equalized() -> None:
+    text = f"{CONVS} {{ a = Conv(x, w) b = Add(a, c) z = Relu(b) y = Conv(z, v) }}"
+    by_channel = uneven(16).reshape(1, 16, 1, 1)
+    model = built(
+        text, w=random(1, 3, 3, 3), c=random(1, 16, 1, 1) * by_channel, v=random(4, 16, 3, 3) / by_channel
+    )
+    samples = samples_of(1, 3, 12, 12)
+    assert KEEPERS["equalize-layers"](draft_of(model, samples), samples) is None
+
+
 def matrices(text: str, **constants: np.ndarray) -> ir.Model:
     return built(f"agraph (float[2, 6, 16] x) => (float[2, 6, 8] y) {{ {text} }}", **constants)
 
@@ -240,6 +250,21 @@ def test_what_cannot_be_smoothed_stays(text: str) -> None:
     model = matrices(text, **{name: array for name, array in constants.items() if name in text})
     samples = samples_of(2, 6, 16)
     assert KEEPERS["smooth-activations"](draft_of(model, samples), samples) is None
+
+
+def test_silent_channels_and_weights_are_no_trouble() -> None:
+    silent = (np.arange(16) % 3 > 0).astype(np.float32)
+    model = convolutions("z = Relu(a)")
+    for name, shape in (("w", (-1, 1, 1, 1)), ("b", (-1,)), ("v", (1, -1, 1, 1))):
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(value.const_value.numpy() * silent.reshape(shape))
+    samples, unseen = samples_of(1, 3, 12, 12), samples_of(1, 3, 12, 12, seed=99)
+    draft = draft_of(model, samples)
+    for name in ("equalize-layers", "round-weights", "correct-biases", "measure-biases"):
+        draft = kept(draft, name, samples)
+        assert_same_numbers(model, draft.model, unseen[0])
+    assert noise_of(draft, unseen, model) < -28
 
 
 @given(
@@ -302,8 +327,7 @@ def smooth_images(count: int, seed: int = 0) -> list[Feeds]:
 
 def few_bits(draft: Draft) -> Draft:
     """With weights that are at most 7 steps from zero, so that their noise is most of all."""
-    limits = {unit.site: 7 for unit in draft.units() if unit.is_layer}
-    return replace(draft, plan=replace(draft.plan, limits=limits))
+    return replace(draft, plan=replace(draft.plan, weight=replace(find_format("int8"), low=-8, high=7)))
 
 
 def test_rounded_weights_lose_less_on_samples_that_were_not_seen() -> None:

@@ -66,6 +66,7 @@ class QuantizeDynamic(Pass):
         AVX512 without VNNI).
     contrib: LSTM becomes an operator of ONNX Runtime's own, as the standard has none; without it, it stays.
     minimum: elements of the smallest weight; smaller products are hardly faster.
+    layers: only these operators, such as LSTM or Gemm+MatMul; all where empty.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
@@ -81,13 +82,19 @@ class QuantizeDynamic(Pass):
     reduce_range: bool = False
     contrib: bool = True
     minimum: int = 64
+    layers: tuple[str, ...] = ()
 
     def rules(self) -> Sequence[Rule]:
-        return (
-            Rule("product", ("Gemm", "MatMul"), self._product),
-            Rule("recurrent layer", ("LSTM",), self._lstm),
-            Rule("left in float", tuple(_LEFT), _left),
+        rules = (
+            ("product", ("Gemm", "MatMul"), self._product),
+            ("recurrent layer", ("LSTM",), self._lstm),
+            ("left in float", tuple(_LEFT), _left),
         )
+        wanted = [
+            (name, [one for one in of if not self.layers or one in self.layers], apply)
+            for name, of, apply in rules
+        ]
+        return [Rule(name, tuple(of), apply) for name, of, apply in wanted if of]
 
     def _product(self, node: ir.Node, scope: Scope) -> Edit | None:
         x, value, *more = node.inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import onnx_ir as ir
 
 from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
+from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
 from onnxopt.api.preparation import prepare, rewritten, settings_for
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
@@ -23,13 +25,13 @@ from onnxopt.inspection.lints import Finding
 from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, load_metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Pipeline
+from onnxopt.quantization.finish import Finished
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.keep import kept_sites
 from onnxopt.quantization.schemes import Scheme, find_scheme
 from onnxopt.quantization.static import Goal, Static, quantize_static
 from onnxopt.quantization.units import Survey
-from onnxopt.recipe import parse_pass
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
@@ -37,9 +39,6 @@ from onnxopt.runtimes import UnsupportedModelError, open_session
 from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
-
-_SAMPLES = 32
-"""Samples that are made up where the user has none."""
 
 
 def quantize(
@@ -110,8 +109,10 @@ def quantize(
     if calibration not in METHODS:
         raise UsageError(f"unknown calibration method {calibration!r}{did_you_mean(calibration, METHODS)}")
     chosen.require(where)
-    if not chosen.static and (keep or activation is not None or symmetric):
-        raise UsageError(f"scheme {scheme} quantizes no activations by calibration: drop --keep and the like")
+    if not chosen.static and (activation is not None or symmetric):
+        raise UsageError(
+            f"scheme {scheme} quantizes no activations by calibration: drop --activation, --symmetric"
+        )
     budget = parse_drop(max_drop) if max_drop is not None else Budget(0.005) if metric is not None else None
     model = reusable(model)
     say = progress or silent
@@ -124,14 +125,13 @@ def quantize(
         method=calibration,
         per_channel=per_channel,
         power_of_two=power_of_two,
-        keep=tuple(keep),
         goal=goal,
         saturates=bool(also_isa),
         cache=Path(cache) if cache is not None else None,
         workers=workers,
         executor=executor,
     )
-    pipeline = prepare(chosen, settings, freeze_initializers)
+    pipeline = prepare(chosen, settings, where, freeze_initializers)
     guard = Guard((), where.provider, measure=False)
     open_model = opener(model)
     job = Job(
@@ -142,22 +142,30 @@ def quantize(
     outcome = job.run_under_proof(held_out, None)
     config = settings.session_config if settings is not None else {}
     judge = _judge(model, metric, budget, held_out, also_isa, config)
+    kept = kept_sites(outcome.model, keep)
+    found: Static | Survey | None = None
     if settings is not None:
+        settings = replace(settings, keep=kept)
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say)
-        quantized, judgement = _best(found)
-        left = found.surveyed.left if isinstance(found, Static) else found.left
+        pays = comparison(job, goal, samples, measure=bench)
+        made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
+        quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
+        left = left_in_float(found, made.at_run_time)
     else:
         options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
         options |= {"contrib": where.contrib, "even": where.placement == "tensorrt"}
-        quantized, left = rewritten(outcome.model, chosen, options)
-        found, judgement = None, _judged(judge, quantized, job)
+        quantized, left = rewritten(outcome.model, chosen, options, kept)
+        made = Finished(quantized or outcome.model, _judged(judge, quantized, job), static=False)
+        judgement = made.judgement
     timing: Timing | None = None
     findings: tuple[Finding, ...] = ()
     elsewhere = not_here(where)
     job.notes.extend(note for note in (chosen.note, elsewhere) if note)
-    reason = _why_not(found, quantized, judgement, chosen, left)
+    unjudged = quantized is not None and judgement is None
+    reason = (
+        "its accuracy cannot be judged here" if unjudged else _why_not(found, made, judgement, chosen, left)
+    )
     if not reason and quantized is not None:
-        quantized = _cleaned(quantized, where.placement)
         findings = lint_findings(quantized, where)
         reason = new_error(findings, model, where)
     if not reason and quantized is not None:
@@ -190,6 +198,7 @@ def quantize(
         after=after,
         steps=outcome.steps,
         static=found if isinstance(found, Static) else None,
+        finished=made,
         left=left,
         kernels=dict(kernels),
         findings=findings,
@@ -242,42 +251,24 @@ def _judged(judge: Judge, model: ir.Model | None, job: Job) -> Judgement | None:
         return None
 
 
-def _best(found: Static | Survey) -> tuple[ir.Model | None, Judgement | None]:
-    """The best candidate, or where none keeps the budget, the nearest."""
-    if isinstance(found, Survey):
-        return None, None
-    candidate = found.searched.best or found.searched.nearest
-    return (candidate.model, candidate.judgement) if candidate is not None else (None, None)
-
-
-def _cleaned(model: ir.Model, placement: str) -> ir.Model:
-    """Without the float weights that nobody reads any more."""
-    passes = ["eliminate-dead", "dedupe-initializers"]
-    if placement in ("x86", "arm"):
-        passes.insert(0, "merge-qdq")
-    return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
-
-
 def _why_not(
     found: Static | Survey | None,
-    quantized: ir.Model | None,
+    made: Finished,
     judgement: Judgement | None,
     scheme: Scheme,
     left: Mapping[str, Sequence[str]],
 ) -> str:
     """Why there is no result, before speed is looked at; empty where there is one."""
-    if quantized is not None and judgement is None:
-        return "its accuracy cannot be judged here"
-    if quantized is None or judgement is None:
-        why = "; ".join(f"{len(sites)} {reason}" for reason, sites in left.items())
-        if isinstance(found, Static):
-            return (
-                "nothing was quantized: integers would not make it faster"
-                if not why
-                else f"nothing was quantized: {why}"
-            )
-        return f"nothing was quantized: {why or f'there is nothing that {scheme.name} applies to'}"
-    return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    if judgement is not None:
+        return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.summary}"
+    why = [f"{len(sites)} {reason}" for reason, sites in left.items()]
+    why += [f"{one.name} is left out: {one.why}" for one in made.tried]
+    if isinstance(found, Static) and found.searched.unfused:
+        why.append(f"{len(found.searched.unfused)} nodes that the runtime does not fuse")
+    if not why:
+        otherwise = "integers would not make it faster" if isinstance(found, Static) else ""
+        why = [otherwise or f"there is nothing that {scheme.name} applies to"]
+    return f"nothing was quantized: {'; '.join(why)}"
 
 
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
