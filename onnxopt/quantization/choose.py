@@ -19,7 +19,7 @@ from onnxopt.graph import constant_of
 from onnxopt.quantization.costs import NodeCost, Shapes, features, keeps_layout, node_cost, shipped_costs
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.quantization.units import Unit
+from onnxopt.quantization.units import LAYERS, Unit
 
 __all__ = [
     "Choice",
@@ -33,6 +33,8 @@ __all__ = [
 
 _NEVER = 1e18
 """More than any choice costs."""
+_MACS_OF_MOVE = 16
+"""Multiply-accumulates in the time of one element that is read and written: 4 to 100 on what there is."""
 _FLOATS_OUT = ("Gemm", "MatMul")
 """Layers whose integer kernels can write floats."""
 
@@ -90,17 +92,18 @@ def prices_of_bytes() -> Prices:
 
 
 def prices_of_work(shapes: Shapes) -> Prices:
-    """Where no times are known: multiply-accumulates, or elements where there are none, a quarter in 8 bits.
+    """Where no times are known: multiply-accumulates and the elements that are moved, a quarter in 8 bits.
 
     Integers thus pay for every layer, and for what lies between layers in integers.
     """
 
     def node(one: ir.Node) -> NodeCost:
         work = features(one, shapes, quantized=False)[1]
+        work *= 1 if one.op_type in LAYERS else _MACS_OF_MOVE
         return NodeCost(work, work / 4)
 
     def elements(value: ir.Value) -> float:
-        return math.prod(shapes(value)) / 4
+        return math.prod(shapes(value)) * _MACS_OF_MOVE / 4
 
     return Prices(node, elements, elements, lambda _: 0.0)
 
