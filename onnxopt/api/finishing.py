@@ -93,7 +93,7 @@ def left_in_float(found: Static | Survey | None, done: Collection[str]) -> dict[
 
 
 def comparison(job: Job, goal: Goal, samples: Sequence[Feeds], *, measure: bool) -> Pays:
-    """Whether one model is smaller, or faster, than another; where speed is not measured, it is taken to be."""
+    """Whether a model is smaller, or faster, than another; where speed is not measured, it is taken to be."""
 
     def pays(before: ir.Model, after: ir.Model) -> tuple[bool, str]:
         if goal == "size":

@@ -17,6 +17,7 @@ from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
 from onnxopt.api.preparation import prepare, rewritten, settings_for
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
+from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.calibration import METHODS, split
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError, did_you_mean
@@ -157,6 +158,7 @@ def quantize(
         made = Finished(quantized or outcome.model, judge(quantized) if quantized else None, static=False)
         judgement = made.judgement
     timing: Timing | None = None
+    proposed: tuple[Setting, ...] = ()
     findings: tuple[Finding, ...] = ()
     elsewhere = not_here(where)
     job.notes.extend(note for note in (chosen.note, elsewhere) if note)
@@ -165,7 +167,11 @@ def quantize(
         findings = lint_findings(quantized, where)
         reason = new_error(findings, model, where)
     if not reason and quantized is not None:
-        timing = job.time(job.model, quantized, samples, {}) if bench and not elsewhere else None
+        here = bench and not elsewhere
+        proposed = job.settle(quantized, "lossy", samples, measure=here)
+        config = session_config(proposed)
+        judgement = judge(quantized, config) if config else judgement
+        timing = job.time(job.model, quantized, samples, config) if here else None
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
     result = job.open_model() if reason or quantized is None else quantized
     if metadata and not reason:
@@ -199,6 +205,7 @@ def quantize(
         kernels=dict(kernels),
         findings=findings,
         judgement=judgement,
+        settings=proposed,
         timing=timing,
         reason=reason,
         notes=tuple(job.notes),

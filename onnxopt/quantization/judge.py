@@ -79,9 +79,15 @@ class Judge:
             self._before = metric(session.run) if metric is not None else None
             self._expected = [] if metric is not None else [session.run(feeds) for feeds in samples]
 
-    def __call__(self, model: ir.Model) -> Judgement:
-        """Judge a candidate here, and where it keeps the budget on the other instruction sets, too."""
-        with open_session(model, session_config=self._session_config) as session:
+    def __call__(
+        self, model: ir.Model, session_config: Mapping[str, str] = MappingProxyType({})
+    ) -> Judgement:
+        """Judge a candidate here, and where it keeps the budget on the other instruction sets, too.
+
+        session_config: more settings of its sessions here.
+        """
+        config = {**self._session_config, **session_config}
+        with open_session(model, session_config=config) as session:
             found = self._judged(session.run)
         if not found.within:
             return found

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from onnxopt.quantization.judge import Judgement
 from onnxopt.reporting.quantization import QuantizationReport
-from onnxopt.reporting.tables import count_bytes, plain_table, print_timing, size_table
+from onnxopt.reporting.tables import plain_table, print_settings, print_timing, print_written, size_table
 
 __all__ = ["print_quantization"]
 
@@ -37,11 +38,7 @@ def print_quantization(
     if list_nodes:
         console.print(_nodes(report))
     if report.judgement is not None:
-        style = "green" if report.judgement.ok else "red"
-        console.print(Text("accuracy ", style="bold") + Text(report.judgement.summary, style=style))
-        for name, other in report.judgement.elsewhere.items():
-            style = "green" if other.ok else "red"
-            console.print(Text(f"  on {name}  ", style="bold") + Text(other.summary, style=style))
+        _print_judgement(report.judgement, console)
     if report.kernels:
         shown = ", ".join(f"{count} {name}" for name, count in sorted(report.kernels.items()) if _heavy(name))
         console.print(
@@ -49,6 +46,7 @@ def print_quantization(
         )
     if report.timing is not None:
         print_timing(report.timing, console)
+    print_settings(report.settings, console)
     for (rule, severity), count in Counter((one.rule, one.severity) for one in report.findings).items():
         first = next(one for one in report.findings if one.rule == rule)
         text = f"lint     {severity} {rule} at {count} places, the first {first.site}: {first.message}"
@@ -58,7 +56,15 @@ def print_quantization(
     if report.reason:
         console.print(Text(f"nothing was written: {report.reason}", style="red"))
     if written is not None:
-        console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+        print_written(written, report.settings, console)
+
+
+def _print_judgement(judgement: Judgement, console: Console) -> None:
+    style = "green" if judgement.ok else "red"
+    console.print(Text("accuracy ", style="bold") + Text(judgement.summary, style=style))
+    for name, other in judgement.elsewhere.items():
+        style = "green" if other.ok else "red"
+        console.print(Text(f"  on {name}  ", style="bold") + Text(other.summary, style=style))
 
 
 def _coverage(report: QuantizationReport) -> Table:
