@@ -17,6 +17,7 @@ from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
 from onnxopt.api.preparation import prepare, require_opset, require_use, rewritten, settings_for
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
+from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.calibration import split
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.emulation import find_isa
@@ -179,6 +180,7 @@ def quantize(
         made = Finished(quantized or outcome.model, _judged(judge, quantized, job), static=False)
         judgement = made.judgement
     timing: Timing | None = None
+    proposed: tuple[Setting, ...] = ()
     findings: tuple[Finding, ...] = ()
     elsewhere = not_here(where)
     job.notes.extend(note for note in (chosen.note, elsewhere) if note)
@@ -190,11 +192,14 @@ def quantize(
         findings = lint_findings(quantized, where)
         reason = new_error(findings, model, where)
     if not reason and quantized is not None:
+        here = bench and not elsewhere
+        proposed = job.settle(quantized, "lossy", samples, measure=here)
+        config = session_config(proposed)
         say("judging the result", None)
-        judgement = judge(quantized, "final")
+        judgement = judge(quantized, "final", config)
         reason = "" if judgement.ok else f"the result does not keep the budget: {judgement.reason}"
     if not reason and quantized is not None:
-        timing = _timed(job, quantized, samples) if bench and not elsewhere else None
+        timing = _timed(job, quantized, samples, config) if here else None
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
     if judgement is not None and not judgement.unseen:
         job.notes.append(_SEEN)
@@ -227,6 +232,7 @@ def quantize(
         kernels=dict(kernels),
         findings=findings,
         judgement=judgement,
+        settings=proposed,
         timing=timing,
         reason=reason,
         notes=tuple(job.notes),
@@ -253,9 +259,11 @@ def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
     return samples
 
 
-def _timed(job: Job, quantized: ir.Model, samples: Sequence[Feeds]) -> Timing | None:
+def _timed(
+    job: Job, quantized: ir.Model, samples: Sequence[Feeds], config: Mapping[str, str]
+) -> Timing | None:
     for seconds in _TIMED_S:
-        timing = job.time(job.model, quantized, samples, {}, seconds=seconds)
+        timing = job.time(job.model, quantized, samples, config, seconds=seconds)
         if timing is None or timing.verdict != "no measurable difference":
             break
     return timing

@@ -105,12 +105,19 @@ class Judge:
             splits: tuple[Split, ...] = ("search", "final") if self._metric.has_split else ("search",)
             self._before = {split: _score(self._metric, session, split) for split in splits}
 
-    def __call__(self, model: ir.Model, split: Split = "search") -> Judgement:
+    def __call__(
+        self,
+        model: ir.Model,
+        split: Split = "search",
+        session_config: Mapping[str, str] = MappingProxyType({}),
+    ) -> Judgement:
         """Judge a candidate here, and where it keeps the budget on the other instruction sets, too.
 
-        split: "final" for the last word, on what the metric keeps unseen if it does.
+        split: "final" for the last word, on what the metric keeps unseen if it does. session_config: more
+        settings of its sessions here.
         """
-        with open_session(model, session_config=self._session_config) as session:
+        config = {**self._session_config, **session_config}
+        with open_session(model, session_config=config) as session:
             found = self._judged(session.run, split)
         if not found.within:
             return found
