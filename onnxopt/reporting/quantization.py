@@ -50,8 +50,8 @@ class QuantizationReport:
     how many were held out. synthetic: they were made up. before, after: sizes of the input and of the best
     candidate. steps: of the preparation. static: what static quantization found; None for other schemes.
     finished: what was tried on top of it. left: reason -> heavy nodes that could not be quantized. kernels:
-    what the runtime executes, by operator. judgement: of the best candidate. settings: of
-    the runtime's sessions, which it does better with; judgement and timing are with them. timing: of it against the input;
+    what the runtime executes, by operator. judgement: of the best candidate. settings: of the runtime's
+    sessions, which it does better with; judgement and timing are with them. timing: of it against the input;
     None where it was not measured. findings: what the target's lint says of the candidate. reason: why the
     result is the input; empty where it is the candidate.
     """
