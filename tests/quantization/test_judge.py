@@ -29,7 +29,8 @@ def model(body: str, outputs: str = "float[5,10] y") -> ir.Model:
 
 
 def times(factor: float, zero: float = 0.0) -> str:
-    return f"f = Constant <value_float = {factor:.6f}> () c = Constant <value_float = {zero:.6f}> () p = Mul(x, f) y = Add(p, c)"
+    constants = f"f = Constant <value_float = {factor:.6f}> () c = Constant <value_float = {zero:.6f}> ()"
+    return f"{constants} p = Mul(x, f) y = Add(p, c)"
 
 
 def judged(before: str, after: str, outputs: str = "float[5,10] y") -> Judgement:
