@@ -37,6 +37,7 @@ from onnxopt.quantization.units import Survey
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
+from onnxopt.runtimes import UnsupportedModelError
 from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
@@ -94,7 +95,7 @@ def quantize(
         target: where it is to run: cpu, arm, cuda, tensorrt or generic.
         goal: "speed": measurably faster, where it can be measured here; "size": smaller.
         metric: how good the model is (see `onnxopt.metric.load_metric`). Without one, each float output has
-            to keep an SQNR of `judge.LEAST_DB`, and of others the share `judge.LEAST_AGREEMENT`.
+            to keep the SQNR that `bounds.required_db` asks for, and of others the share `judge.LEAST_AGREEMENT`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was; by default 0.005.
         calibration: of `onnxopt.calibration.METHODS`.
         activation: format of activations; by default the scheme's, or the target's.
@@ -173,14 +174,18 @@ def quantize(
         left = left_in_float(found, made.at_run_time)
     else:
         options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
-        quantized, left = rewritten(outcome.model, chosen, {**options, "contrib": where.contrib}, kept)
-        made = Finished(quantized or outcome.model, judge(quantized) if quantized else None, static=False)
+        options |= {"contrib": where.contrib, "even": where.placement == "tensorrt"}
+        quantized, left = rewritten(outcome.model, chosen, options, kept)
+        made = Finished(quantized or outcome.model, _judged(judge, quantized, job), static=False)
         judgement = made.judgement
     timing: Timing | None = None
     findings: tuple[Finding, ...] = ()
     elsewhere = not_here(where)
     job.notes.extend(note for note in (chosen.note, elsewhere) if note)
-    reason = _why_not(found, made, judgement, chosen, left)
+    unjudged = quantized is not None and judgement is None
+    reason = (
+        "its accuracy cannot be judged here" if unjudged else _why_not(found, made, judgement, chosen, left)
+    )
     if not reason and quantized is not None:
         findings = lint_findings(quantized, where)
         reason = new_error(findings, model, where)
@@ -254,6 +259,15 @@ def _timed(job: Job, quantized: ir.Model, samples: Sequence[Feeds]) -> Timing | 
         if timing is None or timing.verdict != "no measurable difference":
             break
     return timing
+
+
+def _judged(judge: Judge, model: ir.Model | None, job: Job) -> Judgement | None:
+    """What a candidate keeps; None, with a note, where the runtime here has no kernels to tell."""
+    try:
+        return judge(model) if model is not None else None
+    except UnsupportedModelError as error:
+        job.notes.append(f"accuracy not judged: {error}")
+        return None
 
 
 def _why_not(

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.quantization.costs import NodeCost, Shapes, features, node_cost, shipped_costs
+from onnxopt.quantization.costs import NodeCost, Shapes, features, keeps_layout, node_cost, shipped_costs
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.quantization.units import Unit
+from onnxopt.quantization.units import LAYERS, Unit
 
 __all__ = [
     "Choice",
@@ -33,17 +33,23 @@ __all__ = [
 
 _NEVER = 1e18
 """More than any choice costs."""
+_MACS_OF_MOVE = 16
+"""Multiply-accumulates in the time of one element that is read and written: 4 to 100 on what there is."""
 _FLOATS_OUT = ("Gemm", "MatMul")
 """Layers whose integer kernels can write floats."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What nodes cost, and what it costs to quantize a tensor and to read it back, in any unit."""
+    """What nodes cost, and what it costs to quantize a tensor, to read it back, to change its layout.
+
+    In any unit.
+    """
 
     node: Callable[[ir.Node], NodeCost]
     quantize: Callable[[ir.Value], float]
     dequantize: Callable[[ir.Value], float]
+    layout: Callable[[ir.Value], float]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def prices_of_time(shapes: Shapes) -> Prices:
         lambda node: node_cost(node, shapes, table),
         lambda value: table.quantize_ns(elements(value)),
         lambda value: table.dequantize_ns(elements(value)),
+        lambda value: sum(table.layout_ns(elements(value), quantized=side) for side in (False, True)),
     )
 
 
@@ -81,23 +88,24 @@ def prices_of_bytes() -> Prices:
         weights = sum(t.nbytes for value in one.inputs if (t := constant_of(value)) is not None)
         return NodeCost(weights, weights / 4)
 
-    return Prices(node, lambda _: 1.0, lambda _: 1.0)
+    return Prices(node, lambda _: 1.0, lambda _: 1.0, lambda _: 0.0)
 
 
 def prices_of_work(shapes: Shapes) -> Prices:
-    """Where no times are known: multiply-accumulates, or elements where there are none, a quarter in 8 bits.
+    """Where no times are known: multiply-accumulates and the elements that are moved, a quarter in 8 bits.
 
     Integers thus pay for every layer, and for what lies between layers in integers.
     """
 
     def node(one: ir.Node) -> NodeCost:
         work = features(one, shapes, quantized=False)[1]
+        work *= 1 if one.op_type in LAYERS else _MACS_OF_MOVE
         return NodeCost(work, work / 4)
 
     def elements(value: ir.Value) -> float:
-        return math.prod(shapes(value)) / 4
+        return math.prod(shapes(value)) * _MACS_OF_MOVE / 4
 
-    return Prices(node, elements, elements)
+    return Prices(node, elements, elements, lambda _: 0.0)
 
 
 def choose(
@@ -150,6 +158,10 @@ def choose(
         if unit.layer is not None:
             cut.if_parted(unit, part.get(unit.layer, unit.layer), math.inf)
         cut.if_first(unit, cost_of(Source("weight", unit.site)))
+    changes = _changes_of_layout(graph, part, prices)
+    for one, other, cost in changes:
+        cut.if_parted(one, other, cost)
+        cut.if_parted(other, one, cost)
     first = cut.first_side()
     chosen = [unit for unit in units if unit in first]
     quantized = [value for value in tensors if value in first]
@@ -157,7 +169,8 @@ def choose(
         frozenset(unit.site for unit in chosen),
         frozenset(value.name or "" for value in quantized),
         sum(one.float_ns for one in costs.values()),
-        _total(graph, part, first, costs, quantized, written, prices),
+        _total(graph, part, first, costs, quantized, written, prices)
+        + sum(cost for one, other, cost in changes if (one in first) != (other in first)),
         _noise(chosen, quantized, written, first, noise),
     )
 
@@ -178,6 +191,25 @@ def chosen_tensors(
         if (outputs and unit.node.op_type not in _FLOATS_OUT) or unit.output.name in written:
             found.add(unit.output.name or "")
     return frozenset(found)
+
+
+def _changes_of_layout(
+    graph: ir.Graph, part: Mapping[ir.Node | None, Unit], prices: Prices
+) -> list[tuple[object, object, float]]:
+    """What differs in layout, at which cost: integer convolutions have channels last, float ones in blocks.
+
+    A tensor has a layout of its own, as operators in between keep the one that they get.
+    """
+    found: list[tuple[object, object, float]] = []
+    for node in graph:
+        result = node.outputs[0]
+        sources = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if node.op_type == "Conv":
+            side = part.get(node, node)
+            found += [(side, ("layout", v), prices.layout(v)) for v in (*sources[:1], result)]
+        elif keeps_layout(node):
+            found += [(("layout", v), ("layout", result), prices.layout(v)) for v in sources]
+    return found
 
 
 def _add_tensor(

@@ -84,6 +84,8 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
     ints, params = quantize_weight(array, plan.weight, axis=axis, power_of_two=plan.power_of_two)
     if plan.saturates:
         params = safe_params(unit.node, array, params)
+        if plan.power_of_two:
+            params = replace(params, scale=_raised(params.scale))
         ints = quantize(array, params).astype(ints.dtype)
     bias = bias_of(unit, plan)
     if bias is None or source is None:
@@ -122,7 +124,12 @@ def _fitted(
     least = np.maximum(size / _BIAS_ROOM, _LEAST_SCALE) / float(source.scale)
     alone = ~ints.any(axis=over) & (size > 0)
     scale = np.where(alone, least, np.maximum(params.scale, least))
-    return np.asarray(2.0 ** np.ceil(np.log2(scale)) if power_of_two else scale, np.float32)
+    return _raised(scale) if power_of_two else np.asarray(scale, np.float32)
+
+
+def _raised(scale: np.ndarray) -> np.ndarray:
+    """The next larger powers of two."""
+    return np.asarray(2.0 ** np.ceil(np.log2(scale)), np.float32)
 
 
 class _Writer:

@@ -68,7 +68,8 @@ class Finisher:
     """Tries passes at the end, each alone, and keeps those that keep the budget and pay.
 
     passes: as a recipe spells them, in their order. tidy: what follows each of them. kept: sites of
-    nodes that stay in floating point. noise: gives site -> how much it costs in accuracy, as far as known.
+    nodes that stay in floating point. noise: site -> how much it costs in accuracy; asked for
+    where not all can be quantized.
     judge: says whether a candidate keeps the budget. pays: whether one candidate is better than another.
     """
 

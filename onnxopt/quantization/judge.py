@@ -14,16 +14,15 @@ from onnxopt.data import Feeds
 from onnxopt.emulation import open_emulated
 from onnxopt.errors import UsageError
 from onnxopt.metric import Budget, Metric, Run, Split, load_metric
-from onnxopt.model import ModelLike
+from onnxopt.model import ModelLike, load
+from onnxopt.quantization.bounds import required_db
 from onnxopt.runtimes import RunError, Session, open_session
 from onnxopt.verification.distance import Distance
 
-__all__ = ["LEAST_AGREEMENT", "LEAST_DB", "Judge", "Judgement"]
+__all__ = ["LEAST_AGREEMENT", "Judge", "Judgement"]
 
-LEAST_DB = 25.0
-"""SQNR that each float output has to keep where the user gives no metric."""
 LEAST_AGREEMENT = 0.98
-"""Share of elements of other outputs, such as labels, that have to stay the same there."""
+"""Share of elements of other outputs than floats, as labels, that stay the same where there is no metric."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Judge:
     Args:
         original: what candidates are compared with.
         samples: held out from calibration.
-        metric: of `load_metric`; None: by LEAST_DB and LEAST_AGREEMENT.
+        metric: of `load_metric`; None: by `bounds.required_db` and LEAST_AGREEMENT.
         budget: what of the metric may be lost.
         isas: instruction sets on whose emulated CPUs the budget has to be kept, too.
         session_config: that candidates run with.
@@ -95,10 +94,12 @@ class Judge:
         self._samples, self._budget, self._isas = samples, budget or Budget(0.0), isas
         self._metric: Metric | None = None
         self._expected: list[dict[str, Any]] = []
+        self._bounds: Mapping[str, float] = {}
         self._before: dict[Split, float] = {}
         with open_session(original) as session:
             if metric is None:
                 self._expected = [_outputs(session, number, feeds) for number, feeds in enumerate(samples)]
+                self._bounds = required_db(load(original), samples[0], self._expected[0])
                 return
             self._metric = load_metric(metric, session.run, samples)
             splits: tuple[Split, ...] = ("search", "final") if self._metric.has_split else ("search",)
@@ -140,9 +141,9 @@ class Judge:
             outputs = run(feeds)
             for name, value in expected.items():
                 found.setdefault(name, Distance()).add(value, outputs[name])
-        margins = {name: _margin(one) for name, one in found.items()}
+        margins = {name: _margin(one, self._bounds[name]) for name, one in found.items()}
         worst = min(margins, key=lambda name: margins[name])
-        told = _told(worst, found[worst])
+        told = _told(worst, found[worst], self._bounds[worst])
         return Judgement(
             margins[worst] >= 0, margins[worst], None, f"{told}, on {len(self._samples)} held-out samples"
         )
@@ -163,15 +164,15 @@ def _score(metric: Metric, session: Session, split: Split) -> float:
         raise UsageError(f"metric {metric.name}: it failed on the original model: {error}") from error
 
 
-def _margin(distance: Distance) -> float:
+def _margin(distance: Distance, bound: float) -> float:
     if distance.problems or distance.strays:
         return -math.inf
     if distance.float_type:
-        return distance.sqnr - LEAST_DB
+        return distance.sqnr - bound
     return (1 - distance.mismatch - LEAST_AGREEMENT) * 100
 
 
-def _told(name: str, distance: Distance) -> str:
+def _told(name: str, distance: Distance, bound: float) -> str:
     if distance.problems:
         return f"output {name!r} cannot be compared: {distance.problems[0]}"
     if distance.strays:
@@ -183,7 +184,7 @@ def _told(name: str, distance: Distance) -> str:
     if distance.scale == 0 and distance.max_abs:
         return f"output {name!r} was zero throughout, and no longer is"
     top1 = f", same top-1 {distance.top1:.1%}" if distance.top1 is not None else ""
-    return f"SQNR {distance.sqnr:.2f} dB of output {name!r}, {LEAST_DB:g} dB needed{top1}"
+    return f"SQNR {distance.sqnr:.2f} dB of output {name!r}, {bound:g} dB needed{top1}"
 
 
 def _plain(number: float) -> float | str:

@@ -46,10 +46,7 @@ def print_quantization(
         )
     if report.timing is not None:
         print_timing(report.timing, console)
-    for (rule, severity), count in Counter((one.rule, one.severity) for one in report.findings).items():
-        first = next(one for one in report.findings if one.rule == rule)
-        text = f"lint     {severity} {rule} at {count} places, the first {first.site}: {first.message}"
-        console.print(Text(text, style="red" if severity == "error" else "yellow"))
+    console.print(_lint(report), end="")
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if report.reason:
@@ -63,6 +60,17 @@ def _print_judgement(label: str, judgement: Judgement, console: Console) -> None
     console.print(Text(label, style="bold") + Text(judgement.summary, style=style))
     for name, other in judgement.elsewhere.items():
         _print_judgement(f"  on {name}  ", other, console)
+
+
+def _lint(report: QuantizationReport) -> Text:
+    """A line for each rule that the target's lint names, with the first place."""
+    text = Text()
+    for rule, count in Counter(one.rule for one in report.findings).items():
+        first = next(one for one in report.findings if one.rule == rule)
+        style = "red" if first.severity == "error" else "yellow"
+        said = f"{first.severity} {rule} at {count} places, the first {first.site}: {first.message}"
+        text.append(f"lint     {said}\n", style=style)
+    return text
 
 
 def _coverage(report: QuantizationReport) -> Table:

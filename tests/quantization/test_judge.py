@@ -16,7 +16,8 @@ from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.metric import Budget, Run
 from onnxopt.quantization import judge as module
-from onnxopt.quantization.judge import LEAST_AGREEMENT, LEAST_DB, Judge, Judgement
+from onnxopt.quantization.bounds import SIGNALS_DB
+from onnxopt.quantization.judge import LEAST_AGREEMENT, Judge, Judgement
 from onnxopt.runtimes import open_session
 from tests.support import text_model
 
@@ -37,13 +38,13 @@ def judged(before: str, after: str, outputs: str = "float[5,10] y") -> Judgement
     return Judge(model(before, outputs), SAMPLES)(model(after, outputs))
 
 
-@pytest.mark.parametrize(("error", "ok"), [(0.055, True), (0.057, False), (0.0, True)])
+@pytest.mark.parametrize(("error", "ok"), [(0.0098, True), (0.0102, False), (0.0, True)])
 def test_a_float_output_has_to_keep_the_sqnr(error: float, ok: bool) -> None:
     found = judged(times(1), times(1 + error))
     assert found.ok is ok
     if error:
-        assert found.score == pytest.approx(-20 * math.log10(error) - LEAST_DB, abs=1e-3)
-        assert f"SQNR {-20 * math.log10(error):.2f} dB of output 'y', 25 dB needed" in found.summary
+        assert found.score == pytest.approx(-20 * math.log10(error) - SIGNALS_DB, abs=1e-3)
+        assert f"SQNR {-20 * math.log10(error):.2f} dB of output 'y', 40 dB needed" in found.summary
     else:
         assert found.score == math.inf
     assert found.summary.endswith("same top-1 100.0%, on 4 held-out samples")

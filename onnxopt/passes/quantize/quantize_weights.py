@@ -61,6 +61,7 @@ class QuantizeWeights(Pass):
     levels: all; or experimental, ternary (-a, 0, a) or binary (-a, a), which lose most of the accuracy.
     clip: try narrower ranges, and take those with the least squared error.
     power_of_two: scales are powers of two.
+    even: elements of 4 bits only where the last axis is even, as TensorRT's parser asks for.
     minimum: elements of the smallest weight; smaller ones hardly pay for the nodes.
     layers: only weights of these operators, such as MatMul+Gather; all where empty.
     """
@@ -82,6 +83,7 @@ class QuantizeWeights(Pass):
     levels: Literal["all", "ternary", "binary"] = "all"
     clip: bool = False
     power_of_two: bool = False
+    even: bool = False
     minimum: int = 64
     layers: tuple[str, ...] = ()
 
@@ -111,7 +113,7 @@ class QuantizeWeights(Pass):
                 for position, operators in sorted(by_position.items())
             ),
             Rule("rows taken before they are dequantized", ("Gather",), gathered),
-            Rule("product of a transposed weight", ("Gemm",), turned),
+            *(() if self.even else (Rule("product of a transposed weight", ("Gemm",), turned),)),
         )
 
     def _quantized(self, position: int, node: ir.Node, scope: Scope) -> Edit | None:
@@ -159,6 +161,8 @@ class QuantizeWeights(Pass):
         kinds = {reader.op_type for reader, _ in stored.readers}
         if "Gather" in kinds and (form.bits < 8 or form.is_float):
             raise Declined(f"Gather takes no {form.name}: embeddings are for int8 or uint8")
+        if self.even and form.bits == 4 and stored.array.shape[-1] % 2:
+            raise Declined("its last axis is odd, which is not for 4 bits there")
         axes, summed = stored.axes(weight_axis), stored.axes(block_axis)
         if form.bits == 2:
             _require_fours(stored, axes)
