@@ -1,9 +1,10 @@
 """Find the fastest quantization that keeps the budget.
 
 The price of noise goes up from zero, where the choice is the fastest, until a candidate keeps the budget
-on held-out samples, and then back by halves towards the last that did not. Each candidate is written, run
-by the runtime and judged; nothing is taken from a prediction alone. Of the best one the runtime is asked what
-it runs: nodes that did not become integer kernels are left in floating point, and the search begins again.
+on held-out samples, and then back by halves towards the last that did not; units of that one are added as the
+budget allows. Each candidate is written, run by the runtime and judged; nothing is taken from a prediction
+alone. Of the best one the runtime is asked what it runs: nodes that did not become integer kernels are left
+in floating point, and the search begins again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onnxopt.quantization.emit import emit
 from onnxopt.quantization.fusion import Fusion, fusion_of
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan
-from onnxopt.quantization.sensitivity import Noise
+from onnxopt.quantization.sensitivity import Noise, Source
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import Placement
 
@@ -29,8 +30,7 @@ __all__ = ["Candidate", "Searched", "Trial", "judge_plan", "search", "write"]
 _STEP = 4.0
 """The factor from one price of noise to the next."""
 _STEPS = 24
-_HALVES = 5
-_LEAST_NOISE = 1e-12
+_HALVES = 3
 
 
 @dataclass(frozen=True)
@@ -169,34 +169,57 @@ class _Search:
         return Searched(best, nearest, trials, tuple(self._unfused))
 
     def _cheapest(self) -> Candidate | None:
-        """The candidate of the lowest price of noise that keeps the budget."""
-        candidate = self._try(self._choice(0.0))
-        if candidate is None or candidate.judgement.ok:
-            return candidate
+        """The fastest candidate that keeps the budget."""
+        failed = self._try(self._choice(0.0))
+        if failed is None or failed.judgement.ok:
+            return failed
         self._noise()
         choice = self._choice(0.0)
-        price = choice.before / max(choice.noise, _LEAST_NOISE) / _STEP**4
+        price = choice.before / (choice.noise or 1.0) / _STEP**4
         low = price / _STEP
         found: Candidate | None = None
         for _ in range(_STEPS):
             candidate = self._try(self._choice(price))
-            if candidate is None:
-                return None
-            if candidate.judgement.ok:
+            if candidate is None or candidate.judgement.ok:
                 found = candidate
                 break
-            low, price = price, price * _STEP
+            failed, low, price = candidate, price, price * _STEP
         high = price
-        for _ in range(_HALVES if found is not None else 0):
+        for _ in range(_HALVES):
             middle = math.sqrt(low * high)
             candidate = self._try(self._choice(middle))
-            if candidate is not None and candidate.judgement.ok:
+            if candidate is None or candidate.judgement.ok:
                 found, high = candidate, middle
             else:
-                low = middle
+                failed, low = candidate, middle
+        return self._filled(found, failed)
+
+    def _filled(self, found: Candidate | None, failed: Candidate) -> Candidate | None:
+        """The candidate within the budget, with as many units more of the one beyond as the budget allows.
+
+        The least noisy come first. A cut takes units that pay together at once, so that there are choices that
+        no price of noise gives.
+        """
+        sure = found.plan.nodes if found is not None else frozenset()
+        more = [unit for unit in self._units if unit.site in failed.plan.nodes - sure]
+        order = [unit.site for unit in sorted(more, key=self._noise_of)]
+        low, high = 0, len(order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            allowed = sure.union(order[:middle])
+            candidate = self._try(self._choice(0.0, [u.site for u in self._units if u.site not in allowed]))
+            if candidate is None or candidate.judgement.ok:
+                found, low = candidate or found, middle
+            else:
+                high = middle
         return found
 
-    def _choice(self, price: float) -> Choice:
+    def _noise_of(self, unit: Unit) -> float:
+        names = dict.fromkeys(value.name or "" for value in (*unit.sources, unit.output))
+        sources = (Source("weight", unit.site), *(Source("tensor", name) for name in names))
+        return sum(self._noise.known.get(source, 0.0) for source in sources)
+
+    def _choice(self, price: float, kept: Collection[str] = ()) -> Choice:
         return choose(
             self._model.graph,
             self._units,
@@ -204,7 +227,7 @@ class _Search:
             self._noise.known,
             price,
             outputs=self._placement.outputs,
-            kept=self._kept,
+            kept=[*self._kept, *kept],
         )
 
     def _try(self, choice: Choice) -> Candidate | None:

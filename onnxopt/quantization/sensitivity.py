@@ -182,6 +182,11 @@ def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placeme
     """Quantize each source where the number fed as an input is its own."""
     graph, names = model.graph, Names(model)
     units = {unit.site: unit for unit in survey(model, placement, plan.params).units}
+    rounded = {
+        one.name: dequantize(*quantized_weight(units[one.name], plan, None))
+        for one in sources
+        if one.kind == "weight"
+    }
     values = {value.name: value for value in (*graph.inputs, *(v for node in graph for v in node.outputs))}
     which = ir.Value(name=_SWITCH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     graph.inputs.append(which)
@@ -205,8 +210,8 @@ def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placeme
             assert unit.weight is not None
             weight = unit.node.inputs[unit.weight]
             assert weight is not None
-            rounded = constant(dequantize(*quantized_weight(unit, plan, None)))
-            unit.node.replace_input_with(unit.weight, computed("Where", on, rounded, weight))
+            chosen = computed("Where", on, constant(rounded[source.name]), weight)
+            unit.node.replace_input_with(unit.weight, chosen)
             if unit.site in plan.biases:
                 corrected = plan.biases[unit.site]
                 plain = unit.bias or constant(np.zeros_like(corrected))

@@ -34,13 +34,14 @@ def weight(name: str) -> str:
 
 
 NET = f"""agraph (float[1,4,6,6] x) => (float[1,4,6,6] y, float[1,4,6,6] early, int64[1,1,6,6] best)
-    <{weight("w0")}, {weight("w1")}, {weight("w2")}, float[4] b = {{1, 0, -1, 0.5}}> {{
+    <{weight("w0")}, {weight("w1")}, {weight("w2")}, float[4] b = {{1, 0, -1, 0.5}}, float[1] half = {{0.57}}> {{
     a = Conv(x, w0, b)
     early = Relu(a)
     c = Conv(early, w1)
     d = Sigmoid(c)
     e = Mul(c, d)
-    f = Conv(e, w2)
+    g = Mul(e, half)
+    f = Conv(g, w2)
     y = Add(f, early)
     best = ArgMax <axis = 1> (y)
 }}"""
@@ -125,17 +126,17 @@ def test_the_noise_of_each_source_is_that_of_a_model_with_it_alone(
 ) -> None:
     monkeypatch.setattr(module, "_SEGMENTS", segments)
     model = built(NET)
-    names = ["x", "a", "early", "c", "d", "e", "f", "y"]
+    names = ["x", "a", "early", "c", "d", "e", "g", "f", "y"]
     plan = plan_for(model, SAMPLES, names)
     shares: list[float] = []
     found = measure_sensitivity(model, X86, plan, SAMPLES, progress=shares.append)
     assert set(found) == {
-        *(Source("tensor", name) for name in ("x", "early", "c", "d", "e", "f", "y")),
-        *(Source("weight", site) for site in ("a", "c", "f")),
+        *(Source("tensor", name) for name in ("x", "early", "c", "d", "e", "g", "f", "y")),
+        *(Source("weight", site) for site in ("a", "c", "g", "f")),
     }
     for source, noise in found.items():
         assert noise == pytest.approx(by_hand(NET, source, plan, SAMPLES), rel=1e-3, abs=1e-9), source
-        assert noise > 0
+        assert noise > 0 or source == Source("weight", "g")  # a scalar is exact
     assert shares == [number / len(found) for number in range(1, len(found) + 1)]
     assert [value.name for value in model.graph.inputs] == ["x"]
 
@@ -157,7 +158,7 @@ def test_values_that_bodies_read_are_sources_too(segments: int, monkeypatch: pyt
 
 def test_corrected_biases_belong_to_the_weight() -> None:
     model = built(NET)
-    plan = plan_for(model, SAMPLES, ["x", "a", "early", "c", "d", "e", "f", "y"])
+    plan = plan_for(model, SAMPLES, ["x", "a", "early", "c", "d", "e", "g", "f", "y"])
     moved = replace(plan, biases={"a": np.array([3, 0, -1, 0.5], np.float32)})
     before, after = (measure_sensitivity(model, X86, one, SAMPLES) for one in (plan, moved))
     different = {source for source in before if not math.isclose(before[source], after[source], rel_tol=1e-6)}
