@@ -28,7 +28,7 @@ __all__ = ["Candidate", "Trial", "search", "write"]
 _STEP = 4.0
 """The factor from one price of noise to the next."""
 _STEPS = 24
-_HALVES = 3
+_HALVES = 6
 _ROUNDS = 3
 """How often nodes that the runtime does not fuse may be found and left in floating point."""
 

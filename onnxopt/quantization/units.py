@@ -159,7 +159,8 @@ def _with_residual(
     if len(dict.fromkeys(values)) < 2 or max(runs) < 0:
         return None
     other = runs.index(min(runs))
-    known = all(value.name in measured for value in (values[other], node.outputs[0]))
+    known = values[other].dtype in (ir.DataType.FLOAT, None)
+    known = known and all(value.name in measured for value in (values[other], node.outputs[0]))
     layer = values[1 - other].producer()
     return Unit(node, (other,), None, node.outputs[0], layer=layer) if known else None
 
