@@ -209,7 +209,7 @@ def quantize(
     sizes = {**(shapes or {}), **sizes_of(samples)}
     after = measure_size(quantized if quantized is not None else job.original, sizes)
     kernels: Mapping[str, int] = {}
-    if quantized is not None and where.provider == "cpu" and not elsewhere:
+    if quantized is not None and judgement is not None and where.provider == "cpu" and not elsewhere:
         kernels = kernels_of(quantized)
         if not also_isa and (settings is None or settings.timed):
             job.notes += saturation_notes(quantized, judge, after.macs, len(held_out), measure=bench)
