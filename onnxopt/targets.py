@@ -44,6 +44,8 @@ _ORT_OPERATORS = _LAYERS | {
     "Flatten",
     "Gather",
     "GlobalAveragePool",
+    "HardSigmoid",
+    "HardSwish",
     "LeakyRelu",
     "MaxPool",
     "Mul",

@@ -53,6 +53,9 @@ _FREE = ("Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _FLAT = (*_FREE, "Gather", "MatMul", "Slice", "Softmax", "Split")
 """What int8 with its channels last is transposed back for."""
 
+_EMITTED = {"HardSigmoid": ("Add",), "HardSwish": ("Add", "Mul")}
+"""The integer kernels of what has none of its own."""
+
 _UNKNOWN = "Sub"
 """The row of operators that have none: one float kernel, an element at a time."""
 
@@ -121,7 +124,10 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
     kind = row_of(node, shapes)
     plain, integer = ((), ()) if kind in _FREE else table.rows.get(kind, table.rows[_UNKNOWN])
     plain_ns = _dot(plain, features(node, shapes, quantized=False))
-    int8_ns = math.inf if integer is None else _dot(integer, features(node, shapes, quantized=True))
+    parts = [table.rows[part][1] for part in _EMITTED[kind]] if kind in _EMITTED else [integer]
+    int8_ns = sum(
+        math.inf if part is None else _dot(part, features(node, shapes, quantized=True)) for part in parts
+    )
     if _saturates(node):
         int8_ns = 0.0
     elif _is_transposed(node, shapes):

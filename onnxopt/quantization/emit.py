@@ -3,6 +3,10 @@
 A tensor that an integer kernel writes is read by all through its DequantizeLinear: the runtime fuses a
 kernel only where nobody else reads its float output. Other tensors are quantized for those alone that
 read integers, and stay as exact as they are for the rest.
+
+HardSigmoid has no integer kernel, but clip(a x + b, 0, 1) is a times the sum of x and b / a, clipped to
+[0, 1 / a], as the sum quantized over that range is: its integers are read back at a times their scale.
+HardSwish is the product with that gate.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of
-from onnxopt.quantization.formats import QuantParams, quantize
+from onnxopt.graph import constant_of, float_attr
+from onnxopt.quantization.formats import QuantParams, params_from_range, quantize
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.saturation import safe_params
 from onnxopt.quantization.shield import exposed_layers, exposed_softmax
@@ -42,9 +46,10 @@ def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placemen
     chosen = [unit for unit in units if unit.site in plan.nodes]
     sites = {unit.site: unit.node for unit in chosen}
     read: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
-    for unit in chosen:
-        for place, value in zip(unit.reads, unit.sources, strict=True):
-            read.setdefault(value, []).append((unit.node, place))
+    for node, place in (one for unit in chosen for one in writer.readers(unit)):
+        value = node.inputs[place]
+        if value is not None and constant_of(value) is None:
+            read.setdefault(value, []).append((node, place))
     written = {unit.output for unit in chosen if placement.outputs and unit.output.name in plan.tensors}
     for unit in chosen:
         writer.constants(unit)  # before activations, as graph outputs pass on their names
@@ -127,23 +132,41 @@ class _Writer:
         self._graph, self._plan, self._placement = model.graph, plan, placement
         self._names = Names(model)
         self._scales: dict[ir.Value, QuantParams] = {}
+        self._slopes: dict[ir.Value, float] = {}
+
+    def readers(self, unit: Unit) -> list[tuple[ir.Node, int]]:
+        """Where a unit's operands are read, once its node is one that has an integer kernel."""
+        node = unit.node
+        if node.op_type not in ("HardSigmoid", "HardSwish"):
+            return [(node, place) for place in unit.reads]
+        swish, source = node.op_type == "HardSwish", node.inputs[0]
+        assert source is not None
+        slope = 1 / 6 if swish else float_attr(node, "alpha", 0.2)
+        form = self._plan.params[source.name or ""].format
+        shift = np.asarray(0.5 if swish else float_attr(node, "beta", 0.5), np.float32) / np.float32(slope)
+        ints, params = quantize_weight(shift, form, axis=None, symmetric=False)
+        operands = [source, self._constant(node, ints, params, f"{unit.site}_shift")]
+        node.attributes.clear()
+        if not swish:
+            node.op_type = "Add"
+            node.resize_inputs(2)
+            node.replace_input_with(1, operands[1])
+            self._slopes[unit.output] = slope
+            return [(node, 0)]
+        gate = self._node("Add", operands, f"{unit.site}_gate")
+        self._graph.insert_before(node, gate)
+        self._slopes[gate.outputs[0]] = slope
+        read_back = self._pair(gate.outputs[0], params_from_range(0.0, 1.0, form))[1].outputs[0]
+        node.op_type = "Mul"
+        node.resize_inputs(2)
+        node.replace_input_with(1, read_back)
+        return [(gate, 0), (node, 0)]
 
     def activation(self, value: ir.Value, readers: Sequence[tuple[ir.Node, int]], *, everyone: bool) -> None:
         """Quantize a tensor and read it back, for its integer readers or for everyone."""
         params = self._plan.params[value.name or ""]
-        scale, zero = self._params(params, value.name or "")
-        quantized = self._node("QuantizeLinear", [value, scale, zero], f"{value.name}_quantized")
-        result = self._node(
-            "DequantizeLinear", [quantized.outputs[0], scale, zero], f"{value.name}_dequantized"
-        )
-        producer = value.producer()
-        first = next(iter(self._graph))
-        if producer is None:
-            self._graph.insert_before(first, [quantized, result])
-        else:
-            self._graph.insert_after(producer, [quantized, result])
+        quantized, result = self._pair(value, params)
         read_back = result.outputs[0]
-        read_back.type, read_back.shape = value.type, value.shape
         self._scales[read_back] = params
         if not everyone:
             for node, place in readers:
@@ -155,6 +178,25 @@ class _Writer:
         if read_back.is_graph_output():
             value.name, read_back.name = self._names.fresh(f"{name}_float"), name
             value.shape = shape.copy() if shape is not None else None
+
+    def _pair(self, value: ir.Value, params: QuantParams) -> tuple[ir.Node, ir.Node]:
+        """A QuantizeLinear of a value and what reads it back; a gate is written as wide as its slope asks."""
+        name, slope = value.name or "", self._slopes.get(value)
+        read = self._params(params, name)
+        wide = (
+            read
+            if slope is None
+            else self._params(replace(params, scale=params.scale / np.float32(slope)), name)
+        )
+        quantized = self._node("QuantizeLinear", [value, *wide], f"{name}_quantized")
+        result = self._node("DequantizeLinear", [quantized.outputs[0], *read], f"{name}_dequantized")
+        producer = value.producer()
+        if producer is None:
+            self._graph.insert_before(next(iter(self._graph)), [quantized, result])
+        else:
+            self._graph.insert_after(producer, [quantized, result])
+        result.outputs[0].type, result.outputs[0].shape = value.type, value.shape
+        return quantized, result
 
     def shield(self, chosen: Container[ir.Node]) -> None:
         """Keep the runtime from quantizing what is to stay in floating point."""

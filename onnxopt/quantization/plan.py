@@ -53,7 +53,7 @@ def params_of_tensors(
     """Scale and zero point of each tensor that the units read or write.
 
     What an operator that only moves numbers writes has the scale of what it reads, as its integer kernel
-    does not change them. Softmax and Sigmoid have the range 0 to 1, whatever was seen.
+    does not change them. Softmax, Sigmoid and HardSigmoid have the range 0 to 1, whatever was seen.
     """
     form = find_format(activation or placement.activation)
     found: dict[str, QuantParams] = {}
@@ -69,7 +69,7 @@ def params_of_tensors(
         name = unit.output.name or ""
         if unit.is_move:
             found.setdefault(name, found[unit.sources[0].name or ""])
-        elif unit.node.op_type in ("Sigmoid", "Softmax"):
+        elif unit.node.op_type in ("HardSigmoid", "Sigmoid", "Softmax"):
             params_of(name, 0.0, 1.0)
         else:
             params_of(name, *ranges[name])

@@ -290,11 +290,16 @@ def _softmax(node: ir.Node) -> str | None:
     return None if isinstance(size, int) and size > 1 else "its axis is not known to have two elements"
 
 
+def _hard_sigmoid(node: ir.Node) -> str | None:
+    return None if float_attr(node, "alpha", 0.2) > 0 else "it does not rise"
+
+
 _OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "AveragePool": _average_pool,
     "Conv": _conv,
     "ConvTranspose": _conv,
     "Gemm": _gemm,
+    "HardSigmoid": _hard_sigmoid,
     "MatMul": _matmul,
     "Resize": _resize,
     "Softmax": _softmax,

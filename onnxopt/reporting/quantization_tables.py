@@ -68,13 +68,13 @@ def _print_judgement(judgement: Judgement, console: Console) -> None:
 
 
 def _coverage(report: QuantizationReport) -> Table:
-    table = plain_table("operator", ">integer", ">float", ">of", "")
+    table = plain_table("operator", ">integer", ">float", ">of")
     total, integer = Counter[str](), Counter[str]()
     for unit in report.units:
         total[unit.op_type] += 1
         integer[unit.op_type] += unit.integer
     for name, count in sorted(total.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(name, str(integer[name]), str(count - integer[name]), str(count), "")
+        table.add_row(name, str(integer[name]), str(count - integer[name]), str(count))
     return table
 
 
