@@ -95,7 +95,7 @@ def quantize(
         target: where it is to run: cpu, arm, cuda, tensorrt or generic.
         goal: "speed": measurably faster, where it can be measured here; "size": smaller.
         metric: how good the model is (see `onnxopt.metric.load_metric`). Without one, each float output has
-            to keep the SQNR that `bounds.required_db` asks for, and of others the share `judge.LEAST_AGREEMENT`.
+            to keep the SQNR that `bounds.required_db` asks for, and of others `judge.LEAST_AGREEMENT`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was; by default 0.005.
         calibration: of `onnxopt.calibration.METHODS`.
         activation: format of activations; by default the scheme's, or the target's.
