@@ -159,6 +159,13 @@ def layers() -> Iterator[Spec]:
         yield conv(cin, cout, (k, k), (size, size), stride)
     for c, kernel, sizes in [(120, (1, 5), (1, 160)), (64, (5, 1), (12, 80)), (480, (1, 3), (1, 80))]:
         yield conv(c, c, kernel, sizes)
+    for cin, kernel, sizes in [
+        (1, (64, 1), (256, 16)),
+        (1, (1, 64), (16, 256)),
+        (8, (39, 3), (64, 64)),
+        (3, (9, 1), (64, 64)),
+    ]:
+        yield conv(cin, 16, kernel, sizes)
     for c, k, size, stride in rows_of(DEPTHWISE):
         yield conv(c, c, (k, k), (size, size), stride, group=c)
     for c, group, size in [(32, 4, 28), (64, 8, 28), (64, 2, 28), (128, 4, 14), (256, 32, 14), (128, 32, 28)]:

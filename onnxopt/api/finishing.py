@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import onnx_ir as ir
 
+from onnxopt.api.preparation import passes_of
 from onnxopt.data import Feeds
 from onnxopt.graph import tensor_bytes
 from onnxopt.job import Job
@@ -20,9 +21,9 @@ from onnxopt.quantization.units import Survey
 from onnxopt.recipe import parse_pass
 from onnxopt.targets import Target
 
-__all__ = ["best_of", "cleaned", "comparison", "left_in_float", "nearest_of"]
+__all__ = ["TRIAL_S", "best_of", "best_without_data", "cleaned", "comparison", "left_in_float", "nearest_of"]
 
-_TRIAL_S = 4.0
+TRIAL_S = 4.0
 """Seconds to find out which of two candidates is faster."""
 
 
@@ -51,10 +52,23 @@ def best_of(
     )
     if target.name != "cpu":
         return static or nothing
-    narrow = ",reduce_range=true}" if settings.saturates else "}"
-    passes = tuple(one.replace("}", narrow) for one in scheme.finishing)
     tidy = partial(cleaned, placement=placement)
-    return Finisher(passes, tidy, settings.keep, _noise_of(found), judge, pays).best(nothing, static)
+    passes = passes_of(scheme.finishing, {"reduce_range": settings.saturates})
+    return Finisher(passes, tidy, settings.keep, partial(_noise_of, found), judge, pays).best(nothing, static)
+
+
+def best_without_data(
+    plain: ir.Model, scheme: Scheme, options: Mapping[str, bool], kept: frozenset[str], judge: Judge
+) -> tuple[Finished, dict[str, tuple[str, ...]]]:
+    """What the passes of a scheme make of a float model, and reason -> nodes that they leave as they were.
+
+    Args:
+        plain: not changed. options: each pass takes those that it has. kept: sites that stay in float.
+    """
+    passes, tidy = passes_of(scheme.passes, options), partial(cleaned, placement="")
+    finisher = Finisher(passes, tidy, kept, dict, judge, lambda _before, _after: (True, "as asked"))
+    made = finisher.finished(Finished(plain, None, static=False))
+    return made, {reason: sites for one in made.tried for reason, sites in one.left.items()}
 
 
 def nearest_of(found: Static | Survey, target: Target) -> tuple[ir.Model | None, Judgement | None]:
@@ -76,7 +90,7 @@ def _noise_of(found: Static | Survey) -> dict[str, float]:
     """Site -> the noise of its operands in fixed ranges."""
     if not isinstance(found, Static):
         return {}
-    of = found.noise
+    of = found.noise()
     return {
         unit.site: of.get(Source("weight", unit.site), 0.0)
         + sum(of.get(Source("tensor", value.name or ""), 0.0) for value in unit.sources)
@@ -93,13 +107,13 @@ def left_in_float(found: Static | Survey | None, done: Collection[str]) -> dict[
 
 
 def comparison(job: Job, goal: Goal, samples: Sequence[Feeds], *, measure: bool) -> Pays:
-    """Whether one model is smaller, or faster, than another; where speed is not measured, it is taken to be."""
+    """Whether a model is smaller, or faster, than another; taken for granted where speed is not measured."""
 
     def pays(before: ir.Model, after: ir.Model) -> tuple[bool, str]:
         if goal == "size":
             sizes = tensor_bytes(before), tensor_bytes(after)
             return sizes[1] < sizes[0], "from {:,} to {:,} bytes".format(*sizes)
-        timing = job.time(before, after, samples, {}, seconds=_TRIAL_S) if measure else None
+        timing = job.time(before, after, samples, {}, seconds=TRIAL_S) if measure else None
         if timing is None:
             return not measure, "speed not measured"
         return timing.verdict == "faster", timing.summary

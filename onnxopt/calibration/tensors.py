@@ -11,7 +11,8 @@ from onnxopt.errors import UsageError
 
 __all__ = ["ChannelStatistics", "TensorStatistics"]
 
-_UNIT = 1 << 298
+_UNIT_BITS = 298
+_UNIT = 1 << _UNIT_BITS
 """Numbers of float32 and their squares are whole multiples of 1 / _UNIT: as such they add up exactly."""
 
 
@@ -21,8 +22,12 @@ def _exact(number: float) -> int:
 
 
 def _exact_all(numbers: np.ndarray) -> np.ndarray:
+    """`_exact` of each: a whole number of 53 bits times a power of two."""
+    parts, powers = np.frexp(numbers)
+    bits = (parts * 2.0**53).astype(np.int64).tolist()
+    shifts = (powers.astype(np.int64) - 53 + _UNIT_BITS).tolist()
     whole = np.empty(len(numbers), object)
-    whole[:] = [_exact(number) for number in numbers.tolist()]
+    whole[:] = [n << shift if shift >= 0 else n >> -shift for n, shift in zip(bits, shifts, strict=True)]
     return whole
 
 

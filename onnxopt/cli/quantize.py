@@ -15,6 +15,7 @@ from onnxopt.cli.common import (
     seed_option,
     shape_option,
     shapes_of,
+    writable,
     write_json,
 )
 from onnxopt.data import FeedSource
@@ -52,6 +53,17 @@ __all__ = ["command"]
 @click.option("--power-of-two", is_flag=True, help="Scales are powers of two.")
 @click.option(
     "--keep", multiple=True, metavar="PATTERN", help="Nodes or operators to leave in float. Repeatable."
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="Take ranges and choice of nodes from a file of --save-plan, perhaps edited.",
+)
+@click.option(
+    "--save-plan",
+    metavar="FILE",
+    callback=writable,
+    help="Write what was chosen, what each node costs in accuracy, and the ranges, as JSON.",
 )
 @click.option(
     "--also-isa",
@@ -96,6 +108,8 @@ def command(
     symmetric: bool,
     power_of_two: bool,
     keep: tuple[str, ...],
+    plan: Path | None,
+    save_plan: str | None,
     also_isa: tuple[str, ...],
     freeze_initializers: bool,
     shape: tuple[str, ...],
@@ -118,14 +132,16 @@ def command(
     Exit codes: 0 written, 1 the budget was not kept, nothing was gained or quantized, 2 bad input.
     """
     from onnxopt import quantize
-    from onnxopt.reporting.quantization import QuantizationReport
+    from onnxopt.reporting import session_file
     from onnxopt.reporting.quantization_tables import print_quantization
     from onnxopt.storage import check_target
 
-    keep_apart(json_file, model, output)
+    keep_apart(json_file, model, output, plan)
+    keep_apart(save_plan, model, output, option="--save-plan")
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
+    keep_apart(json_file, session_file(output))
     with progress() as show:
         result = quantize(
             model,
@@ -141,6 +157,8 @@ def command(
             symmetric=symmetric,
             power_of_two=power_of_two,
             keep=keep,
+            plan=plan,
+            sensitivity=list_nodes or save_plan is not None,
             also_isa=also_isa,
             freeze_initializers=freeze_initializers,
             shapes=shapes_of(shape),
@@ -152,8 +170,9 @@ def command(
             executor=executor,  # type: ignore[arg-type]  # likewise
             progress=show,
         )
-        assert isinstance(result.report, QuantizationReport)
         written = result.save(output) if result.report.ok else None
     print_quantization(result.report, console(json_file), written=written, list_nodes=list_nodes)
     write_json(result.report.to_dict(), json_file)
+    if result.report.plan is not None:
+        write_json(result.report.plan, save_plan)
     return int(not result.report.ok)

@@ -16,12 +16,20 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.quantization.costs import NodeCost, Shapes, features, node_cost, shipped_costs
+from onnxopt.quantization.costs import NodeCost, Shapes, features, keeps_layout, node_cost, shipped_costs
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.units import LAYERS, Unit
 
-__all__ = ["Choice", "Prices", "choose", "prices_of_bytes", "prices_of_time", "prices_of_work"]
+__all__ = [
+    "Choice",
+    "Prices",
+    "choose",
+    "chosen_tensors",
+    "prices_of_bytes",
+    "prices_of_time",
+    "prices_of_work",
+]
 
 _NEVER = 1e18
 """More than any choice costs."""
@@ -33,11 +41,15 @@ _FLOATS_OUT = ("Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class Prices:
-    """What nodes cost, and what it costs to quantize a tensor and to read it back, in any unit."""
+    """What nodes cost, and what it costs to quantize a tensor, to read it back, to change its layout.
+
+    In any unit.
+    """
 
     node: Callable[[ir.Node], NodeCost]
     quantize: Callable[[ir.Value], float]
     dequantize: Callable[[ir.Value], float]
+    layout: Callable[[ir.Value], float]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ def prices_of_time(shapes: Shapes) -> Prices:
         lambda node: node_cost(node, shapes, table),
         lambda value: table.quantize_ns(elements(value)),
         lambda value: table.dequantize_ns(elements(value)),
+        lambda value: sum(table.layout_ns(elements(value), quantized=side) for side in (False, True)),
     )
 
 
@@ -75,7 +88,7 @@ def prices_of_bytes() -> Prices:
         weights = sum(t.nbytes for value in one.inputs if (t := constant_of(value)) is not None)
         return NodeCost(weights, weights / 4)
 
-    return Prices(node, lambda _: 1.0, lambda _: 1.0)
+    return Prices(node, lambda _: 1.0, lambda _: 1.0, lambda _: 0.0)
 
 
 def prices_of_work(shapes: Shapes) -> Prices:
@@ -92,7 +105,7 @@ def prices_of_work(shapes: Shapes) -> Prices:
     def elements(value: ir.Value) -> float:
         return math.prod(shapes(value)) * _MACS_OF_MOVE / 4
 
-    return Prices(node, elements, elements)
+    return Prices(node, elements, elements, lambda _: 0.0)
 
 
 def choose(
@@ -104,32 +117,32 @@ def choose(
     *,
     outputs: bool = True,
     kept: Collection[str] = (),
-    forced: Collection[str] = (),
 ) -> Choice:
-    """The choice of the least cost.
+    """The choice of the least cost; where several cost the same, the one of the fewest integers.
 
     Args:
         graph: the main graph; nodes in its bodies stay as they are.
         units: those that may be chosen.
         prices: of time or size.
-        noise: of each source; 0 for those that are not in it.
+        noise: of each source; 0 for those that are not in it. One of infinite noise is never chosen.
         price_of_noise: cost of a noise of 1.
         outputs: whether what a layer writes is quantized, too.
-        kept: sites that stay in floating point. forced: sites that become integers whatever they cost.
+        kept: sites that stay in floating point.
     """
+
+    def cost_of(source: Source) -> float:
+        amount = noise.get(source, 0.0)
+        return min(price_of_noise * amount, _NEVER) if math.isfinite(amount) else _NEVER
+
     part = {unit.node: unit for unit in units} | {
         unit.output.producer(): unit for unit in units if unit.output.producer() is not unit.node
     }
     cut, costs = Cut(), {node: prices.node(node) for node in graph}
     for node in graph:
         side = part.get(node, node)
+        stays = not isinstance(side, Unit) or side.site in kept
         cut.if_second(side, costs[node].float_ns)
-        if not isinstance(side, Unit) or side.site in kept:
-            cut.if_first(side, _NEVER)
-        else:
-            cut.if_first(side, min(costs[node].int8_ns, _NEVER))
-        if isinstance(side, Unit) and side.site in forced:
-            cut.if_second(side, _NEVER)
+        cut.if_first(side, _NEVER if stays else min(costs[node].int8_ns, _NEVER))
         for value in node.inputs[:1]:
             producer = part.get(value.producer()) if value is not None else None
             if producer is not None and producer is not side:
@@ -137,13 +150,18 @@ def choose(
     written = {unit.output: unit for unit in units}
     tensors = dict.fromkeys(value for unit in units for value in (*unit.sources, unit.output))
     for value in tensors:
-        _add_tensor(cut, value, written.get(value), part, graph, prices, noise, price_of_noise, outputs)
+        cost = cost_of(Source("tensor", value.name or ""))
+        _add_tensor(cut, value, written.get(value), part, graph, prices, cost, outputs)
     for unit in units:
         for value in unit.sources:
             cut.if_parted(unit, value, math.inf)
         if unit.layer is not None:
             cut.if_parted(unit, part.get(unit.layer, unit.layer), math.inf)
-        cut.if_first(unit, price_of_noise * noise.get(Source("weight", unit.site), 0.0))
+        cut.if_first(unit, cost_of(Source("weight", unit.site)))
+    changes = _changes_of_layout(graph, part, prices)
+    for one, other, cost in changes:
+        cut.if_parted(one, other, cost)
+        cut.if_parted(other, one, cost)
     first = cut.first_side()
     chosen = [unit for unit in units if unit in first]
     quantized = [value for value in tensors if value in first]
@@ -151,9 +169,47 @@ def choose(
         frozenset(unit.site for unit in chosen),
         frozenset(value.name or "" for value in quantized),
         sum(one.float_ns for one in costs.values()),
-        _total(graph, part, first, costs, quantized, written, prices),
+        _total(graph, part, first, costs, quantized, written, prices)
+        + sum(cost for one, other, cost in changes if (one in first) != (other in first)),
         _noise(chosen, quantized, written, first, noise),
     )
+
+
+def chosen_tensors(
+    units: Sequence[Unit], nodes: Collection[str], written: Collection[str], *, outputs: bool = True
+) -> frozenset[str]:
+    """The names of the tensors that are quantized where `nodes` become integers.
+
+    Those are what such units read, and what they write where they have to (`outputs`: as of `choose`) or
+    where it is one of `written`.
+    """
+    found: set[str] = set()
+    for unit in units:
+        if unit.site not in nodes:
+            continue
+        found.update(value.name or "" for value in unit.sources)
+        if (outputs and unit.node.op_type not in _FLOATS_OUT) or unit.output.name in written:
+            found.add(unit.output.name or "")
+    return frozenset(found)
+
+
+def _changes_of_layout(
+    graph: ir.Graph, part: Mapping[ir.Node | None, Unit], prices: Prices
+) -> list[tuple[object, object, float]]:
+    """What differs in layout, at which cost: integer convolutions have channels last, float ones in blocks.
+
+    A tensor has a layout of its own, as operators in between keep the one that they get.
+    """
+    found: list[tuple[object, object, float]] = []
+    for node in graph:
+        result = node.outputs[0]
+        sources = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if node.op_type == "Conv":
+            side = part.get(node, node)
+            found += [(side, ("layout", v), prices.layout(v)) for v in (*sources[:1], result)]
+        elif keeps_layout(node):
+            found += [(("layout", v), ("layout", result), prices.layout(v)) for v in sources]
+    return found
 
 
 def _add_tensor(
@@ -163,13 +219,10 @@ def _add_tensor(
     part: Mapping[ir.Node | None, Unit],
     graph: ir.Graph,
     prices: Prices,
-    noise: Mapping[Source, float],
-    price_of_noise: float,
+    cost: float,
     outputs: bool,
 ) -> None:
-    """What it costs to quantize a tensor, and to read back one that an integer kernel has written."""
-    cost = price_of_noise * noise.get(Source("tensor", value.name or ""), 0.0)
-    producer = value.producer()
+    """What it costs to quantize a tensor, its noise included, and to read back what a kernel wrote."""
     if unit is None:
         cut.if_first(value, cost + prices.quantize(value))
         return
@@ -184,11 +237,9 @@ def _add_tensor(
     cut.if_parted(unit, read_back, prices.dequantize(value))
     readers = [usage.node for usage in value.uses()]
     for node in readers:
-        side = part.get(node, node)
-        cut.if_parted(read_back, side if node.graph is graph else ("a body",), math.inf)
+        cut.if_parted(read_back, part.get(node, node), math.inf)
     if value.is_graph_output() or any(node.graph is not graph for node in readers):
         cut.if_first(read_back, _NEVER)
-    assert producer is not None
 
 
 def _total(

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, ints_attr, sole_user, str_attr
 
-__all__ = ["Costs", "NodeCost", "Shapes", "features", "node_cost", "row_of", "shipped_costs"]
+__all__ = ["Costs", "NodeCost", "Shapes", "features", "keeps_layout", "node_cost", "row_of", "shipped_costs"]
 
 Shapes = Callable[[ir.Value], tuple[int, ...]]
 Features = tuple[float, ...]
@@ -46,6 +46,10 @@ _BLOCKED = (
 
 _BROADCAST = ("Add", "Mul")
 """What runs a pixel at a time where one input has a number a channel."""
+
+_COLD_NS = {False: 1000.0, True: 1500.0}
+"""What a float and an integer kernel take longer in a net than in a chain of their like, where code and
+weights are at hand: intercepts of the profiles of ten nets, less what the profiler adds."""
 
 _FREE = ("Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 """What copies nothing."""
@@ -89,15 +93,15 @@ class Costs:
 
     def quantize_ns(self, elements: int) -> float:
         """A QuantizeLinear of that many elements."""
-        return _dot(self.borders["quantize"], (1, elements))
+        return _COLD_NS[False] + _dot(self.borders["quantize"], (1, elements))
 
     def dequantize_ns(self, elements: int) -> float:
         """A DequantizeLinear of that many elements."""
-        return _dot(self.borders["dequantize"], (1, elements))
+        return _COLD_NS[False] + _dot(self.borders["dequantize"], (1, elements))
 
     def layout_ns(self, elements: int, *, quantized: bool) -> float:
         """A change between the layout of convolutions and the graph's: blocked floats, channels-last int8."""
-        return _dot(self.borders["transpose" if quantized else "reorder"], (1, elements))
+        return _COLD_NS[False] + _dot(self.borders["transpose" if quantized else "reorder"], (1, elements))
 
 
 @functools.cache
@@ -122,11 +126,13 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
     """
     table = table or shipped_costs()
     kind = row_of(node, shapes)
+    cold = {False: 0.0, True: 0.0} if kind in _FREE else _COLD_NS
     plain, integer = ((), ()) if kind in _FREE else table.rows.get(kind, table.rows[_UNKNOWN])
-    plain_ns = _dot(plain, features(node, shapes, quantized=False))
+    plain_ns = cold[False] + _dot(plain, features(node, shapes, quantized=False))
     parts = [table.rows[part][1] for part in _EMITTED[kind]] if kind in _EMITTED else [integer]
     int8_ns = sum(
-        math.inf if part is None else _dot(part, features(node, shapes, quantized=True)) for part in parts
+        math.inf if part is None else cold[True] + _dot(part, features(node, shapes, quantized=True))
+        for part in parts
     )
     if _saturates(node):
         int8_ns = 0.0
@@ -135,9 +141,14 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
     if _is_fused(node, shapes) or (node.op_type == "Sigmoid" and _silu_of(node) is not None):
         return NodeCost(0.0, int8_ns, plain_ns)
     if node.op_type == "Mul" and any(_silu_of(gate) is node for gate in map(_producer, node.inputs)):
-        silu_ns = _dot(table.rows["QuickGelu"][0], features(node, shapes, quantized=False))
+        silu_ns = cold[False] + _dot(table.rows["QuickGelu"][0], features(node, shapes, quantized=False))
         return NodeCost(silu_ns, int8_ns, max(plain_ns - silu_ns, 0.0))
     return NodeCost(plain_ns + _reordered_ns(node, shapes, table), int8_ns)
+
+
+def keeps_layout(node: ir.Node) -> bool:
+    """Whether what a node writes has the order of axes that it reads: convolutions have one of their own."""
+    return node.op_type in _BLOCKED
 
 
 def row_of(node: ir.Node, shapes: Shapes) -> str:
@@ -163,9 +174,9 @@ def row_of(node: ir.Node, shapes: Shapes) -> str:
 def features(node: ir.Node, shapes: Shapes, *, quantized: bool) -> Features:
     """What the time is linear in.
 
-    Layers: 1, multiply-accumulates, output elements, taps (pixels times kernel positions; for MatMul the
-    elements of the weight), and what runs off the fast path. Others: 1, elements, elements that windows read
-    (where an input is broadcast, pixels).
+    Layers: 1, multiply-accumulates, output elements, taps (pixels times kernel positions, of which int8
+    gathers a row at once; for MatMul the elements of the weight), and what runs off the fast path. Others: 1,
+    elements, elements that windows read (with a broadcast input, pixels; of Concat, those of all inputs).
     """
     if node.op_type in ("Conv", "ConvTranspose"):
         return _conv_features(node, shapes, quantized)
@@ -175,6 +186,8 @@ def features(node: ir.Node, shapes: Shapes, *, quantized: bool) -> Features:
     elements = max(result, _count(shapes, node.inputs[0]))
     if node.op_type in _BROADCAST and _is_broadcast(node, shapes):
         return 1, elements, result // max(shapes(node.outputs[0])[1], 1)
+    if node.op_type == "Concat" and len(shapes(node.outputs[0])) == 4:
+        return 1, elements, len(node.inputs) * result // max(shapes(node.outputs[0])[1], 1)
     return 1, elements, result * math.prod(ints_attr(node, "kernel_shape") or (0,))
 
 
@@ -197,6 +210,7 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     outputs, reads = (weight[1] * group, weight[0]) if transposed else (weight[0], weight[1])
     pixels = grid[0] * math.prod(grid[2:])
     taps = pixels * math.prod(weight[2:])
+    gathered = pixels * math.prod(weight[2:-1]) if quantized and group == 1 else taps
     depthwise = group > 1 and reads == 1 and not transposed
     padded = outputs if transposed else _round_up(outputs)
     depth = reads if quantized or group > 1 or reads < _BLOCK else _round_up(reads)
@@ -208,7 +222,7 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     else:
         odd = outputs // group % _BLOCK if group > 1 else reads > _BLOCK and reads % 4
         ragged = macs if odd else 0
-    return 1, macs, pixels * padded, taps * (1 if depthwise else group), ragged
+    return 1, macs, pixels * padded, gathered * (1 if depthwise else group), ragged
 
 
 def _matmul_features(node: ir.Node, shapes: Shapes) -> Features:

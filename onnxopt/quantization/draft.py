@@ -33,7 +33,7 @@ class Draft:
 
     def units(self) -> tuple[Unit, ...]:
         """What can be quantized of the model."""
-        return survey(self.model, self.placement, self.statistics).units
+        return survey(self.model, self.placement, self.plan.params).units
 
     def channels(self, axes: Mapping[str, int], samples: Sequence[Feeds]) -> dict[str, ChannelStatistics]:
         """The statistics of each channel of tensors, name -> axis; measured where there are none yet."""
@@ -51,7 +51,9 @@ class Draft:
         Integers and biases of the plan were made for the old one: they are dropped.
         """
         tensors = [name for name in changed if name in self.statistics]
-        statistics = Statistics({**self.statistics, **calibrate(model, samples, tensors)})
+        channels = {name: one.axis for name in tensors if (one := self.statistics[name].channel) is not None}
+        measured = calibrate(model, samples, tensors, channels=channels) if tensors else {}
+        statistics = Statistics({**self.statistics, **measured})
         params = dict(self.plan.params)
         for name in tensors:
             if name in params:

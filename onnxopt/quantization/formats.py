@@ -131,8 +131,9 @@ def quantize(array: np.ndarray, params: QuantParams) -> np.ndarray:
     low, high = params.format.low, params.format.high
     if params.format.is_float:
         return np.asarray(np.clip(ratio, low, high).astype(params.format.dtype.numpy()))
-    whole = np.rint(ratio).astype(np.float64) + zero
-    return np.asarray(np.clip(np.nan_to_num(whole), low, high).astype(np.int32))
+    # Exact in float32: sums of 2**24 and more are clipped, whatever they were rounded to.
+    whole = np.clip(np.rint(ratio) + zero.astype(np.float32), low, high)
+    return np.asarray(np.where(np.isnan(whole), 0, whole), np.int32)
 
 
 def dequantize(elements: np.ndarray, params: QuantParams) -> np.ndarray:

@@ -22,8 +22,8 @@ class Plan:
     quantized: what such units read, and what they write where the target wants that. params: of every
     tensor that could be. weight: the format of weights. per_channel: one scale for each output channel.
     saturates: whether it is for processors whose sums of two products leave 16 bits; weights are then scaled
-    so that none does. rounded: site -> the weight's integers and their scales, where they are not simply the nearest ones.
-    biases: site -> the bias, float32, where it is not the layer's own.
+    so that none does. rounded: site -> the weight's integers and their scales, where they are not simply the
+    nearest ones. biases: site -> the bias, float32, where it is not the layer's own.
     """
 
     nodes: frozenset[str]

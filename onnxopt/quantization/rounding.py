@@ -31,6 +31,8 @@ _MEMORY = 256 << 20
 """Bytes of moments that are gathered in one run of the samples, and of tensors exposed at once."""
 _PER_SUMMAND, _LEAST = 4, 4096
 """Positions of a layer that are looked at, in all samples together."""
+_TOGETHER = 256
+"""Positions whose moments are added up in float32."""
 _DAMPING = 0.01
 _BLOCK = 64
 _TINY = float(np.finfo(np.float32).tiny)
@@ -38,12 +40,16 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class _Layer:
-    """weight: [groups, channels of a group, summands]. moments: [groups, summands, summands]."""
+    """weight: [groups, channels of a group, summands]. moments: [groups, summands, summands].
+
+    waiting: [groups, positions, summands] of samples, float32, whose moments are still to be added.
+    """
 
     unit: Unit
     weight: np.ndarray
     shape: tuple[int, ...]
     moments: np.ndarray = field(init=False)
+    waiting: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups, _, summands = self.weight.shape
@@ -158,10 +164,21 @@ def _add_moments(draft: Draft, layers: Sequence[_Layer], samples: Sequence[Feeds
                 for name, array in run(feeds):
                     for layer in readers[name]:
                         _add(layer, array, draft.plan.params[name], len(samples))
+    for layer in layers:
+        _add_waiting(layer)
 
 
 def _add(layer: _Layer, array: np.ndarray, params: QuantParams, samples: int) -> None:
     most = -(-max(_LEAST, _PER_SUMMAND * layer.weight.shape[2]) // samples)
     rows = operand_rows(layer.unit.node, array, layer.shape[2:], most)
-    rows = dequantize(quantize(rows, params), params).swapaxes(0, 1)
-    layer.moments[...] += rows.swapaxes(1, 2) @ rows
+    layer.waiting.append(dequantize(quantize(rows, params), params).swapaxes(0, 1))
+    if sum(one.shape[1] for one in layer.waiting) >= _TOGETHER:
+        _add_waiting(layer)
+
+
+def _add_waiting(layer: _Layer) -> None:
+    """Many rows at once take a fraction of the time of a sample's few."""
+    if layer.waiting:
+        rows = np.concatenate(layer.waiting, axis=1)
+        layer.moments[...] += rows.swapaxes(1, 2) @ rows
+        layer.waiting.clear()

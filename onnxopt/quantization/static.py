@@ -1,9 +1,11 @@
-"""Static quantization: calibrate once, measure what each tensor costs in accuracy, keep what helps, search."""
+"""Static quantization: calibrate once, keep what helps, measure what each tensor costs, search."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -13,14 +15,16 @@ import onnx_ir as ir
 from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, sizes_of
-from onnxopt.quantization.choose import prices_of_bytes, prices_of_time, prices_of_work
+from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.improve import improve
 from onnxopt.quantization.judge import Judge
+from onnxopt.quantization.keepers import KEEPERS
 from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
-from onnxopt.quantization.search import Searched, search
-from onnxopt.quantization.sensitivity import Source, measure_sensitivity
+from onnxopt.quantization.planfile import GivenPlan
+from onnxopt.quantization.search import Searched, judge_plan, search
+from onnxopt.quantization.sensitivity import Noise, measure_sensitivity
 from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.targets import Placement
@@ -34,13 +38,13 @@ _AS_WRITTEN = MappingProxyType(
         "optimization.disable_specified_optimizers": "ReluQuantRewrite;ClipQuantRewrite",
     }
 )
-"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then; and
-in front of a zero point 0 of 8-bit floats it leaves out a Relu, as if they had no negative numbers."""
+"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then, and
+it leaves out a Relu in front of a zero point 0 of 8-bit floats, as if those had no negative numbers."""
 
 Progress = Callable[[str, float | None], None]
 
 _SENSITIVITY_SAMPLES = 6
-"""Samples that each source is tried on; noise is a mean over all elements of the outputs, and settles soon."""
+"""Samples that each source is tried on; noise is a mean over all elements of the outputs: few do."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Settings:
     `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
     the table of kernel costs is about what is quantized, and the runtime here has the target's kernels;
-    otherwise integers are taken for all that the budget allows, and no fusion is proved.
+    otherwise integers are taken for all that the budget allows, and no fusion is proved. sensitivity: noise
+    is measured even where the search needs none.
     """
 
     placement: Placement
@@ -64,13 +69,14 @@ class Settings:
     goal: Goal = "speed"
     saturates: bool = False
     timed: bool = True
+    sensitivity: bool = False
     cache: Path | None = None
     workers: int = 1
     executor: Literal["process", "ray"] = "process"
 
     @property
     def session_config(self) -> Mapping[str, str]:
-        """How quantized models run here: as written, where the runtime lacks the target's kernels."""
+        """How quantized models run here: as in the standard where the runtime lacks the target's kernels."""
         return {} if self.timed else _AS_WRITTEN
 
 
@@ -79,14 +85,14 @@ class Static:
     """What came of it.
 
     model: in floating point, as the keepers left it. surveyed: what could be quantized, and why the rest
-    could not. noise: of each source alone. keepers: name -> noise in dB before and after, for those kept.
+    could not. noise: of each source alone, where it was measured. keepers: name -> noise before and after,
+    for those kept. kept: sites that the user wants in floating point.
     """
 
     model: ir.Model
     surveyed: Survey
-    statistics: Statistics
     plan: Plan
-    noise: Mapping[Source, float]
+    noise: Noise
     keepers: Mapping[str, tuple[float, float]]
     kept: tuple[str, ...]
     searched: Searched
@@ -99,6 +105,7 @@ def quantize_static(
     settings: Settings,
     judge: Judge,
     progress: Progress,
+    given: GivenPlan | None = None,
 ) -> Static | Survey:
     """Quantize a prepared model; its survey alone where there is nothing to quantize.
 
@@ -108,61 +115,106 @@ def quantize_static(
         settings: how.
         judge: says whether a candidate keeps the budget.
         progress: called with what is being done.
+        given: a plan, whose ranges and choice of nodes are taken; None: they are found.
+
+    Raises UsageError where the plan does not fit the model.
     """
     placement = settings.placement
     possible = survey(model, placement, frozenset(exposable(model)))
-    tensors = tensors_of(possible.units)
-    if not tensors:
+    if not possible.units:
         return possible
-    statistics = calibrate(
-        model,
-        samples,
-        tensors,
-        held_out=held_out,
-        channels={
-            unit.sources[0].name or "": 1 for unit in possible.units if unit.node.op_type in ("Conv", "Gemm")
-        },
-        cache=settings.cache,
-        workers=settings.workers,
-        executor=settings.executor,
-        progress=progress,
-    )
-    known = [name for name in tensors if statistics[name].count and not statistics[name].nonfinite]
+    if given is not None:
+        return _as_given(model, samples, settings, judge, progress, possible, given)
+    statistics = _calibrated(model, samples, held_out, settings, possible, progress)
+    names = tensors_of(possible.units)
+    known = [name for name in names if statistics[name].count and not statistics[name].nonfinite]
     surveyed = survey(model, placement, frozenset(known))
     if not surveyed.units:
         return surveyed
-    plan = plan_of(surveyed.units, statistics, settings)
+    plan = plan_of(surveyed.units, _ranges(surveyed.units, statistics, settings), settings)
     progress("keeping accuracy", None)
     draft = Draft(model, placement, plan, statistics, settings.method)
     draft, keepers = improve(draft, samples, held_out, settings.session_config)
     model, plan = draft.model, draft.plan
     surveyed = survey(model, placement, plan.params)
-    some = [samples[number] for number in range(min(len(samples), _SENSITIVITY_SAMPLES))]
-    noise = measure_sensitivity(
-        model, placement, plan, some, progress=lambda share: progress("measuring sensitivity", share)
-    )
-    kept = [unit.site for unit in surveyed.units if unit.site in settings.keep]
-    shapes = measure_shapes(model, samples[0])
-
-    def sizes(value: ir.Value) -> tuple[int, ...]:
-        tensor = constant_of(value)
-        return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
-
-    by_time = prices_of_time if settings.timed else prices_of_work
-    kept = [unit.site for unit in surveyed.units if unit.site in settings.keep]
+    some, told = [*samples[:_SENSITIVITY_SAMPLES]], partial(progress, "measuring sensitivity")
+    noise = Noise(lambda: measure_sensitivity(model, placement, plan, some, progress=told))
+    if settings.sensitivity:
+        noise()
+    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
     searched = search(
         model,
-        surveyed,
+        surveyed.units,
         placement,
         plan,
         noise,
-        by_time(sizes) if settings.goal == "speed" else prices_of_bytes(),
+        _prices(model, samples[0], settings),
         judge,
         kept=kept,
         proves=settings.timed,
         progress=lambda what: progress(what, None),
     )
-    return Static(model, surveyed, draft.statistics, plan, noise, keepers, tuple(kept), searched)
+    return Static(model, surveyed, plan, noise, keepers, kept, searched)
+
+
+def _calibrated(
+    model: ir.Model,
+    samples: Sequence[Feeds],
+    held_out: Sequence[Feeds],
+    settings: Settings,
+    possible: Survey,
+    progress: Progress,
+) -> Statistics:
+    layers = [unit for unit in possible.units if unit.node.op_type in ("Conv", "Gemm")]
+    return calibrate(
+        model,
+        samples,
+        tensors_of(possible.units),
+        held_out=held_out,
+        channels={unit.sources[0].name or "": 1 for unit in layers},
+        cache=settings.cache,
+        workers=settings.workers,
+        executor=settings.executor,
+        progress=progress,
+    )
+
+
+def _as_given(
+    model: ir.Model,
+    samples: Sequence[Feeds],
+    settings: Settings,
+    judge: Judge,
+    progress: Progress,
+    possible: Survey,
+    given: GivenPlan,
+) -> Static:
+    """The one candidate of a plan. The ranges in it are those behind the keepers, which are applied again."""
+    placement = settings.placement
+    known = survey(model, placement, given.ranges).units
+    plan = given.applied(plan_of(known, given.ranges, settings), possible.units, placement, settings.keep)
+    progress("keeping accuracy", None)
+    draft = Draft(model, placement, plan, Statistics({}), settings.method)
+    for name in given.keepers:
+        draft = KEEPERS[name](draft, samples) or draft
+    progress("trying the plan", None)
+    model, plan = draft.model, draft.plan
+    surveyed = survey(model, placement, plan.params)
+    searched = judge_plan(model, surveyed.units, placement, plan, judge, proves=settings.timed)
+    keepers = dict.fromkeys(given.keepers, (math.nan, math.nan))
+    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
+    return Static(model, surveyed, plan, Noise(), keepers, kept, searched)
+
+
+def _prices(model: ir.Model, sample: Feeds, settings: Settings) -> Prices:
+    if settings.goal == "size":
+        return prices_of_bytes()
+    shapes = measure_shapes(model, sample)
+
+    def sizes(value: ir.Value) -> tuple[int, ...]:
+        tensor = constant_of(value)
+        return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
+
+    return prices_of_time(sizes) if settings.timed else prices_of_work(sizes)
 
 
 def tensors_of(units: Sequence[Unit]) -> list[str]:
@@ -173,22 +225,29 @@ def tensors_of(units: Sequence[Unit]) -> list[str]:
     return [value.name or "" for value in values]
 
 
-def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -> Plan:
-    """How tensors and weights are quantized, by what calibration saw; no unit is chosen yet."""
-    placement = settings.placement
-    form = find_format(settings.activation or placement.activation)
+def _ranges(
+    units: Sequence[Unit], statistics: Statistics, settings: Settings
+) -> dict[str, tuple[float, float]]:
+    """Of each tensor that units read or write, by what calibration saw."""
+    form = find_format(settings.activation or settings.placement.activation)
     ranges = {}
     for name in tensors_of(units):
         found = choose_range(
             statistics[name],
             settings.method,
             form,
-            symmetric=is_symmetric(placement, form, statistics[name].minimum),
+            symmetric=is_symmetric(settings.placement, form, statistics[name].minimum),
             power_of_two=settings.power_of_two,
         )
         ranges[name] = (found.low, found.high)
+    return ranges
+
+
+def plan_of(units: Sequence[Unit], ranges: Mapping[str, tuple[float, float]], settings: Settings) -> Plan:
+    """How tensors and weights are quantized; no unit is chosen yet."""
+    placement = settings.placement
     params = params_of_tensors(
-        units, ranges, placement, activation=form.name, power_of_two=settings.power_of_two
+        units, ranges, placement, activation=settings.activation, power_of_two=settings.power_of_two
     )
     return Plan(
         frozenset(),

@@ -6,7 +6,7 @@ numbers below zero point or above the largest integer saturate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -14,15 +14,14 @@ import onnx_ir as ir
 from onnxopt.graph import (
     constant_array,
     constant_of,
-    float_attr,
     has_reference,
     int_attr,
     nodes,
     sizes_of,
     sole_user,
-    str_attr,
 )
 from onnxopt.ledger import site_of
+from onnxopt.quantization.objections import OVERRIDABLE, objection_to
 from onnxopt.targets import Placement
 
 __all__ = ["HEAVY", "LAYERS", "MOVES", "Survey", "Unit", "survey"]
@@ -46,7 +45,6 @@ MOVES = (
 )
 """Operators whose output holds numbers of their first input alone: both sides have one scale."""
 
-_OVERRIDABLE = "its {} is a graph input (overridable; --freeze-initializers makes it constant)"
 _RECURRENT = ("GRU", "LSTM", "RNN")
 HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
 """Operators that a user expects to be quantized: where they are not, that is said."""
@@ -132,7 +130,8 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
 def _unit(node: ir.Node) -> Unit:
     constants = [place for place in _operands(node) if constant_of(node.inputs[place]) is not None]
     reads = tuple(place for place in _operands(node) if place not in constants)
-    return Unit(node, reads, constants[0] if constants else None, _tail(node), tuple(constants[1:]))
+    weight = constants[0] if constants else None
+    return Unit(node, reads, weight, _tail(node), others=tuple(constants[1:]))
 
 
 def _sizes(graph: ir.Graph) -> dict[ir.Value, None]:
@@ -159,10 +158,10 @@ def _with_residual(
     if len(dict.fromkeys(values)) < 2 or max(runs) < 0:
         return None
     other = runs.index(min(runs))
-    known = values[other].dtype in (ir.DataType.FLOAT, None)
-    known = known and all(value.name in measured for value in (values[other], node.outputs[0]))
-    layer = values[1 - other].producer()
-    return Unit(node, (other,), None, node.outputs[0], layer=layer) if known else None
+    known = all(
+        v.name in measured and v.dtype in (ir.DataType.FLOAT, None) for v in (values[other], node.outputs[0])
+    )
+    return Unit(node, (other,), None, node.outputs[0], layer=values[1 - other].producer()) if known else None
 
 
 def _narrow(node: ir.Node, fewest: int) -> str | None:
@@ -212,7 +211,7 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
         return "it is in a body or function, whose values are not calibrated"
     if has_reference(node) or len(node.outputs) != 1:
         return "its attributes or outputs are not all known"
-    refused = _OBJECTIONS.get(node.op_type, _nothing)(node) or _narrow(node, placement.narrow)
+    refused = objection_to(node) or _narrow(node, placement.narrow)
     if refused is not None:
         return refused
     computed = [node.inputs[p] for p in _operands(node) if constant_of(node.inputs[p]) is None]
@@ -222,86 +221,11 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
         if value is None:
             return "an operand is missing"
         if value.is_initializer():
-            return _OVERRIDABLE.format("weight")
+            return OVERRIDABLE.format("weight")
         if node.op_type in ("Conv", "ConvTranspose") and value is node.inputs[1]:
             return "its weight is computed at run time"
-        if value.dtype not in (ir.DataType.FLOAT, None):
+        if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
             return f"its operands are of type {value.dtype.name}"
         if value.name not in measured:
             return "an operand has no known range (it was never finite)"
     return None if _tail(node).name in measured else "its output has no known range"
-
-
-def _nothing(_: ir.Node) -> str | None:
-    return None
-
-
-def _conv(node: ir.Node) -> str | None:
-    tensor = constant_of(node.inputs[1])
-    if tensor is not None and tensor.dtype != ir.DataType.FLOAT:
-        return f"its weight is of type {tensor.dtype.name}"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and constant_of(bias) is None:
-        return _OVERRIDABLE.format("bias") if bias.is_initializer() else "its bias is no constant"
-    return None
-
-
-def _gemm(node: ir.Node) -> str | None:
-    if float_attr(node, "alpha", 1.0) != 1 or int_attr(node, "transA", 0):
-        return "its factors are scaled or transposed"
-    if constant_of(node.inputs[0]) is not None:
-        return "its first factor is a constant"
-    c = node.inputs[2] if len(node.inputs) > 2 else None
-    if c is None:
-        return _conv(node)
-    bias, weight = constant_of(c), constant_of(node.inputs[1])
-    if bias is None or float_attr(node, "beta", 1.0) != 1:
-        return "its bias is no constant, or scaled"
-    if weight is None:
-        return "it has a bias, and its weight is computed at run time"
-    columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
-    if sizes_of(bias) not in ((columns,), (1, columns)):
-        return "its bias has not one number a column"
-    return _conv(node)
-
-
-def _matmul(node: ir.Node) -> str | None:
-    for value in node.inputs:
-        tensor = constant_of(value)
-        if tensor is not None and (tensor.dtype != ir.DataType.FLOAT or len(sizes_of(tensor)) < 2):
-            return "its weight is no matrix of float32"
-    return None
-
-
-def _resize(node: ir.Node) -> str | None:
-    if str_attr(node, "mode", "nearest") != "nearest":
-        return "it interpolates"
-    crops = str_attr(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
-    return "it crops" if crops else None
-
-
-def _average_pool(node: ir.Node) -> str | None:
-    return "its windows are dilated" if "dilations" in node.attributes else None
-
-
-def _softmax(node: ir.Node) -> str | None:
-    """The uint8 kernel of ONNX Runtime 1.31 gives 0 for the 1 that a single element makes."""
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    size = shape.dims[int_attr(node, "axis", -1)] if shape is not None else None
-    return None if isinstance(size, int) and size > 1 else "its axis is not known to have two elements"
-
-
-def _hard_sigmoid(node: ir.Node) -> str | None:
-    return None if float_attr(node, "alpha", 0.2) > 0 else "it does not rise"
-
-
-_OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
-    "AveragePool": _average_pool,
-    "Conv": _conv,
-    "ConvTranspose": _conv,
-    "Gemm": _gemm,
-    "HardSigmoid": _hard_sigmoid,
-    "MatMul": _matmul,
-    "Resize": _resize,
-    "Softmax": _softmax,
-}
