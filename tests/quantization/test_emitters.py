@@ -28,6 +28,7 @@ from onnxopt.protobuf import dump
 from onnxopt.quantization.choose import choose, prices_of_work
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.formats import dequantize, find_format, params_from_range, quantize
+from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.plan import Plan, params_of_tensors
 from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.sensitivity import Source
@@ -97,7 +98,9 @@ def samples(proto: onnx.ModelProto, count: int = 12) -> list[Feeds]:
 def quantized(proto: onnx.ModelProto | None = None, **options: Any) -> Result:
     """Without measurements; of the residual net by default."""
     proto = proto or residual_net()
-    return onnxopt.quantize(ir.from_proto(proto), data=samples(proto), bench=False, **options)
+    result = onnxopt.quantize(ir.from_proto(proto), data=samples(proto), bench=False, **options)
+    assert isinstance(result, Result)
+    return result
 
 
 def report_of(result: Result) -> QuantizationReport:
@@ -106,7 +109,7 @@ def report_of(result: Result) -> QuantizationReport:
 
 
 def graph_of(result: Result) -> ir.Graph:
-    assert result.report.ok, report_of(result).reason
+    assert report_of(result).ok, report_of(result).reason
     assert isinstance(result.model, ir.Model)
     return result.model.graph
 
@@ -358,7 +361,7 @@ def test_arm_gets_int8_activations_with_any_zero_point(monkeypatch: pytest.Monke
 def test_generic_is_standard_onnx() -> None:
     for scheme in ("int8", "dynamic", "weight-int8", "weight-int4"):
         result = quantized(target="generic", scheme=scheme, goal="size")
-        if result.report.ok:
+        if report_of(result).ok:
             assert isinstance(result.model, ir.Model)
             assert domains(result.model) == {""}
 
@@ -414,6 +417,7 @@ def test_float8_is_the_largest_magnitude_over_448() -> None:
     assert weight is not None
     scale = constant_array(weight.inputs[1])
     w1 = next(numpy_helper.to_array(one) for one in proto.graph.initializer if one.name == "w1")
+    assert scale is not None
     np.testing.assert_allclose(scale, abs(w1).max((1, 2, 3)) / 448, rtol=1e-6)
     assert any("session.disable_quant_qdq" in note for note in report_of(result).notes)
 
@@ -430,7 +434,7 @@ def test_the_runtime_computes_float8_as_the_formula_does() -> None:
     assert made is not None
     form, rows = find_format("float8e4m3fn"), np.maximum(np.concatenate([one["x"] for one in feeds]), 0)
     of_x = params_from_range(0, rows.max(), form)
-    of_w = params_from_range(*(way(weight, axis=(1, 2, 3)) for way in (np.min, np.max)), form, axis=0)
+    of_w = params_from_range(weight.min((1, 2, 3)), weight.max((1, 2, 3)), form, axis=0)
     x, w = (dequantize(quantize(*pair), pair[1]) for pair in ((rows[:1], of_x), (weight, of_w)))
     with open_session(made, session_config=AS_WRITTEN) as session:
         found = session.run(feeds[0])["y"]
@@ -479,16 +483,14 @@ def test_powers_of_two(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_array_equal(mantissa, 0.5)
 
 
-def _judge_here(*arguments: Any) -> Any:
-    from onnxopt.quantization.judge import Judge
-
-    return Judge(*arguments[:4], (), *arguments[5:])
+def _judge_here(original: Any, held_out: Any, metric: Any, budget: Any, _isas: Any, config: Any) -> Judge:
+    return Judge(original, held_out, metric, budget, (), config)
 
 
-def test_per_tensor_weights_have_one_scale() -> None:
-    for options in ({"target": "tensorrt"}, {"scheme": "weight-int8", "goal": "size"}):
-        found = graph_of(quantized(per_channel=False, max_drop=1000.0, metric="sqnr", **options))
-        assert {scale.size for scale in scales(found)} == {1}
+@pytest.mark.parametrize("options", [{"target": "tensorrt"}, {"scheme": "weight-int8", "goal": "size"}])
+def test_per_tensor_weights_have_one_scale(options: dict[str, Any]) -> None:
+    found = graph_of(quantized(per_channel=False, max_drop=1000.0, metric="sqnr", **options))
+    assert {scale.size for scale in scales(found)} == {1}
 
 
 def test_symmetric_unsigned_activations_have_zero_in_the_middle_or_at_the_end() -> None:
@@ -501,7 +503,9 @@ def test_symmetric_unsigned_activations_have_zero_in_the_middle_or_at_the_end() 
 def test_experimental_schemes_say_so_and_what_they_keep(scheme: str, levels: list[int]) -> None:
     result = quantized(scheme=scheme, goal="size", metric="sqnr", max_drop=1000.0)
     weight = next(node for node in ops(graph_of(result), "DequantizeLinear"))
-    assert np.unique(constant_array(weight.inputs[0])).tolist() == levels
+    array = constant_array(weight.inputs[0])
+    assert array is not None
+    assert np.unique(array).tolist() == levels
     report = report_of(result)
     assert any(note.startswith("experimental: few models keep their accuracy") for note in report.notes)
     assert report.judgement is not None
