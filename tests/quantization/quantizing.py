@@ -93,8 +93,8 @@ def runs_of(model: ir.Model, samples: Sequence[Feeds], level: Any = "all") -> li
         return [session.run(feeds) for feeds in samples]
 
 
-def model_of(text: str, *, opset: int = 17, **constants: np.ndarray | float) -> ir.Model:
-    """A model from text, whose constants are arrays, with the shapes that can be inferred."""
+def model_of(text: str, *, opset: Any = 17, **constants: Any) -> ir.Model:
+    """A model from text, whose constants are arrays or numbers, with the shapes that can be inferred."""
     proto = text_model(f'<ir_version: 10, opset_import: ["" : {opset}, "my" : 1]>\n{text}')
     arrays = {name: np.asarray(a, np.float32) if isinstance(a, float) else a for name, a in constants.items()}
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in arrays.items())
@@ -111,7 +111,7 @@ def samples_for(model: ir.Model, count: int = 3, **sizes: int) -> list[dict[str,
     """Standard normal floats for each graph input; `sizes` of the symbols, 2 where there is none."""
     found = []
     for number in range(count):
-        feeds = {}
+        feeds: dict[str, np.ndarray] = {}
         for value in model.graph.inputs:
             assert value.shape is not None
             shape = [d if isinstance(d, int) else sizes.get(str(d), 2) for d in value.shape.dims]
@@ -165,4 +165,4 @@ def quantized(
 
 
 def bytes_of(model: ir.Model) -> bytes:
-    return dump(model).SerializeToString()
+    return bytes(dump(model).SerializeToString())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -27,7 +29,13 @@ LAYERS = {
 def between(middle: str, shape: str = "1,8,9,9", **constants: np.ndarray) -> Quantized:
     """Nodes that stay in floats, with those that move numbers, between two Convs in integers."""
     text = f"agraph (float[{shape}] x) => (float[] y) {{ a = Conv(x, u) {middle} y = Conv(m, v) }}"
-    numbers = {"zero": 0.0, "six": 6.0, "one": np.array([1]), "two": np.array([2]), "six_": np.array([6])}
+    numbers: dict[str, Any] = {
+        "zero": 0.0,
+        "six": 6.0,
+        "one": np.array([1]),
+        "two": np.array([2]),
+        "six_": np.array([6]),
+    }
     given = {"u": random(8, 8, 1, 1), "v": random(4, 8, 1, 1), "f": W, **constants}
     model = model_of(text, **numbers, **given)
     stay = {"m", "p", "t", "s", "q"}
