@@ -98,8 +98,7 @@ def samples(proto: onnx.ModelProto, count: int = 12) -> list[Feeds]:
 def quantized(proto: onnx.ModelProto | None = None, **options: Any) -> Result[QuantizationReport]:
     """Without measurements; of the residual net by default."""
     proto = proto or residual_net()
-    result = onnxopt.quantize(ir.from_proto(proto), data=samples(proto), bench=False, **options)
-    return result
+    return onnxopt.quantize(ir.from_proto(proto), data=samples(proto), bench=False, **options)
 
 
 def report_of(result: Result[QuantizationReport]) -> QuantizationReport:
