@@ -54,6 +54,8 @@ _FEW = 8
 """Samples that are too few to be silent about."""
 _PROVED = 8
 """Samples on which the preparation is proved."""
+_SMALLER = 0.99
+"""Less than this share of the bytes is smaller."""
 _TIMED_S = (3.0, 10.0)
 """Seconds of measurement: the second where the first cannot tell the two apart."""
 _SEEN = (
@@ -295,7 +297,8 @@ def _why_not(
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
     if goal == "size":
         was, now = tensor_bytes(before), tensor_bytes(after)
-        return "" if now < was else f"the result is not smaller: {now:,} bytes of tensors, it had {was:,}"
+        smaller = now < _SMALLER * was
+        return "" if smaller else f"the result is not smaller: {now:,} bytes of tensors, it had {was:,}"
     if timing is None or timing.verdict == "faster":
         return ""
     return f"it is not faster: {timing.summary}"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.quantization.choose import Choice, Prices, choose, chosen_tensors, prices_of_bytes
-from onnxopt.quantization.costs import NodeCost
+from onnxopt.quantization.costs import NodeCost, keeps_layout
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import PLACEMENTS
@@ -40,9 +40,9 @@ def model_of(lines: list[str], outputs: list[str]) -> ir.Model:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> ir.Model:
-    """Up to seven nodes, each reading what came before; what nobody reads is an output, and perhaps more."""
+    """Up to six nodes, each reading what came before; what nobody reads is an output, and perhaps more."""
     values, lines, read = ["x"], [], set()
-    for number in range(draw(st.integers(1, 7))):
+    for number in range(draw(st.integers(1, 6))):
         op_type = draw(st.sampled_from(sorted(LINES)))
         operands = [draw(st.sampled_from(values)) for _ in range(2)]
         used = operands if "{1}" in LINES[op_type] else operands[:1]
@@ -62,14 +62,34 @@ def problems(draw: st.DrawFn) -> tuple[ir.Model, list[Unit], Prices, dict[Source
         node: NodeCost(draw(PRICES), draw(st.one_of(PRICES, st.just(float("inf")))), draw(PRICES))
         for node in model.graph
     }
-    borders = {name: (draw(PRICES), draw(PRICES)) for name in names}
+    borders = {name: [draw(PRICES) for _ in range(3)] for name in names}
     prices = Prices(
         lambda node: costs[node],
         lambda value: borders[value.name or ""][0],
         lambda value: borders[value.name or ""][1],
+        lambda value: borders[value.name or ""][2],
     )
     sources = [Source("tensor", name) for name in names] + [Source("weight", unit.site) for unit in units]
     return model, units, prices, {source: draw(PRICES) / 4 for source in sources}
+
+
+def layouts(model: ir.Model, inside: set[ir.Node | None], prices: Prices) -> float:
+    """The least that changes of layout cost, over all layouts of all tensors."""
+    results = [node.outputs[0] for node in model.graph]
+    least = float("inf")
+    for layout in itertools.product((False, True), repeat=len(results)):
+        last = dict(zip(results, layout, strict=True))  # whether channels are last
+        cost = 0.0
+        for node in model.graph:
+            computed = [value for value in node.inputs if value in last]
+            for value in computed:
+                if keeps_layout(node) and value is not None and last[value] != last[node.outputs[0]]:
+                    cost += prices.layout(value)
+            if node.op_type == "Conv":
+                around = [value for value in (*computed, node.outputs[0]) if value is not None]
+                cost += sum(prices.layout(value) for value in around if last[value] != (node in inside))
+        least = min(least, cost)
+    return least
 
 
 def reckoned(
@@ -82,7 +102,7 @@ def reckoned(
 ) -> tuple[float, float]:
     """Cost and noise of a choice: node by node, tensor by tensor."""
     ints = [unit for unit in units if unit.site in chosen]
-    inside = {node for unit in ints for node in (unit.node, unit.output.producer())}
+    inside: set[ir.Node | None] = {node for unit in ints for node in (unit.node, unit.output.producer())}
     quantized = {value for unit in ints for value in unit.sources}
     if outputs:
         quantized |= {unit.output for unit in ints if unit.node.op_type != "MatMul"}
@@ -99,6 +119,7 @@ def reckoned(
     for value in written:
         if value.is_graph_output() or any(node not in inside for node, _ in value.uses()):
             total += prices.dequantize(value)
+    total += layouts(model, inside, prices)
     moved = {value for value, unit in written.items() if unit.is_move}
     lost = sum(noise[Source("tensor", value.name or "")] for value in quantized - moved)
     return total, lost + sum(noise[Source("weight", unit.site)] for unit in ints)
@@ -140,7 +161,7 @@ def test_noise_falls_and_cost_rises_with_the_price_of_noise(
 def simple() -> tuple[ir.Model, list[Unit], Prices]:
     model = model_of(["a = Conv(x, w)", "b = Relu(a)", "c = Conv(b, w)"], ["c"])
     units = list(survey(model, X86, ["x", "a", "b", "c"]).units)
-    return model, units, Prices(lambda _: NodeCost(10, 1), lambda _: 1.0, lambda _: 1.0)
+    return model, units, Prices(lambda _: NodeCost(10, 1), lambda _: 1.0, lambda _: 1.0, lambda _: 0.0)
 
 
 def chosen(found: Choice) -> list[str]:
@@ -161,7 +182,7 @@ def test_a_source_that_breaks_the_outputs_is_never_chosen_at_whatever_price() ->
 def test_relu_behind_a_layer_goes_with_it() -> None:
     model, units, _ = simple()
     costs = {"Conv": NodeCost(10, 1), "Relu": NodeCost(0, 1000)}
-    prices = Prices(lambda node: costs[node.op_type], lambda _: 1.0, lambda _: 1.0)
+    prices = Prices(lambda node: costs[node.op_type], lambda _: 1.0, lambda _: 1.0, lambda _: 0.0)
     found = choose(model.graph, units, prices, {}, 0.0)
     assert chosen(found) == ["c"]
     assert found.tensors == {"b", "c"}
@@ -180,6 +201,7 @@ def test_a_body_that_reads_an_integer_tensor_has_it_read_back() -> None:
             lambda node: NodeCost(10 if node.op_type == "Conv" else 0, 1),
             lambda _: 1.0,
             lambda _, cost=dequantize: cost,  # type: ignore[misc]  # a default in a lambda
+            lambda _: 0.0,
         )
         found = choose(model.graph, units, prices, {}, 0.0)
         assert bool(found.nodes) == integer

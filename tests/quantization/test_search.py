@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,7 @@ import pytest
 
 from onnxopt.calibration import calibrate
 from onnxopt.data import Feeds
+from onnxopt.metric import Budget, Split
 from onnxopt.quantization import search as module
 from onnxopt.quantization.choose import Prices
 from onnxopt.quantization.costs import NodeCost
@@ -28,7 +30,7 @@ X86 = PLACEMENTS["x86"]
 SITES = ("c0", "c1", "c2", "c3")
 RNG = np.random.default_rng(5)
 SAMPLES: list[Feeds] = [{"x": RNG.standard_normal((1, 8, 6, 6)).astype(np.float32)} for _ in range(4)]
-PRICES = Prices(lambda _: NodeCost(10, 1), lambda _: 0.5, lambda _: 0.5)
+PRICES = Prices(lambda _: NodeCost(10, 1), lambda _: 0.5, lambda _: 0.5, lambda _: 0.0)
 
 
 def chain(spoiled: str = "") -> ir.Model:
@@ -68,7 +70,9 @@ class Stub(Judge):
     def __init__(self, allows: Callable[[frozenset[str]], bool]) -> None:
         self.allows, self.asked = allows, list[frozenset[str]]()
 
-    def __call__(self, model: ir.Model, split: str = "search") -> Judgement:
+    def __call__(
+        self, model: ir.Model, split: Split = "search", more: Mapping[str, str] = MappingProxyType({})
+    ) -> Judgement:
         integer = frozenset(
             (node.outputs[0].name or "").removesuffix("_float")
             for node in model.graph
@@ -215,7 +219,7 @@ def test_a_layer_that_is_really_sensitive_is_found_by_measurement() -> None:
     model = chain("c2")
     units, plan = prepared(model)
     noise = Noise(lambda: measure_sensitivity(model, X86, plan, SAMPLES))
-    judge = Judge(model, SAMPLES)
+    judge = Judge(model, SAMPLES, "sqnr", Budget(150 - 20))
     searched = search(model, units, X86, plan, noise, PRICES, judge)
     assert "c2" not in chosen(searched)
     assert len(chosen(searched)) >= 2
