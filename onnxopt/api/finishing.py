@@ -50,7 +50,7 @@ def best_of(
     static = (
         Finished(cleaned(best.model, placement), best.judgement, static=True) if best is not None else None
     )
-    if target.name != "cpu":
+    if target.name != "cpu" or settings.power_of_two:  # scales that are found at run time are any
         return static or nothing
     tidy = partial(cleaned, placement=placement)
     passes = passes_of(scheme.finishing, {"reduce_range": settings.saturates})

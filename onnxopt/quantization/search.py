@@ -30,7 +30,7 @@ __all__ = ["Candidate", "Searched", "Trial", "judge_plan", "search", "write"]
 _STEP = 4.0
 """The factor from one price of noise to the next."""
 _STEPS = 24
-_HALVES = 6
+_HALVES = 3
 
 
 @dataclass(frozen=True)

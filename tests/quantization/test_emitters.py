@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnx import numpy_helper
 import onnxopt
 from onnxopt.api.checks import new_error
 from onnxopt.calibration import calibrate, exposable
+from onnxopt.cli import main
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array, domains
@@ -35,7 +37,6 @@ from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.static import Settings
 from onnxopt.quantization.units import LAYERS, survey
 from onnxopt.reporting.quantization import QuantizationReport
-from onnxopt.result import Result
 from onnxopt.runtimes import open_session
 from onnxopt.targets import PLACEMENTS, Placement, find_target
 from tests.random_graphs import random_model
@@ -95,21 +96,20 @@ def samples(proto: onnx.ModelProto, count: int = 12) -> list[Feeds]:
     return [{name: random(*shape, seed=100 + n) for name, shape in shapes.items()} for n in range(count)]
 
 
-def quantized(proto: onnx.ModelProto | None = None, **options: Any) -> Result[QuantizationReport]:
-    """Without measurements; of the residual net by default."""
+def quantized(
+    proto: onnx.ModelProto | None = None, *, bench: bool = False, **options: Any
+) -> tuple[ir.Model, QuantizationReport]:
+    """The result for the residual net by default, and its report; without measurements by default."""
     proto = proto or residual_net()
-    return onnxopt.quantize(ir.from_proto(proto), data=samples(proto), bench=False, **options)
+    result = onnxopt.quantize(proto, data=samples(proto), bench=bench, **options)
+    return result.graph, result.report
 
 
-def report_of(result: Result[QuantizationReport]) -> QuantizationReport:
-    assert isinstance(result.report, QuantizationReport)
-    return result.report
-
-
-def graph_of(result: Result[QuantizationReport]) -> ir.Graph:
-    assert report_of(result).ok, report_of(result).reason
-    assert isinstance(result.model, ir.Model)
-    return result.model.graph
+def written(proto: onnx.ModelProto | None = None, **options: Any) -> ir.Graph:
+    """The result's graph, quantized with a budget that allows everything."""
+    model, report = quantized(proto, metric="sqnr", max_drop=1000.0, **options)
+    assert report.ok, report.reason
+    return model.graph
 
 
 def ops(graph: ir.Graph, op_type: str) -> list[ir.Node]:
@@ -134,8 +134,8 @@ def kinds(graph: ir.Graph) -> set[str]:
 
 # --------------------------------------------------------------------- TensorRT
 def test_tensorrt_gets_symmetric_int8_in_front_of_layers_and_residuals_alone() -> None:
-    result = quantized(target="tensorrt")
-    graph = graph_of(result)
+    model, report = quantized(target="tensorrt")
+    graph = model.graph
     assert kinds(graph) == {"int8"}
     for node in (*ops(graph, "QuantizeLinear"), *ops(graph, "DequantizeLinear")):
         zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1)
@@ -159,8 +159,8 @@ def test_tensorrt_gets_symmetric_int8_in_front_of_layers_and_residuals_alone() -
     }
     assert axes == {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
     left = "Conv: it has fewer than 16 channels, for which the target has no fast integers"
-    assert list(report_of(result).left) == [left]
-    assert lint(result.model, "tensorrt") == () == report_of(result).findings
+    assert list(report.left) == [left]
+    assert lint(model, "tensorrt") == () == report.findings
 
 
 def _makers(node: ir.Node) -> list[str]:
@@ -180,20 +180,19 @@ def _ancestors(node: ir.Node) -> list[ir.Node]:
 
 def test_tensorrt_is_judged_here_and_not_timed() -> None:
     proto = residual_net()
-    result = onnxopt.quantize(proto, data=samples(proto), target="tensorrt")
-    report = report_of(result)
+    model, report = quantized(proto, bench=True, target="tensorrt")
     assert report.ok
     assert report.timing is None
     assert report.kernels == {}
     assert any(note.startswith("speed not measured: tensorrt: ") for note in report.notes)
     feeds = random(1, 16, 8, 8, seed=7)
-    with open_session(result.model, session_config=AS_WRITTEN) as session:
+    with open_session(model, session_config=AS_WRITTEN) as session:
         found = session.run({"x": feeds})["y"]
     assert sqnr(execute(proto, {"x": feeds})[0], found) > 25
 
 
 def test_both_computed_operands_of_attention_are_quantized() -> None:
-    graph = graph_of(quantized(text_model(ATTENTION), target="tensorrt"))
+    graph = written(text_model(ATTENTION), target="tensorrt")
     for product in ops(graph, "MatMul"):
         assert _makers(product) == ["DequantizeLinear", "DequantizeLinear"]
     assert _makers(ops(graph, "Softmax")[0]) == ["MatMul"]
@@ -208,7 +207,7 @@ def test_both_computed_operands_of_attention_are_quantized() -> None:
     ],
 )
 def test_what_tensorrt_refuses_is_not_given(scheme: str, activation: str, rule: str) -> None:
-    report = report_of(quantized(target="tensorrt", scheme=scheme, activation=activation))
+    _, report = quantized(target="tensorrt", scheme=scheme, activation=activation)
     assert not report.ok
     assert report.reason.startswith(f"tensorrt refuses it, rule {rule}: ")
     assert rule in {finding["rule"] for finding in report.to_dict()["lint"]}
@@ -341,27 +340,23 @@ def test_tensorrt_takes_whatever_is_emitted(seed: int, steps: int, family: str) 
 def test_arm_gets_int8_activations_with_any_zero_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     proto = residual_net()
-    result = onnxopt.quantize(proto, data=samples(proto), target="arm")
-    report = report_of(result)
+    model, report = quantized(proto, bench=True, target="arm")
     assert report.ok
     assert report.timing is None
     assert report.kernels == {}
     assert "speed not measured and no fusion proved: this is no ARM processor but x86_64" in report.notes
-    assert isinstance(result.model, onnx.ModelProto)
-    graph = ir.from_proto(result.model).graph
+    graph = model.graph
     assert kinds(graph) == {"int8", "int32"}
     zeros = [constant_array(node.inputs[2]) for node in ops(graph, "QuantizeLinear")]
     assert {int(zero) for zero in zeros if zero is not None} >= {-128}
     feeds = {"x": random(1, 16, 8, 8, seed=7)}
-    assert sqnr(execute(proto, feeds)[0], execute(result.model, feeds)[0]) > 25
+    assert sqnr(execute(proto, feeds)[0], execute(model, feeds)[0]) > 25
 
 
 def test_generic_is_standard_onnx() -> None:
     for scheme in ("int8", "dynamic", "weight-int8", "weight-int4"):
-        result = quantized(target="generic", scheme=scheme, goal="size")
-        if report_of(result).ok:
-            assert isinstance(result.model, ir.Model)
-            assert domains(result.model) == {""}
+        model, _ = quantized(target="generic", scheme=scheme, goal="size", metric="sqnr", max_drop=1000.0)
+        assert domains(model) == {""}
 
 
 @pytest.mark.parametrize(
@@ -389,8 +384,8 @@ def test_a_scheme_that_the_target_has_no_kernels_for_is_refused(scheme: str, tar
             {"scheme": "float8", "target": "tensorrt", "activation": "int8"},
             "scheme float8 takes activations in 8-bit floats, not int8",
         ),
-        ({"scheme": "dynamic", "symmetric": True}, "drop --activation, --symmetric"),
-        ({"scheme": "weight-int8", "activation": "int8"}, "drop --activation, --symmetric"),
+        ({"scheme": "dynamic", "symmetric": True}, "scheme dynamic has no use for --symmetric"),
+        ({"scheme": "weight-int8", "activation": "int8"}, "scheme weight-int8 has no use for --activation"),
     ],
 )
 def test_options_that_do_not_fit_the_scheme_are_refused(options: dict[str, Any], message: str) -> None:
@@ -400,7 +395,7 @@ def test_options_that_do_not_fit_the_scheme_are_refused(options: dict[str, Any],
 
 @pytest.mark.parametrize("scheme", ["float16", "weight-int8", "weight-int4"])
 def test_cuda_gets_halves_and_stored_weights(scheme: str) -> None:
-    report = report_of(quantized(scheme=scheme, target="cuda", metric="sqnr", max_drop=1000.0))
+    _, report = quantized(scheme=scheme, target="cuda", metric="sqnr", max_drop=1000.0)
     assert report.ok
     assert report.timing is None
 
@@ -408,8 +403,8 @@ def test_cuda_gets_halves_and_stored_weights(scheme: str) -> None:
 # ---------------------------------------------------------------------- schemes
 def test_float8_is_the_largest_magnitude_over_448() -> None:
     proto = residual_net()
-    result = quantized(proto, scheme="float8", target="tensorrt")
-    graph = graph_of(result)
+    model, report = quantized(proto, scheme="float8", target="tensorrt")
+    graph = model.graph
     assert kinds(graph) == {"float8_e4m3fn"}
     weight = ops(graph, "Conv")[0].inputs[1].producer()  # type: ignore[union-attr]
     assert weight is not None
@@ -417,7 +412,7 @@ def test_float8_is_the_largest_magnitude_over_448() -> None:
     w1 = next(numpy_helper.to_array(one) for one in proto.graph.initializer if one.name == "w1")
     assert scale is not None
     np.testing.assert_allclose(scale, abs(w1).max((1, 2, 3)) / 448, rtol=1e-6)
-    assert any("session.disable_quant_qdq" in note for note in report_of(result).notes)
+    assert any("session.disable_quant_qdq" in note for note in report.notes)
 
 
 def test_the_runtime_computes_float8_as_the_formula_does() -> None:
@@ -442,15 +437,14 @@ def test_the_runtime_computes_float8_as_the_formula_does() -> None:
 @pytest.mark.parametrize("activation", [None, "int16"])
 def test_int16_is_smaller_and_exacter_with_biases_in_float(activation: str | None) -> None:
     proto = residual_net()
-    result = quantized(proto, scheme="int16", goal="size", activation=activation)
-    graph, report = graph_of(result), report_of(result)
-    assert kinds(graph) == {activation or "uint16", "int8"}
+    model, report = quantized(proto, scheme="int16", goal="size", activation=activation)
+    assert report.ok
+    assert kinds(model.graph) == {activation or "uint16", "int8"}
     assert report.after.bytes < 0.4 * report.before.bytes
-    assert report.notes[-1].startswith("ONNX Runtime has no kernels for 16-bit activations on the CPU")
-    assert isinstance(result.model, ir.Model)
-    assert result.model.opset_imports[""] == 21
+    assert "ONNX Runtime has no kernels for 16-bit activations on the CPU" in "".join(report.notes)
+    assert model.opset_imports[""] == 21
     feeds = {"x": random(1, 16, 8, 8, seed=7)}
-    assert sqnr(execute(proto, feeds)[0], execute(result.model, feeds)[0]) > 35
+    assert sqnr(execute(proto, feeds)[0], execute(model, feeds)[0]) > 35
 
 
 def scales(graph: ir.Graph) -> list[np.ndarray]:
@@ -465,70 +459,104 @@ def scales(graph: ir.Graph) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"goal": "size"},
         {"target": "tensorrt"},
-        {"also_isa": ("avx2",)},
-        {"scheme": "weight-int8", "goal": "size"},
+        {"goal": "size", "also_isa": ("avx2",)},
+        {"goal": "size", "scheme": "weight-int8"},
     ],
 )
 def test_powers_of_two(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if "also_isa" in options:  # judged here alone: what is written is the same
-        monkeypatch.setattr("onnxopt.api.quantization.Judge", _judge_here)
-    found = scales(graph_of(quantized(power_of_two=True, max_drop=1000.0, metric="sqnr", **options)))
+        _judge_without_emulator(monkeypatch)
+    found = scales(written(power_of_two=True, **options))
     assert found
     for scale in found:
         mantissa, _ = np.frexp(scale)
         np.testing.assert_array_equal(mantissa, 0.5)
 
 
-def _judge_here(original: Any, held_out: Any, metric: Any, budget: Any, _isas: Any, config: Any) -> Judge:
-    return Judge(original, held_out, metric, budget, (), config)
+def _judge_without_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge here alone: what is written is the same."""
+
+    def judge(original: Any, held_out: Any, metric: Any, budget: Any, _isas: Any, config: Any) -> Judge:
+        return Judge(original, held_out, metric, budget, (), config)
+
+    monkeypatch.setattr("onnxopt.api.quantization.Judge", judge)
+    monkeypatch.setattr("onnxopt.api.quantization.find_isa", lambda _: None)
 
 
 @pytest.mark.parametrize("options", [{"target": "tensorrt"}, {"scheme": "weight-int8", "goal": "size"}])
 def test_per_tensor_weights_have_one_scale(options: dict[str, Any]) -> None:
-    found = graph_of(quantized(per_channel=False, max_drop=1000.0, metric="sqnr", **options))
+    found = written(per_channel=False, **options)
     assert {scale.size for scale in scales(found)} == {1}
 
 
 def test_symmetric_unsigned_activations_have_zero_in_the_middle_or_at_the_end() -> None:
-    graph = graph_of(quantized(symmetric=True, goal="size"))
+    graph = written(symmetric=True, goal="size")
     zeros = [constant_array(node.inputs[2]) for node in ops(graph, "QuantizeLinear")]
     assert {int(zero) for zero in zeros if zero is not None} == {0, 128}
 
 
 @pytest.mark.parametrize(("scheme", "levels"), [("ternary", [-1, 0, 1]), ("binary", [-1, 1])])
 def test_experimental_schemes_say_so_and_what_they_keep(scheme: str, levels: list[int]) -> None:
-    result = quantized(scheme=scheme, goal="size", metric="sqnr", max_drop=1000.0)
-    weight = next(node for node in ops(graph_of(result), "DequantizeLinear"))
+    model, report = quantized(scheme=scheme, goal="size", metric="sqnr", max_drop=1000.0)
+    weight = ops(model.graph, "DequantizeLinear")[0]
     array = constant_array(weight.inputs[0])
     assert array is not None
     assert np.unique(array).tolist() == levels
-    report = report_of(result)
     assert any(note.startswith("experimental: few models keep their accuracy") for note in report.notes)
     assert report.judgement is not None
     assert report.judgement.score < 20
 
 
 def test_what_cannot_run_here_is_not_given() -> None:
-    report = report_of(quantized(scheme="bfloat16", goal="size"))
+    _, report = quantized(scheme="bfloat16", goal="size")
     assert not report.ok
-    assert report.reason == "its accuracy cannot be judged here"
-    assert any(note.startswith("accuracy not judged: ") for note in report.notes)
+    assert "its accuracy cannot be judged here" in report.reason
 
 
 # ------------------------------------------------------------------- saturation
 def test_saturation_is_foreseen_and_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    result = quantized(goal="size")
-    assert isinstance(result.model, ir.Model)
-    layers = len(find_saturation(result.model))
+    model, report = quantized(goal="size")
+    layers = len(find_saturation(model))
     assert layers >= 3
     said = f"on CPUs without VNNI, sums of {layers} layers can saturate; --also-isa avx2 avoids it"
-    assert any(note.startswith(said) for note in report_of(result).notes)
-    monkeypatch.setattr("onnxopt.api.quantization.Judge", _judge_here)
-    safe = quantized(goal="size", also_isa=("avx2",))
-    assert isinstance(safe.model, ir.Model)
-    assert len(ops(safe.model.graph, "DequantizeLinear")) > 3
-    assert find_saturation(safe.model) == ()
-    assert not any("VNNI" in note for note in report_of(safe).notes)
+    assert any(note.startswith(said) for note in report.notes)
+    _judge_without_emulator(monkeypatch)
+    safe, report = quantized(goal="size", also_isa=("avx2",))
+    assert len(ops(safe.graph, "DequantizeLinear")) > 3
+    assert find_saturation(safe) == ()
+    assert not any("VNNI" in note for note in report.notes)
+
+
+# ------------------------------------------------------------------ command line
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--target", "tensorrt"), 0, "speed not measured: tensorrt:"),
+        (("--target", "tensorrt", "--scheme", "float8"), 0, "speed not measured: tensorrt:"),
+        (
+            ("--target", "tensorrt", "--activation", "uint8"),
+            1,
+            "tensorrt refuses it, rule uint8-quantization:",
+        ),
+        (("--target", "cuda"), 2, "onnxopt: scheme int8 is not offered for target cuda: its provider has no"),
+        (("--scheme", "float8"), 2, "onnxopt: scheme float8 is not offered for target cpu: only TensorRT"),
+    ],
+)
+def test_exit_codes(
+    options: tuple[str, ...], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = residual_net()
+    onnx.save(proto, tmp_path / "model.onnx")
+    (tmp_path / "data").mkdir()
+    for number, feeds in enumerate(samples(proto, 8)):
+        np.savez(tmp_path / "data" / f"{number}.npz", x=feeds["x"])
+    files = [tmp_path / name for name in ("model.onnx", "out.onnx", "data")]
+    with pytest.raises(SystemExit) as ended:
+        main(("quantize", str(files[0]), "-o", str(files[1]), "--data", str(files[2]), *options))
+    printed = capsys.readouterr()
+    assert int(ended.value.code or 0) == code
+    assert said in " ".join((printed.out + printed.err).split())
+    assert files[1].exists() == (code == 0)
