@@ -34,7 +34,7 @@ def weight(name: str) -> str:
 
 
 NET = f"""agraph (float[1,4,6,6] x) => (float[1,4,6,6] y, float[1,4,6,6] early, int64[1,1,6,6] best)
-    <{weight("w0")}, {weight("w1")}, {weight("w2")}, 
+    <{weight("w0")}, {weight("w1")}, {weight("w2")},
     float[4] b = {{1, 0, -1, 0.5}}, float[1] half = {{0.57}}> {{
     a = Conv(x, w0, b)
     early = Relu(a)
