@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from onnxopt.quantization.fusion import is_integer
@@ -125,14 +125,13 @@ class QuantizationReport:
         if self.static is None or chosen is None:
             return None
         outputs = {unit.site: unit.output.name or "" for unit in self.static.surveyed.units}
-        quantized = chosen.tensors if chosen.nodes else frozenset()
         nodes = [
             {
                 "site": line.site,
                 "op_type": line.op_type,
                 "as": chosen.weight.name if line.site in chosen.nodes else "float",
                 "output": chosen.params[name].format.name
-                if (name := outputs[line.site]) in quantized and line.site in chosen.nodes
+                if (name := outputs[line.site]) in chosen.tensors and line.site in chosen.nodes
                 else "float",
                 "weight_db": line.weight_db,
                 "output_db": line.output_db,
@@ -155,7 +154,7 @@ class QuantizationReport:
         static, judged = self.static, self.finished.judgement is not None
         candidate = static.searched.best if judged else static.searched.nearest
         if candidate is None or (judged and not self.finished.static):
-            return static.plan
+            return replace(static.plan, nodes=frozenset(), tensors=frozenset())
         return candidate.plan
 
     def to_dict(self) -> dict[str, Any]:
