@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.peers import ENVIRONMENTS, Ran, run
+from benchmarks.peers import ENVIRONMENTS, PEERS, Ran, run
 from models.scale import big_model, transposed_model
 
 _MEASURED = """
@@ -65,7 +65,7 @@ def fastest(tool: str, environments: Path, source: Path, repeat: int) -> Ran:
         target = source.parent / "out" / "model.onnx"
         target.parent.mkdir()
         os.sync()
-        runs.append(run(tool, environments, source, target, seconds=600))
+        runs.append(run(PEERS[tool], environments, source, target, seconds=600))
         shutil.rmtree(target.parent)
     return min(runs, key=lambda ran: (bool(ran.fault), ran.wall))
 

@@ -134,7 +134,7 @@ def optimize(source: Path, target: Path, options: list[str]) -> dict[str, str]:
 
 
 def peer(name: str, environments: Path, source: Path, target: Path) -> dict[str, str]:
-    ran = run_peer(name, environments, source, target)
+    ran = run_peer(PEERS[name], environments, source, target)
     return {"exit": ran.fault or "0", "seconds": f"{ran.wall:.1f}", "proof": ""}
 
 

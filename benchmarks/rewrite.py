@@ -85,7 +85,7 @@ def nodes(models: list[Path], tools: list[str], environments: Path) -> None:
         for tool in tools:
             with tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / "out.onnx"
-                ran = run(tool, environments, source, target)
+                ran = run(PEERS[tool], environments, source, target)
                 fault = ran.fault or verdict(source, target, contrib=PEERS[tool].contrib)
                 left = 0 if ran.fault else count_nodes(onnx.load(target, load_external_data=False).graph)
             cells.append(f"**{fault}**" if ran.fault else f"{left}" + (f" **{fault}**" if fault else ""))
@@ -106,7 +106,7 @@ def scale(sizes: list[int], tools: list[str], environments: Path) -> None:
                 cells = []
                 for tool in tools:
                     skipped = Ran(fault="skipped") if tool + name in over else None
-                    ran = skipped or run(tool, environments, source, Path(folder) / f"{tool}.onnx")
+                    ran = skipped or run(PEERS[tool], environments, source, Path(folder) / f"{tool}.onnx")
                     over |= {tool + name} if ran.fault else set()
                     cells.append(ran.fault or f"{ran.cpu:.2f} s, {ran.peak:.0f} MB")
             row([name, str(size), *cells])
@@ -115,7 +115,7 @@ def scale(sizes: list[int], tools: list[str], environments: Path) -> None:
 def traps(script: Path, tools: list[str], environments: Path) -> None:
     table(["tool", "verdicts"])
     for tool in tools:
-        python, _, program = command(tool, environments)
+        python, _, program = command(PEERS[tool], environments)
         with tempfile.TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter.py"
             adapter.write_text(program, encoding="utf-8")

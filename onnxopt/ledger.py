@@ -39,12 +39,12 @@ class Ledger:
 
     limit: grant this many rewrites in all, then no more; None for no limit.
     left_out: rewrites that are never granted.
-    veto: asked with the name of a pass that is about to rewrite; why it may not, or None.
+    veto: asked with the name of a pass that is about to rewrite, and where; why it may not, or None.
     """
 
     limit: int | None = None
     left_out: frozenset[Rewrite] = frozenset()
-    veto: Callable[[str], str | None] | None = None
+    veto: Callable[[str, str], str | None] | None = None
     pass_name: str = ""
     granted: list[Rewrite] = field(default_factory=list)
     declined: dict[Rewrite, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Ledger:
         rewrite = Rewrite(self.pass_name, rule, site)
         if self.exhausted or self.leaves_out(rewrite):
             return False
-        vetoed = self.veto(self.pass_name) if self.veto else None
+        vetoed = self.veto(self.pass_name, site) if self.veto else None
         if vetoed is not None:
             self.declined[rewrite] = vetoed
             return False

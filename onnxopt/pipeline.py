@@ -56,11 +56,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The rewritten model and how it came about."""
+    """The rewritten model and how it came about; granted: the rewrites, in their order."""
 
     model: ir.Model
     kind: Kind
     steps: tuple[Step, ...]
+    granted: tuple[Rewrite, ...]
     left_out: tuple[LeftOut, ...]
     rounds: int
     settled: bool
@@ -84,7 +85,7 @@ class Pipeline:
         open_model: Callable[[], ir.Model],
         *,
         prove: Proof | None = None,
-        veto: Callable[[str], str | None] | None = None,
+        veto: Callable[[str, str], str | None] | None = None,
         stop_after: int | None = None,
         on_pass: Callable[[str], None] | None = None,
     ) -> Outcome:
@@ -93,7 +94,7 @@ class Pipeline:
         Args:
             open_model: gives a fresh copy of the input at each call.
             prove: judges the numbers of the result; None to check structure only.
-            veto: asked with the name of a pass that is about to rewrite; why it may not, or None.
+            veto: asked with the name of a pass that is about to rewrite, and where; why it may not, or None.
             stop_after: make this many rewrites, then stop.
             on_pass: called with the name of each pass before it runs.
         """
@@ -128,7 +129,8 @@ class Pipeline:
             left_out[_widen(culprit, left_out)] = problem
         model = done.model if done.ledger.granted else open_model()
         undone = tuple(LeftOut(rewrite, reason) for rewrite, reason in left_out.items())
-        return Outcome(model, done.kind, _steps(done), undone, done.rounds, done.settled)
+        granted = tuple(done.ledger.granted)
+        return Outcome(model, done.kind, _steps(done), granted, undone, done.rounds, done.settled)
 
 
 def _culprit(

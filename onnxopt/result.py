@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -20,12 +21,15 @@ from onnxopt.storage import check_target, save, staging
 __all__ = ["Result"]
 
 
+Told = TypeVar("Told", Report, QuantizationReport)
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[Told]):
     """A rewritten model and the report on it."""
 
     graph: ir.Model
-    report: Report | QuantizationReport
+    report: Told
     _source: ModelLike
 
     @property

@@ -20,7 +20,8 @@ import onnxopt
 from models.bert import bert
 from models.digits_cnn import PATH, digits
 from models.resnet20 import resnet20
-from onnxopt import Edit, Pass, Rule, Scope, api, job
+from onnxopt import Edit, Pass, Rule, Scope, job
+from onnxopt.api import common
 from onnxopt.errors import NoSamplesError, UsageError
 from onnxopt.protobuf import dump
 from tests.support import assert_equivalent, execute, sqnr, text_model
@@ -167,7 +168,7 @@ def test_nothing_is_rewritten_where_no_valid_input_is_found(monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise NoSamplesError("no valid synthetic input")
 
-    monkeypatch.setattr(api, "synthesize", fail)
+    monkeypatch.setattr(common, "synthesize", fail)
     result = onnxopt.optimize(text_model(TEXT), bench=False)
     assert result.report.left_as_it_was
     assert result.report.verdict is not None

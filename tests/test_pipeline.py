@@ -419,7 +419,7 @@ def test_a_place_that_is_taken_away_later_is_no_near_miss() -> None:
 def test_a_veto_keeps_a_pass_from_rewriting_and_is_said() -> None:
     asked: list[str] = []
 
-    def veto(name: str) -> str | None:
+    def veto(name: str, _site: str) -> str | None:
         asked.append(name)
         return "it does not pay" if name == "neg-to-minus" else None
 

@@ -1,6 +1,6 @@
 """The workflows behind the public functions."""
 
-from onnxopt.api.optimize import optimize
-from onnxopt.api.quantize import quantize
+from onnxopt.api.optimization import optimize
+from onnxopt.api.quantization import quantize
 
 __all__ = ["optimize", "quantize"]

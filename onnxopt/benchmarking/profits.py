@@ -115,7 +115,7 @@ class Guard:
         self._provider, self._measure, self._on_measure = provider, measure, on_measure
         self.profits: dict[str, Profit] = {}
 
-    def __call__(self, name: str) -> str | None:
+    def __call__(self, name: str, _site: str = "") -> str | None:
         if name not in self._guarded:
             return None
         if name not in self.profits:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import subgraphs_of, walk
+from onnxopt.graph import detach, subgraphs_of, value_names, walk
 from onnxopt.inference import refine
 from onnxopt.model import ModelLike, load, opener
 from onnxopt.runtimes import open_session
@@ -56,22 +57,27 @@ def _asked(model: ir.Model, names: Sequence[str]) -> dict[str, ir.DataType]:
         }
 
 
-def _cut(model: ir.Model, names: Collection[str], *, shapes_only: bool = False) -> ir.Model:
+def _cut(model: ir.Model, names: Sequence[str], *, shapes_only: bool = False) -> ir.Model:
     """The caller's own model, now with these tensors, or their shapes, as its outputs and with no more."""
-    graph = model.graph
-    wanted = {value.name: value for node in graph for value in node.outputs if value.name in names}
+    graph, taken = model.graph, value_names(model)
+    graph.opset_imports.setdefault("", 1)
+    computed = {value.name: value for node in graph for value in node.outputs}
     tail: list[ir.Node] = []
     graph.outputs.clear()
     for name in names:
-        value = wanted[name]
+        value = computed[name]
         if shapes_only:
-            value = ir.Value(name=f"{name}/shape", type=ir.TensorType(ir.DataType.INT64))
-            tail.append(ir.Node("", "Shape", [wanted[name]], outputs=[value]))
+            shape = next(new for n in itertools.count() if (new := f"{name}/shape{n}") not in taken)
+            value = ir.Value(name=shape, type=ir.TensorType(ir.DataType.INT64))
+            tail.append(ir.Node("", "Shape", [computed[name]], outputs=[value]))
         value.shape = None  # what is recorded may hold for other sizes of the inputs
         graph.outputs.append(value)
     graph.extend(reversed(tail))  # the runtime goes from the last end node: it frees a tensor once measured
     needed = _needed(graph)
-    graph.remove([node for node in graph if node not in needed], safe=True)
+    unneeded = [node for node in graph if node not in needed]
+    for inner in [inner for node in unneeded for body in subgraphs_of(node) for inner in walk(body)]:
+        detach(inner)
+    graph.remove(unneeded, safe=True)
     return model
 
 
@@ -92,7 +98,7 @@ def _needed(graph: ir.Graph) -> set[ir.Node]:
 
 
 class Slices:
-    """The tensors to see, in groups; the tensors of a group fit the memory at the sizes of a first sample.
+    """The tensors to see, in groups; the tensors of a group fit the memory at the sizes of one sample.
 
     Sessions run without graph optimizations: then the numbers do not depend on what else is exposed, and with
     everything exposed the runtime finds nothing to fuse anyway.
@@ -100,12 +106,13 @@ class Slices:
 
     def __init__(self, model: ModelLike, names: Sequence[str] | None) -> None:
         self._open: Callable[[], ir.Model] = opener(model)
-        types = _tensors(self._open())
+        first = self._open()
+        types = _tensors(first)
         self.names = tuple(names if names is not None else (n for n, t in types.items() if t in _FLOATS))
         for name in self.names:
             if types.get(name) not in _FLOATS:
                 raise UsageError(f"calibrate: tensor {name!r} {_why_not(name, types)}")
-        given = {value.name for value in self._open().graph.inputs}
+        given = {value.name for value in first.graph.inputs}
         self.inputs = tuple(name for name in self.names if name in given)
         self._computed = tuple(name for name in self.names if name not in given)
         self._bytes = {name: (types[name] or ir.DataType.FLOAT).itemsize for name in self._computed}

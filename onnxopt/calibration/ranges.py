@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from onnxopt.calibration.histogram import Bins, Histogram
-from onnxopt.calibration.statistics import TensorStatistics
+from onnxopt.calibration.tensors import TensorStatistics
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.quantization.formats import Format, QuantParams, params_from_range
 
@@ -27,7 +27,7 @@ _COARSE = np.exp2(-np.arange(0, 12, 0.5))
 """Thresholds that are tried first, as parts of the largest magnitude."""
 _FINE = np.exp2(np.array([-7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7]) / 16)
 """Those tried next, as multiples of the best of the first."""
-_MERGED = 4
+_MERGED = 16
 """Bins that are one while thresholds are tried."""
 
 Objective = Callable[[float, float], float]
@@ -121,7 +121,7 @@ class _Chooser:
 
     def range(self, method: str) -> Range:
         low, high = self.widest if not self.stats.count else getattr(self, f"_{method.replace('-', '_')}")()
-        low, high = min(low, 0.0), max(high, 0.0)
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
         if self.symmetric:
             low, high = -max(-low, high), max(-low, high)
         return Range(low, high, method, self.error(self.params(low, high)))
@@ -211,7 +211,7 @@ def _divergence(centre: np.ndarray, width: np.ndarray, weight: np.ndarray, param
         level = np.searchsorted((levels[1:] + levels[:-1]) / 2, t[inside])
     else:
         inside = (t >= form.low - zero - 0.5) & (t <= form.high - zero + 0.5)
-        level = np.rint(t[inside] - (form.low - zero) + 0.5 - 0.5).astype(np.intp).clip(0)
+        level = np.rint(t[inside] - (form.low - zero)).astype(np.intp).clip(0)
     if not inside.any():
         return np.inf
     first, last = np.flatnonzero(inside)[[0, -1]]

@@ -28,6 +28,7 @@ __all__ = [
     "session_option",
     "shape_option",
     "shapes_of",
+    "writable",
     "write_json",
 ]
 
@@ -77,7 +78,7 @@ def _preprocessed(context: click.Context, _option: click.Parameter, data: str | 
     return Images(data, read_preprocess(steps))
 
 
-def _writable(_context: click.Context, _option: click.Parameter, json_file: str | None) -> str | None:
+def writable(_context: click.Context, _option: click.Parameter, json_file: str | None) -> str | None:
     """Refuse a place that cannot be written to, before any work is done for it."""
     if json_file is None or json_file == "-":
         return json_file
@@ -95,7 +96,7 @@ json_option = click.option(
     "--json",
     "json_file",
     metavar="FILE",
-    callback=_writable,
+    callback=writable,
     help="Write the report as JSON; - for standard output.",
 )
 
@@ -116,13 +117,15 @@ def config_of(given: Sequence[str]) -> dict[str, str]:
     return config
 
 
-def keep_apart(json_file: str | None, *models: Path | None) -> None:
-    """Refuse a report that would be written over one of the models."""
+def keep_apart(json_file: str | None, *others: Path | None, option: str = "--json") -> None:
+    """Refuse a report that would be written over one of the other files."""
     if json_file is None or json_file == "-":
         return
     place = Path(json_file).resolve()
-    if any(model is not None and model.resolve() == place for model in models):
-        raise UsageError(f"--json {json_file}: this is a file of a model; give the report one of its own")
+    if any(other is not None and other.resolve() == place for other in others):
+        raise UsageError(
+            f"{option} {json_file}: this is a file of a model or of another report; give it one of its own"
+        )
 
 
 def console(json_file: str | None) -> Console:

@@ -15,6 +15,7 @@ from onnxopt.cli.common import (
     seed_option,
     shape_option,
     shapes_of,
+    writable,
     write_json,
 )
 from onnxopt.data import FeedSource
@@ -44,11 +45,25 @@ __all__ = ["command"]
     show_default=True,
     help="min-max, average, percentile, entropy, mse or auto.",
 )
-@click.option("--activation", help="Type of activations: uint8, int8, uint16, int16.")
+@click.option(
+    "--activation", help="Type of activations: uint8, int8, uint16, int16, float8e4m3fn, float8e5m2."
+)
 @click.option("--per-tensor", is_flag=True, help="One scale for a whole weight.")
+@click.option("--symmetric", is_flag=True, help="Zero in the middle of the integers of activations.")
 @click.option("--power-of-two", is_flag=True, help="Scales are powers of two.")
 @click.option(
     "--keep", multiple=True, metavar="PATTERN", help="Nodes or operators to leave in float. Repeatable."
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="Take ranges and choice of nodes from a file of --save-plan, perhaps edited.",
+)
+@click.option(
+    "--save-plan",
+    metavar="FILE",
+    callback=writable,
+    help="Write what was chosen, what each node costs in accuracy, and the ranges, as JSON.",
 )
 @click.option(
     "--also-isa",
@@ -90,8 +105,11 @@ def command(
     calibration: str,
     activation: str | None,
     per_tensor: bool,
+    symmetric: bool,
     power_of_two: bool,
     keep: tuple[str, ...],
+    plan: Path | None,
+    save_plan: str | None,
     also_isa: tuple[str, ...],
     freeze_initializers: bool,
     shape: tuple[str, ...],
@@ -114,14 +132,16 @@ def command(
     Exit codes: 0 written, 1 the budget was not kept, nothing was gained or quantized, 2 bad input.
     """
     from onnxopt import quantize
-    from onnxopt.reporting.quantization import QuantizationReport
+    from onnxopt.reporting import session_file
     from onnxopt.reporting.quantization_tables import print_quantization
     from onnxopt.storage import check_target
 
-    keep_apart(json_file, model, output)
+    keep_apart(json_file, model, output, plan)
+    keep_apart(save_plan, model, output, option="--save-plan")
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
+    keep_apart(json_file, session_file(output))
     with progress() as show:
         result = quantize(
             model,
@@ -134,8 +154,11 @@ def command(
             calibration=calibration,
             activation=activation,
             per_channel=not per_tensor,
+            symmetric=symmetric,
             power_of_two=power_of_two,
             keep=keep,
+            plan=plan,
+            sensitivity=list_nodes or save_plan is not None,
             also_isa=also_isa,
             freeze_initializers=freeze_initializers,
             shapes=shapes_of(shape),
@@ -147,8 +170,9 @@ def command(
             executor=executor,  # type: ignore[arg-type]  # likewise
             progress=show,
         )
-        assert isinstance(result.report, QuantizationReport)
         written = result.save(output) if result.report.ok else None
     print_quantization(result.report, console(json_file), written=written, list_nodes=list_nodes)
     write_json(result.report.to_dict(), json_file)
+    if result.report.plan is not None:
+        write_json(result.report.plan, save_plan)
     return int(not result.report.ok)

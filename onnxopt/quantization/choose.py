@@ -16,16 +16,26 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.quantization.costs import NodeCost, Shapes, node_cost, shipped_costs
+from onnxopt.quantization.costs import NodeCost, Shapes, features, node_cost, shipped_costs
 from onnxopt.quantization.layouts import keeps_layout
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.quantization.units import Unit
+from onnxopt.quantization.units import LAYERS, Unit
 
-__all__ = ["Choice", "Prices", "choose", "prices_of_bytes", "prices_of_time"]
+__all__ = [
+    "Choice",
+    "Prices",
+    "choose",
+    "chosen_tensors",
+    "prices_of_bytes",
+    "prices_of_time",
+    "prices_of_work",
+]
 
 _NEVER = 1e18
 """More than any choice costs."""
+_MACS_OF_MOVE = 16
+"""Multiply-accumulates in the time of one element that is read and written: 4 to 100 on what there is."""
 _FLOATS_OUT = ("Gemm", "MatMul")
 """Layers whose integer kernels can write floats."""
 
@@ -34,7 +44,7 @@ _FLOATS_OUT = ("Gemm", "MatMul")
 class Prices:
     """What nodes cost, and what it costs to quantize a tensor, to read it back, to change its layout.
 
-    In ns, or in bytes.
+    In any unit.
     """
 
     node: Callable[[ir.Node], NodeCost]
@@ -82,6 +92,23 @@ def prices_of_bytes() -> Prices:
     return Prices(node, lambda _: 1.0, lambda _: 1.0)
 
 
+def prices_of_work(shapes: Shapes) -> Prices:
+    """Where no times are known: multiply-accumulates and the elements that are moved, a quarter in 8 bits.
+
+    Integers thus pay for every layer, and for what lies between layers in integers.
+    """
+
+    def node(one: ir.Node) -> NodeCost:
+        work = features(one, shapes, quantized=False)[1]
+        work *= 1 if one.op_type in LAYERS else _MACS_OF_MOVE
+        return NodeCost(work, work / 4)
+
+    def elements(value: ir.Value) -> float:
+        return math.prod(shapes(value)) * _MACS_OF_MOVE / 4
+
+    return Prices(node, elements, elements)
+
+
 def choose(
     graph: ir.Graph,
     units: Sequence[Unit],
@@ -91,32 +118,32 @@ def choose(
     *,
     outputs: bool = True,
     kept: Collection[str] = (),
-    forced: Collection[str] = (),
 ) -> Choice:
-    """The choice of the least cost.
+    """The choice of the least cost; where several cost the same, the one of the fewest integers.
 
     Args:
         graph: the main graph; nodes in its bodies stay as they are.
         units: those that may be chosen.
         prices: of time or size.
-        noise: of each source; 0 for those that are not in it.
+        noise: of each source; 0 for those that are not in it. One of infinite noise is never chosen.
         price_of_noise: cost of a noise of 1.
         outputs: whether what a layer writes is quantized, too.
-        kept: sites that stay in floating point. forced: sites that become integers whatever they cost.
+        kept: sites that stay in floating point.
     """
+
+    def cost_of(source: Source) -> float:
+        amount = noise.get(source, 0.0)
+        return min(price_of_noise * amount, _NEVER) if math.isfinite(amount) else _NEVER
+
     part = {unit.node: unit for unit in units} | {
         unit.output.producer(): unit for unit in units if unit.output.producer() is not unit.node
     }
     cut, costs = Cut(), {node: prices.node(node) for node in graph}
     for node in graph:
         side = part.get(node, node)
+        stays = not isinstance(side, Unit) or side.site in kept
         cut.if_second(side, costs[node].float_ns)
-        if not isinstance(side, Unit) or side.site in kept:
-            cut.if_first(side, _NEVER)
-        else:
-            cut.if_first(side, min(costs[node].int8_ns, _NEVER))
-        if isinstance(side, Unit) and side.site in forced:
-            cut.if_second(side, _NEVER)
+        cut.if_first(side, _NEVER if stays else min(costs[node].int8_ns, _NEVER))
         for value in node.inputs[:1]:
             producer = part.get(value.producer()) if value is not None else None
             if producer is not None and producer is not side:
@@ -124,11 +151,14 @@ def choose(
     written = {unit.output: unit for unit in units}
     tensors = dict.fromkeys(value for unit in units for value in (*unit.sources, unit.output))
     for value in tensors:
-        _add_tensor(cut, value, written.get(value), part, graph, prices, noise, price_of_noise, outputs)
+        cost = cost_of(Source("tensor", value.name or ""))
+        _add_tensor(cut, value, written.get(value), part, graph, prices, cost, outputs)
     for unit in units:
         for value in unit.sources:
             cut.if_parted(unit, value, math.inf)
-        cut.if_first(unit, price_of_noise * noise.get(Source("weight", unit.site), 0.0))
+        if unit.layer is not None:
+            cut.if_parted(unit, part.get(unit.layer, unit.layer), math.inf)
+        cut.if_first(unit, cost_of(Source("weight", unit.site)))
     changes = _changes_of_layout(graph, part, prices)
     for one, other, cost in changes:
         cut.if_parted(one, other, cost)
@@ -144,6 +174,24 @@ def choose(
         + sum(cost for one, other, cost in changes if (one in first) != (other in first)),
         _noise(chosen, quantized, written, first, noise),
     )
+
+
+def chosen_tensors(
+    units: Sequence[Unit], nodes: Collection[str], written: Collection[str], *, outputs: bool = True
+) -> frozenset[str]:
+    """The names of the tensors that are quantized where `nodes` become integers.
+
+    Those are what such units read, and what they write where they have to (`outputs`: as of `choose`) or
+    where it is one of `written`.
+    """
+    found: set[str] = set()
+    for unit in units:
+        if unit.site not in nodes:
+            continue
+        found.update(value.name or "" for value in unit.sources)
+        if (outputs and unit.node.op_type not in _FLOATS_OUT) or unit.output.name in written:
+            found.add(unit.output.name or "")
+    return frozenset(found)
 
 
 def _changes_of_layout(
@@ -172,13 +220,10 @@ def _add_tensor(
     part: Mapping[ir.Node | None, Unit],
     graph: ir.Graph,
     prices: Prices,
-    noise: Mapping[Source, float],
-    price_of_noise: float,
+    cost: float,
     outputs: bool,
 ) -> None:
-    """What it costs to quantize a tensor, and to read back one that an integer kernel has written."""
-    cost = price_of_noise * noise.get(Source("tensor", value.name or ""), 0.0)
-    producer = value.producer()
+    """What it costs to quantize a tensor, its noise included, and to read back what a kernel wrote."""
     if unit is None:
         cut.if_first(value, cost + prices.quantize(value))
         return
@@ -193,11 +238,9 @@ def _add_tensor(
     cut.if_parted(unit, read_back, prices.dequantize(value))
     readers = [usage.node for usage in value.uses()]
     for node in readers:
-        side = part.get(node, node)
-        cut.if_parted(read_back, side if node.graph is graph else ("a body",), math.inf)
+        cut.if_parted(read_back, part.get(node, node), math.inf)
     if value.is_graph_output() or any(node.graph is not graph for node in readers):
         cut.if_first(read_back, _NEVER)
-    assert producer is not None
 
 
 def _total(

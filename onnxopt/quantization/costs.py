@@ -164,9 +164,8 @@ def features(node: ir.Node, shapes: Shapes, *, quantized: bool) -> Features:
     """What the time is linear in.
 
     Layers: 1, multiply-accumulates, output elements, taps (pixels times kernel positions, of which int8
-    gathers a row at once; for MatMul the elements of the weight), and what runs off the fast path. Others:
-    1, elements, elements that windows read (where an input is broadcast, pixels; for Concat, those of all
-    inputs).
+    gathers a row at once; for MatMul the elements of the weight), and what runs off the fast path. Others: 1,
+    elements, elements that windows read (with a broadcast input, pixels; of Concat, those of all inputs).
     """
     if node.op_type in ("Conv", "ConvTranspose"):
         return _conv_features(node, shapes, quantized)

@@ -11,16 +11,17 @@ HardSwish is the product with that gate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, float_attr, sole_user
-from onnxopt.quantization.formats import QuantParams, find_format, params_from_range, quantize
+from onnxopt.graph import constant_of, float_attr
+from onnxopt.quantization.formats import QuantParams, params_from_range, quantize
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.saturation import safe_params
+from onnxopt.quantization.shield import exposed
 from onnxopt.quantization.units import Unit
 from onnxopt.quantization.weights import quantize_weight, weight_axis
 from onnxopt.scope import Names
@@ -28,10 +29,10 @@ from onnxopt.targets import Placement
 
 __all__ = ["bias_of", "emit", "quantized_weight"]
 
-_REQUANTIZED = ("Conv", "ConvTranspose", "Gemm")
-"""Layers whose float weights ONNX Runtime may quantize by itself (WeightBiasQuantization)."""
 _BIAS_ROOM = 2.0**30
 """The largest bias in units of its scale: half of int32, so that sums have room."""
+_LEAST_SCALE = 2.0**-126
+"""The smallest normal number of float32: the scale of a bias, which is a product of two."""
 
 
 def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placement) -> dict[str, ir.Node]:
@@ -40,6 +41,7 @@ def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placemen
     Weights that other nodes read, too, stay beside their integers for those. The opset must have
     QuantizeLinear by axis, which is 13.
     """
+    model.ir_version = max(model.ir_version, 4)  # before it, initializers were graph inputs
     writer = _Writer(model, plan, placement)
     chosen = [unit for unit in units if unit.site in plan.nodes]
     sites = {unit.site: unit.node for unit in chosen}
@@ -49,12 +51,12 @@ def emit(model: ir.Model, units: Sequence[Unit], plan: Plan, placement: Placemen
         if value is not None and constant_of(value) is None:
             read.setdefault(value, []).append((node, place))
     written = {unit.output for unit in chosen if placement.outputs and unit.output.name in plan.tensors}
+    for unit in chosen:
+        writer.constants(unit)  # before activations, as graph outputs pass on their names
     for value in dict.fromkeys([*read, *(unit.output for unit in chosen if unit.output in written)]):
         writer.activation(value, read.get(value, ()), everyone=value in written)
-    for unit in chosen:
-        writer.constants(unit)
     if placement.outputs:
-        writer.shield(model.graph, sites)
+        writer.shield(dict.fromkeys(sites.values()))
     model.graph.sort()
     return sites
 
@@ -67,31 +69,31 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
         plan: how weights are quantized.
         source: of the activation that a layer multiplies them with; None where there is no bias to fit.
 
-    A layer's scale of a channel is raised where its bias would not fit int32 otherwise.
+    A layer's scale of a channel is raised where its bias would not fit int32 otherwise. A channel that is
+    all zeros has the scale that is best for its bias.
     """
     assert unit.weight is not None
     if unit.site in plan.rounded:
         return plan.rounded[unit.site]
-    tensor = constant_of(unit.node.inputs[unit.weight])
-    assert tensor is not None
-    array = tensor.numpy()
-    if not unit.is_layer:
-        return quantize_weight(array, find_format("uint8"), axis=None, symmetric=False)
+    array = _array(unit, unit.weight)
+    if not unit.is_layer or unit.weight == 0:
+        return _as_activation(unit, array, plan)
     axis = weight_axis(unit.node, unit.weight) if plan.per_channel and array.ndim > 1 else None
     if unit.node.op_type == "MatMul" and array.ndim > 2:
         axis = None  # the runtime's kernel takes one scale for a stack of matrices
     ints, params = quantize_weight(array, plan.weight, axis=axis, power_of_two=plan.power_of_two)
     if plan.saturates:
         params = safe_params(unit.node, array, params)
+        if plan.power_of_two:
+            params = replace(params, scale=_raised(params.scale))
         ints = quantize(array, params).astype(ints.dtype)
     bias = bias_of(unit, plan)
-    if bias is None or source is None or axis is None:
+    if bias is None or source is None:
         return ints, params
-    needed = np.abs(bias.reshape(-1).astype(np.float64)) / (float(source.scale) * _BIAS_ROOM)
-    if not (needed > params.scale).any():
+    fitted = replace(params, scale=_fitted(ints, params, bias, source, plan.power_of_two))
+    if np.array_equal(fitted.scale, params.scale):
         return ints, params
-    params = replace(params, scale=np.maximum(params.scale, needed).astype(np.float32))
-    return quantize(array, params).astype(ints.dtype), params
+    return quantize(array, fitted).astype(ints.dtype), fitted
 
 
 def bias_of(unit: Unit, plan: Plan) -> np.ndarray | None:
@@ -100,12 +102,34 @@ def bias_of(unit: Unit, plan: Plan) -> np.ndarray | None:
     return plan.biases.get(unit.site, None if tensor is None else tensor.numpy())
 
 
-def _ends_quantized(node: ir.Node) -> bool:
-    """Whether all that reads a node, but for a Relu or Clip in between, is one QuantizeLinear."""
-    user = sole_user(node.outputs[0])
-    while user is not None and user.op_type in ("Relu", "Clip"):
-        user = sole_user(user.outputs[0])
-    return user is not None and user.op_type == "QuantizeLinear"
+def _array(unit: Unit, place: int) -> np.ndarray:
+    tensor = constant_of(unit.node.inputs[place])
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def _as_activation(unit: Unit, array: np.ndarray, plan: Plan) -> tuple[np.ndarray, QuantParams]:
+    """A constant in the format of the activations that it meets, as a left factor has it, too."""
+    form = plan.params[unit.sources[0].name or ""].format
+    return quantize_weight(array, form, axis=None, symmetric=unit.is_layer, power_of_two=plan.power_of_two)
+
+
+def _fitted(
+    ints: np.ndarray, params: QuantParams, bias: np.ndarray, source: QuantParams, power_of_two: bool
+) -> np.ndarray:
+    """The scales of a weight, raised where a bias in units of their product with `source`'s needs it."""
+    over = None if params.axis is None else tuple(i for i in range(ints.ndim) if i != params.axis)
+    size = np.abs(bias.reshape(-1).astype(np.float64))
+    size = size.max(initial=0) if over is None else size
+    least = np.maximum(size / _BIAS_ROOM, _LEAST_SCALE) / float(source.scale)
+    alone = ~ints.any(axis=over) & (size > 0)
+    scale = np.where(alone, least, np.maximum(params.scale, least))
+    return _raised(scale) if power_of_two else np.asarray(scale, np.float32)
+
+
+def _raised(scale: np.ndarray) -> np.ndarray:
+    """The next larger powers of two."""
+    return np.asarray(2.0 ** np.ceil(np.log2(scale)), np.float32)
 
 
 class _Writer:
@@ -181,61 +205,63 @@ class _Writer:
         result.outputs[0].type, result.outputs[0].shape = value.type, value.shape
         return quantized, result
 
-    def shield(self, graph: ir.Graph, sites: Mapping[str, ir.Node]) -> None:
-        """Keep the runtime from quantizing the weights of layers that stay in floating point.
+    def shield(self, chosen: Container[ir.Node]) -> None:
+        """Keep the runtime from quantizing what is to stay in floating point."""
+        wide: dict[ir.Value, ir.Value] = {}
+        for reader, axes in exposed(self._graph, chosen, self._scales):
+            value = _input(reader)
+            if axes and value not in wide:
+                wide[value] = self._by_channel(value, *axes[0])
+            reader.replace_input_with(0, wide[value] if axes else self._copied(value, reader))
 
-        ONNX Runtime does so, with one scale for the whole weight, where such a layer stands between a
-        DequantizeLinear of one scale and a QuantizeLinear. A scale for each channel, all equal, gives the
-        same numbers, and it leaves the layer alone.
-        """
-        chosen = dict.fromkeys(sites.values())
-        for node in [one for one in graph if one.op_type in _REQUANTIZED and one not in chosen]:
-            value = node.inputs[0]
-            params = self._scales.get(value) if value is not None else None
-            if value is None or params is None or not _ends_quantized(node):
-                continue
-            channels = value.shape[1] if value.shape is not None and len(value.shape) > 1 else None
-            if not isinstance(channels, int) or channels < 2:
-                continue
-            wide = replace(
-                params,
-                scale=np.full(channels, params.scale, np.float32),
-                zero_point=np.full(channels, params.zero_point),
-            )
-            name = value.name or ""
-            source = value.producer()
-            assert source is not None
-            inputs = [source.inputs[0], *self._params(wide, name)]
-            read = self._node("DequantizeLinear", inputs, f"{name}_by_channel", [ir.AttrInt64("axis", 1)])
-            graph.insert_before(node, read)
-            read.outputs[0].type, read.outputs[0].shape = value.type, value.shape
-            node.replace_input_with(0, read.outputs[0])
+    def _copied(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        copy = self._node("Concat", [value], f"{value.name}_copy", [ir.AttrInt64("axis", 0)])
+        self._graph.insert_before(reader, copy)
+        copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+        return copy.outputs[0]
+
+    def _by_channel(self, value: ir.Value, axis: int, size: int) -> ir.Value:
+        """What a DequantizeLinear gives, from one that has a scale for each index of an axis."""
+        params, source, name = self._scales[value], value.producer(), value.name or ""
+        assert source is not None
+        scale, zero = np.full(size, params.scale), np.full(size, params.zero_point)
+        inputs = [_input(source), *self._params(replace(params, scale=scale, zero_point=zero), name)]
+        read = self._node("DequantizeLinear", inputs, f"{name}_by_channel", [ir.AttrInt64("axis", axis)])
+        self._graph.append(read)
+        read.outputs[0].type, read.outputs[0].shape = value.type, value.shape
+        return read.outputs[0]
 
     def constants(self, unit: Unit) -> None:
-        """Put integers in place of the unit's constant operand and bias."""
+        """Put integers in place of the unit's constant operands and its bias."""
         if unit.weight is None:
             return
-        node, weight = unit.node, unit.node.inputs[unit.weight]
-        source = next((self._scales[v] for p in unit.reads if (v := node.inputs[p]) in self._scales), None)
-        ints, params = quantized_weight(unit, self._plan, source if self._placement.bias else None)
-        assert weight is not None
-        node.replace_input_with(unit.weight, self._constant(node, ints, params, weight.name or "weight"))
+        source = self._plan.params[unit.sources[0].name or ""]
         bias = bias_of(unit, self._plan)
-        if bias is None or source is None:
+        operands = {unit.weight: quantized_weight(unit, self._plan, source if self._placement.bias else None)}
+        operands |= {place: _as_activation(unit, _array(unit, place), self._plan) for place in unit.others}
+        node = unit.node
+        for place, (ints, params) in operands.items():
+            value = node.inputs[place]
+            like = value.name if value is not None and value.name else "weight"
+            node.replace_input_with(place, self._constant(node, ints, params, like))
+        if bias is None:
             return
         name = unit.bias.name if unit.bias is not None and unit.bias.name else f"{unit.site}_bias"
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
-        if not self._placement.bias:
-            node.replace_input_with(
-                2, unit.bias if unit.site not in self._plan.biases else self._initializer(bias, name)
-            )
-            return
-        scale = np.asarray(params.scale.astype(np.float64) * float(source.scale), np.float32)
+        node.resize_inputs(3)
+        if self._placement.bias:
+            node.replace_input_with(2, self._bias(node, bias, operands[unit.weight][1], source, name))
+        elif unit.site in self._plan.biases:
+            node.replace_input_with(2, self._initializer(bias, name))
+
+    def _bias(
+        self, node: ir.Node, bias: np.ndarray, weight: QuantParams, source: QuantParams, like: str
+    ) -> ir.Value:
+        """A bias in int32, in units of the product of the scales."""
+        scale = np.asarray(weight.scale.astype(np.float64) * float(source.scale), np.float32)
         limit = 2**31 - 1
         whole = np.rint(bias.reshape(-1).astype(np.float64) / scale).clip(-limit, limit)
-        fit = QuantParams(scale, np.zeros(scale.shape, np.int64), params.format, 0 if scale.ndim else None)
-        node.replace_input_with(2, self._constant(node, whole.astype(np.int32), fit, name))
+        params = QuantParams(scale, np.zeros(scale.shape, np.int64), weight.format, 0 if scale.ndim else None)
+        return self._constant(node, whole.astype(np.int32), params, like)
 
     def _constant(self, node: ir.Node, ints: np.ndarray, params: QuantParams, like: str) -> ir.Value:
         """Integers of a constant, read back in front of `node`."""
@@ -266,3 +292,9 @@ class _Writer:
     ) -> ir.Node:
         output = ir.Value(name=self._names.fresh(like))
         return ir.Node("", op_type, inputs, attributes, outputs=[output], name=output.name)
+
+
+def _input(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -129,22 +128,20 @@ def quantize(array: np.ndarray, params: QuantParams) -> np.ndarray:
     """The elements as integers in int32 (small floats as themselves), as QuantizeLinear gives them."""
     scale, zero = _spread(params, array.ndim, array.shape)
     ratio = array.astype(np.float32) / scale
+    low, high = params.format.low, params.format.high
     if params.format.is_float:
-        kind = getattr(ml_dtypes, _ML_NAMES[params.format.name])
-        return np.clip(ratio, params.format.low, params.format.high).astype(kind)
-    whole = np.rint(ratio).astype(np.float64) + zero
-    return np.clip(np.nan_to_num(whole), params.format.low, params.format.high).astype(np.int32)
+        return np.asarray(np.clip(ratio, low, high).astype(params.format.dtype.numpy()))
+    # Exact in float32: sums of 2**24 and more are clipped, whatever they were rounded to.
+    whole = np.clip(np.rint(ratio) + zero.astype(np.float32), low, high)
+    return np.asarray(np.where(np.isnan(whole), 0, whole), np.int32)
 
 
 def dequantize(elements: np.ndarray, params: QuantParams) -> np.ndarray:
     """The float32 numbers that the elements stand for, as DequantizeLinear gives them."""
     scale, zero = _spread(params, elements.ndim, elements.shape)
     if params.format.is_float:
-        return elements.astype(np.float32) * scale
-    return (elements.astype(np.int64) - zero).astype(np.float32) * scale
-
-
-_ML_NAMES = {"float8e4m3fn": "float8_e4m3fn", "float8e5m2": "float8_e5m2"}
+        return np.asarray(elements.astype(np.float32) * scale)
+    return np.asarray((elements.astype(np.int64) - zero).astype(np.float32) * scale)
 
 
 def _spread(params: QuantParams, rank: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def is_integer(op_type: str) -> bool:
 
 def kernels_of(model: ir.Model) -> Mapping[str, int]:
     """The operators that the CPU provider executes for a model, and how many there are of each."""
-    return Counter(node.op_type for node in _executed(model).node)
+    return Counter(node.op_type for node in _all(_executed(model)))
 
 
 def fusion_of(model: ir.Model, sites: Mapping[str, ir.Node]) -> Fusion:
@@ -99,6 +99,15 @@ def fusion_of(model: ir.Model, sites: Mapping[str, ir.Node]) -> Fusion:
         tuple(site for site in names if site in fused),
         tuple(site for site in names if site not in fused),
     )
+
+
+def _all(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the bodies in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all(attribute.g)
 
 
 def _executed(model: ir.Model) -> onnx.GraphProto:

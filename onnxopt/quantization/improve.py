@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from onnxopt.data import Feeds
-from onnxopt.model import clone
 from onnxopt.quantization.draft import Draft
-from onnxopt.quantization.emit import emit
 from onnxopt.quantization.keepers import KEEPERS
+from onnxopt.quantization.search import write
 from onnxopt.quantization.sensitivity import noise_between
-from onnxopt.quantization.units import survey
 from onnxopt.runtimes import open_session
 
 __all__ = ["improve"]
@@ -23,21 +22,24 @@ _GAIN = 0.98
 
 
 def improve(
-    draft: Draft, samples: Sequence[Feeds], held_out: Sequence[Feeds]
+    draft: Draft,
+    samples: Sequence[Feeds],
+    held_out: Sequence[Feeds],
+    session_config: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Draft, dict[str, tuple[float, float]]]:
-    """The draft with every keeper that lowers the noise, and of those the noise before and after."""
-    judged = [held_out[number] for number in range(min(len(held_out), _MOST_SAMPLES))]
+    """The draft with every keeper that lowers the noise, and of those the noise before and after.
+
+    Quantized models run with `session_config`.
+    """
+    judged = [*held_out[:_MOST_SAMPLES]]
     with open_session(draft.model) as session:
         expected = [session.run(feeds) for feeds in judged]
 
     def noise_of(one: Draft) -> float:
-        units = survey(one.model, one.placement, one.plan.params).units
-        everything = replace(
-            one.plan, nodes=frozenset(unit.site for unit in units), tensors=frozenset(one.plan.params)
-        )
-        model = clone(one.model)
-        emit(model, survey(model, one.placement, one.plan.params).units, everything, one.placement)
-        with open_session(model) as session:
+        sites = frozenset(unit.site for unit in one.units())
+        plan = replace(one.plan, nodes=sites, tensors=frozenset(one.plan.params))
+        model, _ = write(one.model, one.placement, plan)
+        with open_session(model, session_config=session_config) as session:
             return noise_between(expected, [session.run(feeds) for feeds in judged])
 
     before, gains = noise_of(draft), {}

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from onnxopt.data import Feeds
-from onnxopt.quantization.biases import correct_biases
+from onnxopt.quantization.biases import correct_biases, measure_biases
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.rounding import round_weights
+from onnxopt.quantization.scaling import equalize_layers, smooth_activations
 
 __all__ = ["KEEPERS", "Draft", "Keeper"]
 
@@ -16,6 +17,12 @@ Keeper = Callable[[Draft, Sequence[Feeds]], Draft | None]
 """From a draft and calibration samples to a better one; None where there is nothing to do."""
 
 KEEPERS: Mapping[str, Keeper] = MappingProxyType(
-    {"round-weights": round_weights, "correct-biases": correct_biases}
+    {
+        "equalize-layers": equalize_layers,
+        "smooth-activations": smooth_activations,
+        "round-weights": round_weights,
+        "correct-biases": correct_biases,
+        "measure-biases": measure_biases,
+    }
 )
 """Each is to be kept only where samples that are held out say so."""

@@ -1,4 +1,8 @@
-"""Minimum cuts, by Dinic's algorithm (E. A. Dinic, 1970) in its form with integer-free capacities."""
+"""Minimum cuts, by Dinic's algorithm.
+
+Source: E. A. Dinic, "Algorithm for solution of a problem of maximum flow in networks with power estimation",
+1970. Each round saturates an edge exactly, so that it ends with capacities of floating point, too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import Hashable
 __all__ = ["Cut"]
 
 _NOTHING = 1e-9
+"""Capacity that counts as none: costs are rounded."""
 
 
 class Cut:

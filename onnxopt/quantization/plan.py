@@ -11,7 +11,7 @@ from onnxopt.quantization.formats import Format, QuantParams, find_format, param
 from onnxopt.quantization.units import Unit
 from onnxopt.targets import Placement
 
-__all__ = ["Plan", "params_of_tensors"]
+__all__ = ["Plan", "is_symmetric", "params_of_tensors"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Plan:
     quantized: what such units read, and what they write where the target wants that. params: of every
     tensor that could be. weight: the format of weights. per_channel: one scale for each output channel.
     saturates: whether it is for processors whose sums of two products leave 16 bits; weights are then scaled
-    so that none does. rounded: site -> the weight's integers and their scales, where they are not simply the nearest ones.
-    biases: site -> the bias, float32, where it is not the layer's own.
+    so that none does. rounded: site -> the weight's integers and their scales, where they are not simply the
+    nearest ones. biases: site -> the bias, float32, where it is not the layer's own.
     """
 
     nodes: frozenset[str]
@@ -35,6 +35,11 @@ class Plan:
     saturates: bool = False
     rounded: Mapping[str, tuple[np.ndarray, QuantParams]] = field(default_factory=dict)
     biases: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def is_symmetric(placement: Placement, form: Format, low: float) -> bool:
+    """Whether a tensor's zero is in the middle of its integers: not of unsigned ones, if none is negative."""
+    return placement.symmetric and (form.signed or low < 0)
 
 
 def params_of_tensors(
@@ -55,9 +60,8 @@ def params_of_tensors(
 
     def params_of(name: str, low: float, high: float) -> None:
         if name not in found:
-            found[name] = params_from_range(
-                low, high, form, symmetric=placement.symmetric, power_of_two=power_of_two
-            )
+            symmetric = is_symmetric(placement, form, low)
+            found[name] = params_from_range(low, high, form, symmetric=symmetric, power_of_two=power_of_two)
 
     for unit in units:
         for value in unit.sources:

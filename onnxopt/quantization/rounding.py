@@ -21,29 +21,35 @@ from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import QuantParams, dequantize, quantize
 from onnxopt.quantization.saturation import can_saturate
 from onnxopt.quantization.units import Unit
-from onnxopt.quantization.windows import from_rows, operand_rows, weight_rows
+from onnxopt.quantization.windows import from_rows, has_rows, operand_rows, weight_rows
 
 __all__ = ["round_rows", "round_weights"]
 
-_OPERATORS = ("Conv", "Gemm", "MatMul")
 _SUMMANDS = 2048
 """Layers that add up more are rounded to nearest: the time grows with the third power."""
 _MEMORY = 256 << 20
 """Bytes of moments that are gathered in one run of the samples, and of tensors exposed at once."""
-_PER_SUMMAND, _LEAST = 8, 4096
+_PER_SUMMAND, _LEAST = 4, 4096
 """Positions of a layer that are looked at, in all samples together."""
+_TOGETHER = 256
+"""Positions whose moments are added up in float32."""
 _DAMPING = 0.01
 _BLOCK = 64
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """weight: [groups, channels of a group, summands]. moments: [groups, summands, summands]."""
+    """weight: [groups, channels of a group, summands]. moments: [groups, summands, summands].
+
+    waiting: [groups, positions, summands] of samples, float32, whose moments are still to be added.
+    """
 
     unit: Unit
     weight: np.ndarray
     shape: tuple[int, ...]
     moments: np.ndarray = field(init=False)
+    waiting: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups, _, summands = self.weight.shape
@@ -57,8 +63,11 @@ class _Layer:
 def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     """With the weights of layers rounded for what they are multiplied with, as it is quantized.
 
-    Conv, Gemm, and MatMul with a matrix; layers with more than 2048 summands stay as they are.
+    Conv, Gemm, and MatMul with a matrix; layers with more than 2048 summands stay as they are. Small floats
+    are no whole numbers of a step, and there is nothing to do.
     """
+    if draft.plan.weight.is_float:
+        return None
     rounded = {}
     for units in _batches(draft):
         layers = [_layer(unit) for unit in units]
@@ -86,7 +95,7 @@ def round_rows(target: np.ndarray, moments: np.ndarray, low: float, high: float)
     order = np.argsort(-size, axis=1, kind="stable")
     left = np.take_along_axis(target, order[:, None], 2)
     sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, None], 2), order[:, :, None], 1)
-    damping = _DAMPING * size.mean(1) + np.finfo(np.float64).tiny ** 0.5
+    damping = _DAMPING * size.mean(1) + _TINY
     sorted_moments += damping[:, None, None] * np.eye(target.shape[2])
     factor = np.linalg.cholesky(np.linalg.inv(sorted_moments)).swapaxes(1, 2)
     whole = np.empty_like(left)
@@ -122,13 +131,10 @@ def _batches(draft: Draft) -> list[list[Unit]]:
     batches: list[list[Unit]] = [[]]
     filled = 0
     for unit in draft.units():
-        weight = constant_of(unit.node.inputs[1]) if unit.weight == 1 else None
-        if weight is None or unit.node.op_type not in _OPERATORS:
+        weight = constant_of(unit.node.inputs[1]) if has_rows(unit) else None
+        if weight is None:
             continue
-        sizes = sizes_of(weight)
-        if unit.node.op_type == "MatMul" and len(sizes) != 2:
-            continue
-        groups, _, summands = weight_rows(unit.node, np.broadcast_to(np.float32(0), sizes)).shape
+        groups, _, summands = weight_rows(unit.node, np.broadcast_to(np.float32(0), sizes_of(weight))).shape
         if summands > _SUMMANDS:
             continue
         size = groups * summands**2 * 8
@@ -158,10 +164,21 @@ def _add_moments(draft: Draft, layers: Sequence[_Layer], samples: Sequence[Feeds
                 for name, array in run(feeds):
                     for layer in readers[name]:
                         _add(layer, array, draft.plan.params[name], len(samples))
+    for layer in layers:
+        _add_waiting(layer)
 
 
 def _add(layer: _Layer, array: np.ndarray, params: QuantParams, samples: int) -> None:
     most = -(-max(_LEAST, _PER_SUMMAND * layer.weight.shape[2]) // samples)
     rows = operand_rows(layer.unit.node, array, layer.shape[2:], most)
-    rows = dequantize(quantize(rows, params), params).swapaxes(0, 1)
-    layer.moments[...] += rows.swapaxes(1, 2) @ rows
+    layer.waiting.append(dequantize(quantize(rows, params), params).swapaxes(0, 1))
+    if sum(one.shape[1] for one in layer.waiting) >= _TOGETHER:
+        _add_waiting(layer)
+
+
+def _add_waiting(layer: _Layer) -> None:
+    """Many rows at once take a fraction of the time of a sample's few."""
+    if layer.waiting:
+        rows = np.concatenate(layer.waiting, axis=1)
+        layer.moments[...] += rows.swapaxes(1, 2) @ rows
+        layer.waiting.clear()

@@ -73,7 +73,7 @@ def find_saturation(model: ir.Model) -> tuple[Saturation, ...]:
 
 
 def can_saturate(node: ir.Node, ints: np.ndarray) -> bool:
-    """Whether the node's sums can saturate with such a weight, for activations that take all values of 8 bits."""
+    """Whether the node's sums can saturate with such a weight, where activations take all 8-bit values."""
     rows = kernel_rows(node, ints)
     return rows is not None and bool(pair_excess(rows).any())
 

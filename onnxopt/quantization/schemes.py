@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.targets import Target
 
 __all__ = ["SCHEMES", "Scheme", "find_scheme"]
 
@@ -14,7 +15,9 @@ class Scheme:
     """A way to quantize.
 
     static: activations have scales from calibration. activation, weight: formats, where they are not the
-    target's. passes: of those that need no data. opset: what the model is raised to.
+    target's. passes: of those that need no data. finishing: for the CPU, passes over what static quantization
+    leaves in floating point. opset: what the model is raised to. targets: those that it is for, all where
+    empty. elsewhere: why not for others. note: what a user has to know.
     """
 
     name: str
@@ -23,19 +26,61 @@ class Scheme:
     activation: str | None = None
     weight: str | None = None
     passes: tuple[str, ...] = ()
+    finishing: tuple[str, ...] = ()
     opset: int = 17
+    targets: tuple[str, ...] = ()
+    elsewhere: str = ""
+    note: str = ""
 
+    def require(self, target: Target) -> None:
+        """Raise UsageError where it is not for that target."""
+        if self.targets and target.name not in self.targets:
+            raise UsageError(f"scheme {self.name} is not offered for target {target.name}: {self.elsewhere}")
+
+
+_INSTEAD = "take float16, or weight-int8 or weight-int4"
+_EXPERIMENTAL = "experimental: few models keep their accuracy without training for it; what is left is above"
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8", "weights and activations in 8 bits, ranges from calibration", static=True),
-        Scheme("int16", "activations in 16 bits, weights in 8", static=True, activation="uint16", opset=21),
-        Scheme("float8", "small floats, for TensorRT", True, "float8e4m3fn", "float8e4m3fn", opset=19),
+        Scheme(
+            "int8",
+            "weights and activations in 8 bits, ranges from calibration",
+            static=True,
+            finishing=("quantize-dynamic{layers=LSTM}", "quantize-dynamic{layers=Gemm+MatMul}"),
+            targets=("cpu", "arm", "tensorrt", "generic"),
+            elsewhere="its provider has no integer kernels for Conv, Gemm and MatMul, and runs them in float "
+            f"between Q and DQ, slower than without; {_INSTEAD}",
+        ),
+        Scheme(
+            "int16",
+            "activations in 16 bits, weights in 8",
+            static=True,
+            activation="uint16",
+            opset=21,
+            targets=("cpu", "arm", "generic"),
+            elsewhere=f"it has no kernels for 16-bit activations; {_INSTEAD}",
+            note="ONNX Runtime has no kernels for 16-bit activations on the CPU: layers run in float between "
+            "Q and DQ, slower than without; --for size keeps the smaller file",
+        ),
+        Scheme(
+            "float8",
+            "small floats, for TensorRT",
+            static=True,
+            activation="float8e4m3fn",
+            weight="float8e4m3fn",
+            opset=19,
+            targets=("tensorrt",),
+            elsewhere="only TensorRT has kernels for 8-bit floats; take int8 on a CPU, float16 on CUDA",
+            note="ONNX Runtime's CPU provider refuses 8-bit floats unless session.disable_quant_qdq is 1",
+        ),
         Scheme(
             "dynamic",
             "MatMul, Gemm and LSTM in 8 bits, ranges from each input; no data needed",
             passes=("quantize-dynamic", "quantize-weights{layers=Gather}"),
+            targets=("cpu", "arm", "generic"),
+            elsewhere=f"ranges that are found at run time are for the CPU's kernels; {_INSTEAD}",
         ),
         Scheme("weight-int8", "weights alone in 8 bits", passes=("quantize-weights",)),
         Scheme(
@@ -51,8 +96,18 @@ SCHEMES = {
             passes=("quantize-floats{type=bfloat16}",),
             opset=22,
         ),
-        Scheme("ternary", "experimental: weights of -a, 0, a", passes=("quantize-weights{levels=ternary}",)),
-        Scheme("binary", "experimental: weights of -a, a", passes=("quantize-weights{levels=binary}",)),
+        Scheme(
+            "ternary",
+            "experimental: weights of -a, 0, a",
+            passes=("quantize-weights{levels=ternary}",),
+            note=_EXPERIMENTAL,
+        ),
+        Scheme(
+            "binary",
+            "experimental: weights of -a, a",
+            passes=("quantize-weights{levels=binary}",),
+            note=_EXPERIMENTAL,
+        ),
     )
 }
 

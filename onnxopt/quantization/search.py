@@ -1,36 +1,36 @@
 """Find the fastest quantization that keeps the budget.
 
 The price of noise goes up from zero, where the choice is the fastest, until a candidate keeps the budget
-on held-out samples, and then back by halves towards the last that did not. Each candidate is written, run
-by the runtime and judged; nothing is taken from a prediction alone.
+on held-out samples, and then back by halves towards the last that did not; units of that one are added as the
+budget allows. Each candidate is written, run by the runtime and judged; nothing is taken from a prediction
+alone. Of the best one the runtime is asked what it runs: nodes that did not become integer kernels are left
+in floating point, and the search begins again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from onnxopt.model import clone
-from onnxopt.quantization.choose import Choice, Prices, choose
+from onnxopt.quantization.choose import Choice, Prices, choose, chosen_tensors
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.fusion import Fusion, fusion_of
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan
-from onnxopt.quantization.sensitivity import Source
-from onnxopt.quantization.units import Survey, survey
+from onnxopt.quantization.sensitivity import Noise, Source
+from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import Placement
 
-__all__ = ["Candidate", "Trial", "search", "write"]
+__all__ = ["Candidate", "Searched", "Trial", "judge_plan", "search", "write"]
 
 _STEP = 4.0
 """The factor from one price of noise to the next."""
 _STEPS = 24
-_HALVES = 3
-_ROUNDS = 3
-"""How often nodes that the runtime does not fuse may be found and left in floating point."""
+_HALVES = 6
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Trial:
     """A choice that was judged.
 
     units: how many are quantized. ratio: the expected cost over that of the float graph. noise: expected.
+    Both are NaN of a choice that was given.
     """
 
     units: int
@@ -48,18 +49,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A quantized model, and what is known of it."""
+    """A quantized model, and what is known of it.
+
+    fusion: None where the target's kernels cannot be seen here.
+    """
 
     model: ir.Model
     plan: Plan
-    choice: Choice
     judgement: Judgement
-    fusion: Fusion | None
+    fusion: Fusion | None = None
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What was tried; the best candidate within the budget, and where there is none, the nearest to it."""
+    """What was tried; the best candidate within the budget, and where there is none, the nearest to it.
+
+    unfused: sites that the runtime does not run as integer kernels, which were left in floating point.
+    """
 
     best: Candidate | None
     nearest: Candidate | None
@@ -75,61 +81,83 @@ def write(model: ir.Model, placement: Placement, plan: Plan) -> tuple[ir.Model, 
 
 def search(
     model: ir.Model,
-    surveyed: Survey,
+    units: Sequence[Unit],
     placement: Placement,
     plan: Plan,
-    noise: Mapping[Source, float],
+    noise: Noise,
     prices: Prices,
     judge: Judge,
     *,
-    kept: Sequence[str] = (),
-    forced: Sequence[str] = (),
+    kept: Collection[str] = (),
+    proves: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Searched:
     """The fastest candidate within the budget.
 
     Args:
         model: in floating point, prepared.
-        surveyed: its units.
+        units: those of the model that may be chosen.
         placement: what the target takes.
         plan: how tensors and weights are quantized; its choice of units does not matter.
-        noise: of each source.
+        noise: of each source; measured where the fastest choice does not keep the budget.
         prices: of nodes and borders.
         judge: says whether a candidate keeps the budget.
-        kept: sites that stay in floating point. forced: sites that become integers where the budget lets them.
+        kept: sites that stay in floating point.
+        proves: nodes that the runtime here does not fuse are found, and stay in floating point.
         progress: called with what is being tried.
     """
-    done = _Search(model, surveyed, placement, plan, noise, prices, judge, list(kept), forced, progress)
-    return done.run()
+    begun = _Search(model, units, placement, plan, noise, prices, judge, list(kept), progress)
+    return begun.run(proves and placement.outputs)
+
+
+def judge_plan(
+    model: ir.Model,
+    units: Sequence[Unit],
+    placement: Placement,
+    plan: Plan,
+    judge: Judge,
+    *,
+    proves: bool = True,
+) -> Searched:
+    """The candidate of a plan's own choice, without the units that the runtime does not fuse."""
+    unfused: list[str] = []
+    while plan.nodes:
+        quantized, sites = write(model, placement, plan)
+        fusion = fusion_of(quantized, sites) if proves and placement.outputs else None
+        if fusion is None or not fusion.unfused:
+            judgement = judge(quantized)
+            candidate = Candidate(quantized, plan, judgement, fusion)
+            trial = Trial(len(plan.nodes), math.nan, math.nan, judgement)
+            return Searched(candidate if judgement.ok else None, candidate, (trial,), tuple(unfused))
+        unfused += fusion.unfused
+        nodes = plan.nodes.difference(unfused)
+        plan = replace(plan, nodes=nodes, tensors=chosen_tensors(units, nodes, plan.tensors))
+    return Searched(None, None, (), tuple(unfused))
 
 
 class _Search:
     def __init__(
         self,
         model: ir.Model,
-        surveyed: Survey,
+        units: Sequence[Unit],
         placement: Placement,
         plan: Plan,
-        noise: Mapping[Source, float],
+        noise: Noise,
         prices: Prices,
         judge: Judge,
         kept: list[str],
-        forced: Sequence[str],
         progress: Callable[[str], None],
     ) -> None:
-        self._model, self._units, self._placement, self._plan = model, surveyed.units, placement, plan
+        self._model, self._units, self._placement, self._plan = model, units, placement, plan
         self._noise, self._prices, self._judge = noise, prices, judge
-        self._kept, self._forced, self._progress = kept, forced, progress
-        self._trials: dict[frozenset[str], tuple[Trial, Candidate]] = {}
+        self._kept, self._progress = kept, progress
+        self._trials: dict[tuple[frozenset[str], frozenset[str]], tuple[Trial, Candidate]] = {}
         self._unfused: list[str] = []
 
-    def run(self) -> Searched:
+    def run(self, proves: bool) -> Searched:
         best = self._cheapest()
-        for _ in range(_ROUNDS):
-            if best is None or not self._placement.outputs:
-                break
-            model, sites = write(self._model, self._placement, best.plan)
-            fusion = fusion_of(model, sites)
+        while best is not None and proves:
+            fusion = fusion_of(*write(self._model, self._placement, best.plan))
             best = replace(best, fusion=fusion)
             if not fusion.unfused:
                 break
@@ -141,49 +169,77 @@ class _Search:
         return Searched(best, nearest, trials, tuple(self._unfused))
 
     def _cheapest(self) -> Candidate | None:
-        """The candidate of the lowest price of noise that keeps the budget."""
-        free = self._try(0.0)
-        if free is None or free.judgement.ok:
-            return free
-        price = low = free.choice.before / max(free.choice.noise, 1e-12) / _STEP**4
+        """The fastest candidate that keeps the budget."""
+        failed = self._try(self._choice(0.0))
+        if failed is None or failed.judgement.ok:
+            return failed
+        self._noise()
+        choice = self._choice(0.0)
+        price = choice.before / (choice.noise or 1.0) / _STEP**4
+        low = price / _STEP
         found: Candidate | None = None
         for _ in range(_STEPS):
-            candidate = self._try(price)
-            if candidate is None:
-                return None
-            if candidate.judgement.ok:
+            candidate = self._try(self._choice(price))
+            if candidate is None or candidate.judgement.ok:
                 found = candidate
                 break
-            low, price = price, price * _STEP
+            failed, low, price = candidate, price, price * _STEP
         high = price
-        for _ in range(_HALVES if found is not None else 0):
+        for _ in range(_HALVES):
             middle = math.sqrt(low * high)
-            candidate = self._try(middle)
-            if candidate is not None and candidate.judgement.ok:
+            candidate = self._try(self._choice(middle))
+            if candidate is None or candidate.judgement.ok:
                 found, high = candidate, middle
             else:
-                low = middle
+                failed, low = candidate, middle
+        return self._filled(found, failed)
+
+    def _filled(self, found: Candidate | None, failed: Candidate) -> Candidate | None:
+        """The candidate within the budget, with as many units more of the one beyond as the budget allows.
+
+        The least noisy come first. A cut takes units that pay together at once: there are choices that
+        no price of noise gives.
+        """
+        sure = found.plan.nodes if found is not None else frozenset()
+        more = [unit for unit in self._units if unit.site in failed.plan.nodes - sure]
+        order = [unit.site for unit in sorted(more, key=self._noise_of)]
+        low, high = 0, len(order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            allowed = sure.union(order[:middle])
+            candidate = self._try(self._choice(0.0, [u.site for u in self._units if u.site not in allowed]))
+            if candidate is None or candidate.judgement.ok:
+                found, low = candidate or found, middle
+            else:
+                high = middle
         return found
 
-    def _try(self, price: float) -> Candidate | None:
-        """The candidate at a price of noise; None where nothing is left to quantize."""
-        choice = choose(
+    def _noise_of(self, unit: Unit) -> float:
+        names = dict.fromkeys(value.name or "" for value in (*unit.sources, unit.output))
+        sources = (Source("weight", unit.site), *(Source("tensor", name) for name in names))
+        return sum(self._noise.known.get(source, 0.0) for source in sources)
+
+    def _choice(self, price: float, kept: Collection[str] = ()) -> Choice:
+        return choose(
             self._model.graph,
             self._units,
             self._prices,
-            self._noise,
+            self._noise.known,
             price,
             outputs=self._placement.outputs,
-            kept=self._kept,
-            forced=self._forced,
+            kept=[*self._kept, *kept],
         )
+
+    def _try(self, choice: Choice) -> Candidate | None:
+        """The judged candidate of a choice; None where nothing is left to quantize."""
         if not choice.nodes:
             return None
-        if choice.nodes not in self._trials:
+        key = choice.nodes, choice.tensors
+        if key not in self._trials:
             self._progress(f"trying {len(choice.nodes)} of {len(self._units)} nodes in integers")
             plan = replace(self._plan, nodes=choice.nodes, tensors=choice.tensors)
             model, _ = write(self._model, self._placement, plan)
             judgement = self._judge(model)
             trial = Trial(len(choice.nodes), choice.after / choice.before, choice.noise, judgement)
-            self._trials[choice.nodes] = trial, Candidate(model, plan, choice, judgement, None)
-        return self._trials[choice.nodes][1]
+            self._trials[key] = trial, Candidate(model, plan, judgement)
+        return self._trials[key][1]

@@ -48,7 +48,7 @@ def part_of(
 
 
 def needed_from(nodes: Sequence[ir.Node], start: int, outputs: Sequence[ir.Value]) -> list[str]:
-    """The names of the computed values that nodes from `start` on read, or that are outputs, and come before it."""
+    """The names of the computed values before `start` that nodes from there on read, or that are outputs."""
     later = dict.fromkeys(nodes[start:])
     wanted = {**dict.fromkeys(_read(later)), **dict.fromkeys(v for v in outputs if v.producer() not in later)}
     return [value.name or "" for value in wanted if value.producer() is not None]

@@ -8,8 +8,10 @@ tried by running what follows from there, in a model where a number that is fed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from itertools import pairwise, zip_longest
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -24,20 +26,36 @@ from onnxopt.quantization.units import Unit, survey
 from onnxopt.runtimes import open_session
 from onnxopt.scope import Names
 from onnxopt.targets import Placement
+from onnxopt.verification.distance import arrays_of, is_float
 
-__all__ = ["Source", "measure_sensitivity", "noise_between"]
+__all__ = ["Noise", "Source", "measure_sensitivity", "noise_between"]
 
 _SEGMENTS = 8
 _SWITCH = "onnxopt_source"
 
 State = Mapping[str, np.ndarray]
+Outputs = Mapping[str, Any]
 
 
 class Source(NamedTuple):
-    """Something that is quantized: an activation by its name, or the constant operand of a unit by its site."""
+    """Something quantized: an activation by its name, or the constant operand of a unit by its site."""
 
     kind: Literal["tensor", "weight"]
     name: str
+
+
+class Noise:
+    """The noise of each source, measured when it is first asked for; `known` is empty until then."""
+
+    def __init__(self, measure: Callable[[], Mapping[Source, float]] = dict) -> None:
+        self._measure = measure
+        self.known: Mapping[Source, float] = {}
+
+    def __call__(self) -> Mapping[Source, float]:
+        """Source -> its noise."""
+        if not self.known:
+            self.known = self._measure()
+        return self.known
 
 
 def measure_sensitivity(
@@ -63,9 +81,11 @@ def measure_sensitivity(
     with open_session(model) as session:
         expected = [session.run(feeds) for feeds in samples]
     noise: dict[Source, float] = {}
-    for start, end in _segments(list(placed.values()), len(order)):
-        within = [one for one, place in placed.items() if start <= place < end]
-        late = [v.name or "" for v in outputs if v.producer() in dict.fromkeys(order[start:])]
+    start = 0
+    for first, end in _segments(list(placed.values()), len(order)):
+        within = [one for one, place in placed.items() if first <= place < end]
+        after = dict.fromkeys(order[start:])
+        late = [value.name or "" for value in outputs if value.producer() in after]
         rest = part_of(model, start, len(order), late, states[0])
         _add_switches(rest, within, placement, plan)
         with open_session(rest) as session:
@@ -73,26 +93,53 @@ def measure_sensitivity(
                 which = {_SWITCH: np.array(number, np.int64)}
                 noise[one] = noise_between(expected, [session.run({**state, **which}) for state in states])
                 progress(len(noise) / len(placed))
-        if end < len(order):
-            states = _advanced(model, start, end, states, samples)
+        advanced = _advanced(model, start, end, states, samples) if end < len(order) else []
+        if all(isinstance(value, np.ndarray) for state in advanced for value in state.values()):
+            start, states = (
+                end,
+                advanced,
+            )  # sequences cannot be fed: the next segment begins where this one did
     return noise
 
 
-def noise_between(expected: Sequence[State], found: Sequence[State]) -> float:
-    """The power of the errors over that of the values, summed over float outputs, averaged over samples.
+def noise_between(expected: Sequence[Outputs], found: Sequence[Outputs]) -> float:
+    """The power of the errors over that of the values, summed over the outputs found, averaged over samples.
 
-    Outputs of other types count by the share of elements that differ. Infinite where there is a NaN.
+    Outputs of other types than floats count by the share of elements that differ, and what has another shape
+    counts as lost, which is 1. Elements that are NaN or infinite on both sides do not count; infinite where
+    there are any on one side only.
     """
     total = 0.0
     for before, after in zip(expected, found, strict=True):
         for name, value in after.items():
-            if before[name].dtype.kind != "f":
-                total += float(np.mean(before[name] != value)) if value.size else 0.0
-                continue
-            reference = before[name].astype(np.float64)
-            power, error = float(np.sum(reference**2)), float(np.sum((value - reference) ** 2))
-            total += error / power if power > 0 else float(error > 0)
-    return total / len(expected) if np.isfinite(total) else np.inf
+            pairs = zip_longest(arrays_of(before[name]), arrays_of(value))
+            total += sum(_noise(reference, array) for reference, array in pairs)
+    return total / len(expected)
+
+
+def _noise(reference: np.ndarray | None, array: np.ndarray | None) -> float:
+    if reference is None or array is None:
+        return float(reference is not array)
+    if reference.shape != array.shape:
+        return 1.0
+    if not is_float(reference.dtype):
+        return float(np.mean(reference != array)) if array.size else 0.0
+    before, after = reference.astype(np.float64), array.astype(np.float64)
+    power, lost = _powers(before, after)
+    if not math.isfinite(power + lost):
+        odd = ~np.isfinite(before) & ((before == after) | (np.isnan(before) & np.isnan(after)))
+        before[odd] = after[odd] = 0.0
+        power, lost = _powers(before, after)
+    if not math.isfinite(lost):
+        return math.inf
+    return lost / power if power > 0 else float(lost > 0)
+
+
+def _powers(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """Of a signal, and of its error."""
+    with np.errstate(invalid="ignore"):
+        error = (after - before).reshape(-1)
+    return float(before.reshape(-1) @ before.reshape(-1)), float(error @ error)
 
 
 def _placed(units: Sequence[Unit], order: Sequence[ir.Node]) -> dict[Source, int]:
@@ -114,7 +161,7 @@ def _segments(places: Sequence[int], nodes: int) -> list[tuple[int, int]]:
     """Where to cut the list of nodes, so that segments hold about as many sources each."""
     step = -(-len(places) // _SEGMENTS)
     starts = [0, *sorted({place for place in places[::step] if place}), nodes]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(pairwise(starts))
 
 
 def _advanced(
@@ -135,6 +182,11 @@ def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placeme
     """Quantize each source where the number fed as an input is its own."""
     graph, names = model.graph, Names(model)
     units = {unit.site: unit for unit in survey(model, placement, plan.params).units}
+    rounded = {
+        one.name: dequantize(*quantized_weight(units[one.name], plan, None))
+        for one in sources
+        if one.kind == "weight"
+    }
     values = {value.name: value for value in (*graph.inputs, *(v for node in graph for v in node.outputs))}
     which = ir.Value(name=_SWITCH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     graph.inputs.append(which)
@@ -158,8 +210,8 @@ def _add_switches(model: ir.Model, sources: Sequence[Source], placement: Placeme
             assert unit.weight is not None
             weight = unit.node.inputs[unit.weight]
             assert weight is not None
-            rounded = constant(dequantize(*quantized_weight(unit, plan, None)))
-            unit.node.replace_input_with(unit.weight, computed("Where", on, rounded, weight))
+            chosen = computed("Where", on, constant(rounded[source.name]), weight)
+            unit.node.replace_input_with(unit.weight, chosen)
             if unit.site in plan.biases:
                 corrected = plan.biases[unit.site]
                 plain = unit.bias or constant(np.zeros_like(corrected))

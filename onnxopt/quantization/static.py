@@ -1,27 +1,30 @@
-"""Static quantization: calibrate once, measure what each tensor costs in accuracy, keep what helps, search."""
+"""Static quantization: calibrate once, keep what helps, measure what each tensor costs, search."""
 
 from __future__ import annotations
 
-import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import onnx_ir as ir
 
 from onnxopt.calibration import Statistics, calibrate, choose_range, exposable
 from onnxopt.data import Feeds
-from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, sizes_of
-from onnxopt.quantization.choose import prices_of_bytes, prices_of_time
+from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.improve import improve
 from onnxopt.quantization.judge import Judge
-from onnxopt.quantization.plan import Plan, params_of_tensors
-from onnxopt.quantization.search import Searched, search
-from onnxopt.quantization.sensitivity import Source, measure_sensitivity
+from onnxopt.quantization.keepers import KEEPERS
+from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
+from onnxopt.quantization.planfile import GivenPlan
+from onnxopt.quantization.search import Searched, judge_plan, search
+from onnxopt.quantization.sensitivity import Noise, measure_sensitivity
 from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.targets import Placement
@@ -29,10 +32,19 @@ from onnxopt.targets import Placement
 __all__ = ["Goal", "Settings", "Static", "quantize_static"]
 
 Goal = Literal["speed", "size"]
+_AS_WRITTEN = MappingProxyType(
+    {
+        "session.disable_quant_qdq": "1",
+        "optimization.disable_specified_optimizers": "ReluQuantRewrite;ClipQuantRewrite",
+    }
+)
+"""Q and DQ as they stand. ONNX Runtime 1.31 makes QLinearConv of 8-bit floats, too, and refuses it then, and
+it leaves out a Relu in front of a zero point 0 of 8-bit floats, as if those had no negative numbers."""
+
 Progress = Callable[[str, float | None], None]
 
 _SENSITIVITY_SAMPLES = 6
-"""Samples that each source is tried on; noise is a mean over all elements of the outputs, and settles soon."""
+"""Samples that each source is tried on; noise is a mean over all elements of the outputs: few do."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,11 @@ class Settings:
     """How to quantize.
 
     placement: what the target takes. activation, weight: formats; the placement's own by default. method: of
-    `calibration.METHODS`. keep: patterns of sites or operators that stay in floating point. goal: the least
+    `calibration.METHODS`. keep: sites that stay in floating point. goal: the least
     time, or the fewest bytes. saturates: whether sums may leave 16 bits on the CPU it is for. timed: whether
-    the table of kernel costs is about the target.
+    the table of kernel costs is about what is quantized, and the runtime here has the target's kernels;
+    otherwise integers are taken for all that the budget allows, and no fusion is proved. sensitivity: noise
+    is measured even where the search needs none.
     """
 
     placement: Placement
@@ -51,13 +65,19 @@ class Settings:
     method: str = "auto"
     per_channel: bool = True
     power_of_two: bool = False
-    keep: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
     goal: Goal = "speed"
     saturates: bool = False
     timed: bool = True
+    sensitivity: bool = False
     cache: Path | None = None
     workers: int = 1
     executor: Literal["process", "ray"] = "process"
+
+    @property
+    def session_config(self) -> Mapping[str, str]:
+        """How quantized models run here: as in the standard where the runtime lacks the target's kernels."""
+        return {} if self.timed else _AS_WRITTEN
 
 
 @dataclass(frozen=True)
@@ -65,14 +85,14 @@ class Static:
     """What came of it.
 
     model: in floating point, as the keepers left it. surveyed: what could be quantized, and why the rest
-    could not. noise: of each source alone. keepers: name -> noise in dB before and after, for those kept.
+    could not. noise: of each source alone, where it was measured. keepers: name -> noise before and after,
+    for those kept. kept: sites that the user wants in floating point.
     """
 
     model: ir.Model
     surveyed: Survey
-    statistics: Statistics
     plan: Plan
-    noise: Mapping[Source, float]
+    noise: Noise
     keepers: Mapping[str, tuple[float, float]]
     kept: tuple[str, ...]
     searched: Searched
@@ -85,6 +105,7 @@ def quantize_static(
     settings: Settings,
     judge: Judge,
     progress: Progress,
+    given: GivenPlan | None = None,
 ) -> Static | Survey:
     """Quantize a prepared model; its survey alone where there is nothing to quantize.
 
@@ -94,58 +115,106 @@ def quantize_static(
         settings: how.
         judge: says whether a candidate keeps the budget.
         progress: called with what is being done.
+        given: a plan, whose ranges and choice of nodes are taken; None: they are found.
+
+    Raises UsageError where the plan does not fit the model.
     """
     placement = settings.placement
     possible = survey(model, placement, frozenset(exposable(model)))
-    tensors = tensors_of(possible.units)
-    if not tensors:
+    if not possible.units:
         return possible
-    statistics = calibrate(
+    if given is not None:
+        return _as_given(model, samples, settings, judge, progress, possible, given)
+    statistics = _calibrated(model, samples, held_out, settings, possible, progress)
+    names = tensors_of(possible.units)
+    known = [name for name in names if statistics[name].count and not statistics[name].nonfinite]
+    surveyed = survey(model, placement, frozenset(known))
+    if not surveyed.units:
+        return surveyed
+    plan = plan_of(surveyed.units, _ranges(surveyed.units, statistics, settings), settings)
+    progress("keeping accuracy", None)
+    draft = Draft(model, placement, plan, statistics, settings.method)
+    draft, keepers = improve(draft, samples, held_out, settings.session_config)
+    model, plan = draft.model, draft.plan
+    surveyed = survey(model, placement, plan.params)
+    some, told = [*samples[:_SENSITIVITY_SAMPLES]], partial(progress, "measuring sensitivity")
+    noise = Noise(lambda: measure_sensitivity(model, placement, plan, some, progress=told))
+    if settings.sensitivity:
+        noise()
+    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
+    searched = search(
+        model,
+        surveyed.units,
+        placement,
+        plan,
+        noise,
+        _prices(model, samples[0], settings),
+        judge,
+        kept=kept,
+        proves=settings.timed,
+        progress=lambda what: progress(what, None),
+    )
+    return Static(model, surveyed, plan, noise, keepers, kept, searched)
+
+
+def _calibrated(
+    model: ir.Model,
+    samples: Sequence[Feeds],
+    held_out: Sequence[Feeds],
+    settings: Settings,
+    possible: Survey,
+    progress: Progress,
+) -> Statistics:
+    layers = [unit for unit in possible.units if unit.node.op_type in ("Conv", "Gemm")]
+    return calibrate(
         model,
         samples,
-        tensors,
+        tensors_of(possible.units),
         held_out=held_out,
-        channels={
-            unit.sources[0].name or "": 1 for unit in possible.units if unit.node.op_type in ("Conv", "Gemm")
-        },
+        channels={unit.sources[0].name or "": 1 for unit in layers},
         cache=settings.cache,
         workers=settings.workers,
         executor=settings.executor,
         progress=progress,
     )
-    known = [name for name in tensors if statistics[name].count and not statistics[name].nonfinite]
-    surveyed = survey(model, placement, frozenset(known))
-    if not surveyed.units:
-        return surveyed
-    plan = plan_of(surveyed.units, statistics, settings)
+
+
+def _as_given(
+    model: ir.Model,
+    samples: Sequence[Feeds],
+    settings: Settings,
+    judge: Judge,
+    progress: Progress,
+    possible: Survey,
+    given: GivenPlan,
+) -> Static:
+    """The one candidate of a plan. The ranges in it are those behind the keepers, which are applied again."""
+    placement = settings.placement
+    known = survey(model, placement, given.ranges).units
+    plan = given.applied(plan_of(known, given.ranges, settings), possible.units, placement, settings.keep)
     progress("keeping accuracy", None)
-    draft, keepers = improve(Draft(model, placement, plan, statistics, settings.method), samples, held_out)
+    draft = Draft(model, placement, plan, Statistics({}), settings.method)
+    for name in given.keepers:
+        draft = KEEPERS[name](draft, samples) or draft
+    progress("trying the plan", None)
     model, plan = draft.model, draft.plan
     surveyed = survey(model, placement, plan.params)
-    some = [samples[number] for number in range(min(len(samples), _SENSITIVITY_SAMPLES))]
-    noise = measure_sensitivity(
-        model, placement, plan, some, progress=lambda share: progress("measuring sensitivity", share)
-    )
-    shapes = measure_shapes(model, samples[0])
+    searched = judge_plan(model, surveyed.units, placement, plan, judge, proves=settings.timed)
+    keepers = dict.fromkeys(given.keepers, (math.nan, math.nan))
+    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
+    return Static(model, surveyed, plan, Noise(), keepers, kept, searched)
+
+
+def _prices(model: ir.Model, sample: Feeds, settings: Settings) -> Prices:
+    if settings.goal == "size":
+        return prices_of_bytes()
+    shapes = measure_shapes(model, sample)
 
     def sizes(value: ir.Value) -> tuple[int, ...]:
         tensor = constant_of(value)
         return shapes.get(value.name or "", ()) if tensor is None else sizes_of(tensor)
 
-    by_time = settings.goal == "speed" and settings.timed
-    kept = _matching(surveyed.units, settings.keep) + _narrow(surveyed.units, placement)
-    searched = search(
-        model,
-        surveyed,
-        placement,
-        plan,
-        noise,
-        prices_of_time(sizes) if by_time else prices_of_bytes(),
-        judge,
-        kept=kept,
-        progress=lambda what: progress(what, None),
-    )
-    return Static(model, surveyed, draft.statistics, plan, noise, keepers, tuple(kept), searched)
+    return prices_of_time(sizes) if settings.timed else prices_of_work(sizes)
 
 
 def tensors_of(units: Sequence[Unit]) -> list[str]:
@@ -156,22 +225,29 @@ def tensors_of(units: Sequence[Unit]) -> list[str]:
     return [value.name or "" for value in values]
 
 
-def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -> Plan:
-    """How tensors and weights are quantized, by what calibration saw; no unit is chosen yet."""
-    placement = settings.placement
-    form = find_format(settings.activation or placement.activation)
+def _ranges(
+    units: Sequence[Unit], statistics: Statistics, settings: Settings
+) -> dict[str, tuple[float, float]]:
+    """Of each tensor that units read or write, by what calibration saw."""
+    form = find_format(settings.activation or settings.placement.activation)
     ranges = {}
     for name in tensors_of(units):
         found = choose_range(
             statistics[name],
             settings.method,
             form,
-            symmetric=placement.symmetric,
+            symmetric=is_symmetric(settings.placement, form, statistics[name].minimum),
             power_of_two=settings.power_of_two,
         )
         ranges[name] = (found.low, found.high)
+    return ranges
+
+
+def plan_of(units: Sequence[Unit], ranges: Mapping[str, tuple[float, float]], settings: Settings) -> Plan:
+    """How tensors and weights are quantized; no unit is chosen yet."""
+    placement = settings.placement
     params = params_of_tensors(
-        units, ranges, placement, activation=form.name, power_of_two=settings.power_of_two
+        units, ranges, placement, activation=settings.activation, power_of_two=settings.power_of_two
     )
     return Plan(
         frozenset(),
@@ -182,32 +258,3 @@ def plan_of(units: Sequence[Unit], statistics: Statistics, settings: Settings) -
         power_of_two=settings.power_of_two,
         saturates=settings.saturates,
     )
-
-
-def _matching(units: Sequence[Unit], patterns: Sequence[str]) -> list[str]:
-    """The sites that patterns name, by site, node name or operator. Raises UsageError where one names none."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [
-            unit.site
-            for unit in units
-            if any(
-                fnmatch.fnmatchcase(t or "", pattern) for t in (unit.site, unit.node.name, unit.node.op_type)
-            )
-        ]
-        if not hits:
-            raise UsageError(f"--keep {pattern!r}: no node that could be quantized has that name or operator")
-        found.update(dict.fromkeys(hits))
-    return list(found)
-
-
-def _narrow(units: Sequence[Unit], placement: Placement) -> list[str]:
-    """Layers with too few channels for the target's integer kernels."""
-    found = []
-    for unit in units:
-        tensor = (
-            constant_of(unit.node.inputs[unit.weight]) if unit.is_layer and unit.weight is not None else None
-        )
-        if tensor is not None and min(sizes_of(tensor)[:2]) < placement.narrow:
-            found.append(unit.site)
-    return found

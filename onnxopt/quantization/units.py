@@ -6,7 +6,7 @@ numbers below zero point or above the largest integer saturate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -14,18 +14,17 @@ import onnx_ir as ir
 from onnxopt.graph import (
     constant_array,
     constant_of,
-    float_attr,
     has_reference,
     int_attr,
     nodes,
     sizes_of,
     sole_user,
-    str_attr,
 )
 from onnxopt.ledger import site_of
+from onnxopt.quantization.objections import OVERRIDABLE, objection_to
 from onnxopt.targets import Placement
 
-__all__ = ["LAYERS", "MOVES", "Survey", "Unit", "survey"]
+__all__ = ["HEAVY", "LAYERS", "MOVES", "Survey", "Unit", "survey"]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and add, which is where integers save time."""
@@ -47,7 +46,7 @@ MOVES = (
 """Operators whose output holds numbers of their first input alone: both sides have one scale."""
 
 _RECURRENT = ("GRU", "LSTM", "RNN")
-_HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
+HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "FusedMatMul"))
 """Operators that a user expects to be quantized: where they are not, that is said."""
 
 
@@ -55,14 +54,17 @@ _HEAVY = frozenset((*LAYERS, *_RECURRENT, "Attention", "Einsum", "DeformConv", "
 class Unit:
     """A node that can become an integer kernel.
 
-    reads: the positions of its computed float operands. weight: the position of a layer's constant operand.
-    output: what it writes, behind the Relu or Clip where there is one.
+    reads: the positions of its computed float operands. weight: that of a constant operand. output: what it
+    writes, behind the Relu or Clip where there is one. others: positions of further constants, of a Concat.
+    layer: where only the residual of an Add is quantized, the layer that it becomes one kernel with.
     """
 
     node: ir.Node
     reads: tuple[int, ...]
     weight: int | None
     output: ir.Value
+    others: tuple[int, ...] = ()
+    layer: ir.Node | None = None
 
     @property
     def site(self) -> str:
@@ -108,19 +110,74 @@ def survey(model: ir.Model, placement: Placement, measured: Container[str]) -> S
         measured: names of tensors whose ranges are known.
     """
     units: list[Unit] = []
+    layers: dict[ir.Node | None, int] = {}
     left: dict[str, list[str]] = {}
+    sizes = _sizes(model.graph)
     for node in nodes(model):
         reason = _reason(node, model.graph, placement, measured)
+        if reason is None and node.outputs[0] in sizes:
+            reason = "it computes sizes"
         if reason is None:
+            layers[node] = len(units)
             units.append(_unit(node))
-        elif node.op_type in _HEAVY:
+        elif (sum_ := _with_residual(node, layers, placement, measured)) is not None:
+            units.append(sum_)
+        elif node.op_type in HEAVY:
             left.setdefault(f"{node.op_type}: {reason}", []).append(site_of(node))
     return Survey(tuple(units), {reason: tuple(sites) for reason, sites in left.items()})
 
 
 def _unit(node: ir.Node) -> Unit:
-    weight = _weight_of(node)
-    return Unit(node, tuple(place for place in _operands(node) if place != weight), weight, _tail(node))
+    constants = [place for place in _operands(node) if constant_of(node.inputs[place]) is not None]
+    reads = tuple(place for place in _operands(node) if place not in constants)
+    weight = constants[0] if constants else None
+    return Unit(node, reads, weight, _tail(node), others=tuple(constants[1:]))
+
+
+def _sizes(graph: ir.Graph) -> dict[ir.Value, None]:
+    """What is computed from sizes of tensors alone, which decide over shapes and must stay exact."""
+    found: dict[ir.Value, None] = {}
+    for node in graph:
+        computed = [value for value in node.inputs if value is not None and constant_of(value) is None]
+        if node.op_type in ("Shape", "Size") or (computed and all(value in found for value in computed)):
+            found.update(dict.fromkeys(node.outputs))
+    return found
+
+
+def _with_residual(
+    node: ir.Node, layers: Mapping[ir.Node | None, int], placement: Placement, measured: Container[str]
+) -> Unit | None:
+    """An Add behind a layer, where the target wants its other operand quantized.
+
+    Of two layers the one that runs last becomes one kernel with the Add.
+    """
+    if not placement.residual or node.domain != "" or node.op_type != "Add":
+        return None
+    values = [value for value in node.inputs if value is not None and constant_of(value) is None]
+    runs = [layers.get(value.producer(), -1) for value in values]
+    if len(dict.fromkeys(values)) < 2 or max(runs) < 0:
+        return None
+    other = runs.index(min(runs))
+    known = all(
+        v.name in measured and v.dtype in (ir.DataType.FLOAT, None) for v in (values[other], node.outputs[0])
+    )
+    return Unit(node, (other,), None, node.outputs[0], layer=values[1 - other].producer()) if known else None
+
+
+def _narrow(node: ir.Node, fewest: int) -> str | None:
+    """Where a target wants layers to have some channels, at least: what of a layer is too narrow."""
+    if not fewest or node.op_type not in LAYERS:
+        return None
+    if node.op_type in ("Gemm", "MatMul"):
+        shape = node.outputs[0].shape
+        single = shape is not None and any(size == 1 for size in shape[-2:])
+        return (
+            "it gives a single row or column, for which the target has no fast integers" if single else None
+        )
+    weight = constant_of(node.inputs[1])
+    first, second = sizes_of(weight)[:2] if weight is not None else (fewest, fewest)
+    few = min(first, second * int_attr(node, "group", 1)) < fewest
+    return f"it has fewer than {fewest} channels, for which the target has no fast integers" if few else None
 
 
 def _operands(node: ir.Node) -> tuple[int, ...]:
@@ -130,12 +187,6 @@ def _operands(node: ir.Node) -> tuple[int, ...]:
     if node.op_type in MOVES or len(node.inputs) == 1:
         return (0,)
     return tuple(range(len(node.inputs)))
-
-
-def _weight_of(node: ir.Node) -> int | None:
-    if node.op_type not in LAYERS:
-        return next((p for p in _operands(node) if constant_of(node.inputs[p]) is not None), None)
-    return next((place for place in (1, 0) if constant_of(node.inputs[place]) is not None), None)
 
 
 def _tail(node: ir.Node) -> ir.Value:
@@ -160,83 +211,21 @@ def _reason(node: ir.Node, main: ir.Graph, placement: Placement, measured: Conta
         return "it is in a body or function, whose values are not calibrated"
     if has_reference(node) or len(node.outputs) != 1:
         return "its attributes or outputs are not all known"
-    refused = _OBJECTIONS.get(node.op_type, _nothing)(node)
+    refused = objection_to(node) or _narrow(node, placement.narrow)
     if refused is not None:
         return refused
-    weight = _weight_of(node)
-    for place in _operands(node):
-        value = node.inputs[place]
+    computed = [node.inputs[p] for p in _operands(node) if constant_of(node.inputs[p]) is None]
+    if not computed:
+        return "its operands are constants"
+    for value in computed:
         if value is None:
             return "an operand is missing"
-        if place == weight or constant_of(value) is not None:
-            continue
         if value.is_initializer():
-            return "its weight is a graph input (overridable; --freeze-initializers makes it constant)"
-        if node.op_type in ("Conv", "ConvTranspose") and place == 1:
+            return OVERRIDABLE.format("weight")
+        if node.op_type in ("Conv", "ConvTranspose") and value is node.inputs[1]:
             return "its weight is computed at run time"
+        if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
+            return f"its operands are of type {value.dtype.name}"
         if value.name not in measured:
-            return "an operand has no known range (it is no float32, or was never finite)"
-    if node.op_type not in LAYERS and all(constant_of(node.inputs[p]) is not None for p in _operands(node)):
-        return "its operands are constants"
+            return "an operand has no known range (it was never finite)"
     return None if _tail(node).name in measured else "its output has no known range"
-
-
-def _nothing(_: ir.Node) -> str | None:
-    return None
-
-
-def _conv(node: ir.Node) -> str | None:
-    tensor = constant_of(node.inputs[1])
-    if tensor is not None and tensor.dtype != ir.DataType.FLOAT:
-        return f"its weight is of type {tensor.dtype.name}"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and constant_of(bias) is None:
-        return "its bias is no constant"
-    return None
-
-
-def _gemm(node: ir.Node) -> str | None:
-    if float_attr(node, "alpha", 1.0) != 1 or int_attr(node, "transA", 0):
-        return "its factors are scaled or transposed"
-    c = node.inputs[2] if len(node.inputs) > 2 else None
-    if c is None:
-        return _conv(node)
-    bias, weight = constant_of(c), constant_of(node.inputs[1])
-    if bias is None or float_attr(node, "beta", 1.0) != 1:
-        return "its bias is no constant, or scaled"
-    if weight is not None:
-        columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
-        if sizes_of(bias) not in ((columns,), (1, columns)):
-            return "its bias has not one number a column"
-    return _conv(node)
-
-
-def _matmul(node: ir.Node) -> str | None:
-    for value in node.inputs:
-        tensor = constant_of(value)
-        if tensor is not None and (tensor.dtype != ir.DataType.FLOAT or len(sizes_of(tensor)) < 2):
-            return "its weight is no matrix of float32"
-    return None
-
-
-def _resize(node: ir.Node) -> str | None:
-    return None if str_attr(node, "mode", "nearest") == "nearest" else "it interpolates"
-
-
-def _hard_sigmoid(node: ir.Node) -> str | None:
-    return None if float_attr(node, "alpha", 0.2) > 0 else "it does not rise"
-
-
-def _max_pool(node: ir.Node) -> str | None:
-    return None if len(node.outputs) == 1 else "it gives indices"
-
-
-_OBJECTIONS: Mapping[str, Callable[[ir.Node], str | None]] = {
-    "Conv": _conv,
-    "ConvTranspose": _conv,
-    "Gemm": _gemm,
-    "HardSigmoid": _hard_sigmoid,
-    "MatMul": _matmul,
-    "Resize": _resize,
-    "MaxPool": _max_pool,
-}

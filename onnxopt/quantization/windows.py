@@ -8,9 +8,18 @@ import numpy as np
 import onnx_ir as ir
 from numpy.lib.stride_tricks import sliding_window_view
 
-from onnxopt.graph import int_attr, ints_attr, str_attr
+from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
+from onnxopt.quantization.units import Unit
 
-__all__ = ["from_rows", "operand_rows", "weight_rows"]
+__all__ = ["from_rows", "has_rows", "operand_rows", "weight_rows"]
+
+
+def has_rows(unit: Unit) -> bool:
+    """Whether a unit is a Conv, Gemm or MatMul whose second operand is a constant; of MatMul, a matrix."""
+    tensor = constant_of(unit.node.inputs[1]) if unit.weight == 1 else None
+    if tensor is None or unit.node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return False
+    return unit.node.op_type == "Conv" or len(sizes_of(tensor)) == 2
 
 
 def weight_rows(node: ir.Node, weight: np.ndarray) -> np.ndarray:
@@ -41,9 +50,9 @@ def operand_rows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...], most
         return rows[_some(len(rows), most), None]
     windows = _windows(node, array, kernel)
     batch, _, *places = windows.shape[: 2 + len(kernel)]
-    which = np.unravel_index(_some(batch * math.prod(places), most), (batch, *places))
-    found = windows[(which[0], slice(None), *which[1:])]
-    return found.reshape(len(found), int_attr(node, "group", 1), -1)
+    which: tuple[np.ndarray, ...] = np.unravel_index(_some(batch * math.prod(places), most), (batch, *places))
+    found = np.moveaxis(windows, 1, -1 - len(kernel))[which]
+    return np.asarray(found).reshape(len(found), int_attr(node, "group", 1), -1)
 
 
 def _some(count: int, most: int) -> np.ndarray:
@@ -53,7 +62,7 @@ def _some(count: int, most: int) -> np.ndarray:
 
 
 def _windows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...]) -> np.ndarray:
-    """[batch, _, *places, *kernel], not copied out of the padded array."""
+    """[batch, channels, *places, *kernel], not copied out of the padded array."""
     ones = (1,) * len(kernel)
     strides, dilations = ints_attr(node, "strides") or ones, ints_attr(node, "dilations") or ones
     extents = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))

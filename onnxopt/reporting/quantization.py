@@ -1,4 +1,4 @@
-"""The report of one `quantize`: what became integers, what stayed and why, what it costs and what it gains."""
+"""The report of one `quantize`: what became integers, what stayed and why, what it costs and gains."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from onnxopt.quantization.fusion import is_integer
+from onnxopt.quantization.planfile import PLAN_SCHEMA, range_of
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.reporting.report import Size
+from onnxopt.reporting.report import Size, session_of
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
+    from onnxopt.benchmarking.settings import Setting
+    from onnxopt.inspection.lints import Finding
     from onnxopt.pipeline import Step
+    from onnxopt.quantization.finish import Finished
     from onnxopt.quantization.judge import Judgement
+    from onnxopt.quantization.plan import Plan
     from onnxopt.quantization.static import Static
 
 __all__ = ["QUANTIZE_SCHEMA", "QuantizationReport", "UnitLine"]
@@ -24,7 +29,10 @@ QUANTIZE_SCHEMA = "onnxopt.quantize/1"
 
 @dataclass(frozen=True)
 class UnitLine:
-    """A node that could be quantized: whether it is, and the noise in dB of its weight and its output alone."""
+    """A node that could be quantized, and whether it is.
+
+    weight_db, output_db: signal over the noise that quantizing either alone makes; None: not measured.
+    """
 
     site: str
     op_type: str
@@ -38,15 +46,18 @@ class UnitLine:
 class QuantizationReport:
     """What `quantize` did.
 
-    source: path or kind of the input. samples: how many to calibrate on, and how many were held out.
-    synthetic: they were made up. before, after: sizes of the input and of the best candidate. steps: of the
-    preparation. static: what static quantization found; None for other schemes. left: reason -> heavy nodes
-    that could not be quantized. kernels: what the runtime executes, by operator. judgement: of the best
-    candidate. timing: of it against the input; None where it was not measured. reason: why the result is the
-    input; empty where it is the candidate.
+    source: path or kind of the input. input_sha256: of its content. samples: how many to calibrate on, and
+    how many were held out. synthetic: they were made up. before, after: sizes of the input and of the best
+    candidate. steps: of the preparation. static: what static quantization found; None for other schemes.
+    finished: what was tried on top of it. left: reason -> heavy nodes that could not be quantized. kernels:
+    what the runtime executes, by operator. judgement: of the best candidate. settings: of the runtime's
+    sessions, which it does better with; judgement and timing are with them. timing: of it against the input;
+    None where it was not measured. findings: what the target's lint says of the candidate. reason: why the
+    result is the input; empty where it is the candidate.
     """
 
     source: str
+    input_sha256: str
     target: str
     scheme: str
     goal: str
@@ -58,15 +69,16 @@ class QuantizationReport:
     after: Size
     steps: tuple[Step, ...]
     static: Static | None
+    finished: Finished
     left: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, int]
     judgement: Judgement | None
+    settings: tuple[Setting, ...]
     timing: Timing | None
+    findings: tuple[Finding, ...]
     reason: str
     notes: tuple[str, ...]
     seconds: float
-    settings: tuple[()] = ()
-    """None are proposed; for `Result.save`."""
 
     @property
     def ok(self) -> bool:
@@ -75,8 +87,8 @@ class QuantizationReport:
 
     @property
     def session(self) -> dict[str, Any]:
-        """Settings of sessions: none."""
-        return {}
+        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
+        return session_of(self.settings, self.target, self.versions)
 
     @property
     def integer_kernels(self) -> int:
@@ -86,33 +98,65 @@ class QuantizationReport:
     @property
     def units(self) -> tuple[UnitLine, ...]:
         """Every node that could be quantized, the one that costs most accuracy first."""
-        if self.static is None:
+        chosen = self._chosen
+        if self.static is None or chosen is None:
             return ()
         static, lines = self.static, []
-        candidate = static.searched.best or static.searched.nearest
-        chosen = candidate.plan.nodes if candidate is not None else frozenset()
+        why = dict.fromkeys(static.searched.unfused, "the runtime does not fuse it")
+        why |= dict.fromkeys(static.kept, "asked for")
+        why |= dict.fromkeys(self.finished.at_run_time, "its input is quantized at run time")
+        why |= dict.fromkeys(chosen.nodes, "")
         for unit in static.surveyed.units:
             site = unit.site
-            noise = [
-                static.noise.get(Source("weight", site)),
-                static.noise.get(Source("tensor", unit.output.name or "")),
-            ]
-            why = (
-                ""
-                if site in chosen
-                else "asked for, or too narrow"
-                if site in static.kept
-                else "costs more than it gains"
+            weight, output = (
+                static.noise.known.get(source)
+                for source in (Source("weight", site), Source("tensor", unit.output.name or ""))
             )
-            if site in static.searched.unfused:
-                why = "the runtime does not fuse it"
-            lines.append(
-                (
-                    sum(n or 0.0 for n in noise),
-                    UnitLine(site, unit.node.op_type, site in chosen, *map(_db, noise), why),
-                )
-            )
+            integer = site in chosen.nodes or site in self.finished.at_run_time
+            reason = why.get(site, "costs more than it gains")
+            line = UnitLine(site, unit.node.op_type, integer, _db(weight), _db(output), reason)
+            lines.append(((weight or 0.0) + (output or 0.0), line))
         return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The choice and the ranges, as `quantize` takes them again; None for schemes that have none."""
+        chosen = self._chosen
+        if self.static is None or chosen is None:
+            return None
+        outputs = {unit.site: unit.output.name or "" for unit in self.static.surveyed.units}
+        quantized = chosen.tensors if chosen.nodes else frozenset()
+        nodes = [
+            {
+                "site": line.site,
+                "op_type": line.op_type,
+                "as": chosen.weight.name if line.site in chosen.nodes else "float",
+                "output": chosen.params[name].format.name
+                if (name := outputs[line.site]) in quantized and line.site in chosen.nodes
+                else "float",
+                "weight_db": line.weight_db,
+                "output_db": line.output_db,
+            }
+            for line in self.units
+        ]
+        return {
+            "schema": PLAN_SCHEMA,
+            "model": self.input_sha256,
+            "keepers": list(self.static.keepers),
+            "nodes": nodes,
+            "ranges": {name: list(range_of(params)) for name, params in chosen.params.items()},
+        }
+
+    @property
+    def _chosen(self) -> Plan | None:
+        """The plan of the candidate that the figures are about; None of other schemes."""
+        if self.static is None:
+            return None
+        static, judged = self.static, self.finished.judgement is not None
+        candidate = static.searched.best if judged else static.searched.nearest
+        if candidate is None or (judged and not self.finished.static):
+            return static.plan
+        return candidate.plan
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has; laid out as docs/report.md says."""
@@ -121,6 +165,7 @@ class QuantizationReport:
             "schema": QUANTIZE_SCHEMA,
             "ok": self.ok,
             "source": self.source,
+            "input_sha256": self.input_sha256,
             "target": self.target,
             "scheme": self.scheme,
             "for": self.goal,
@@ -153,8 +198,11 @@ class QuantizationReport:
                 }
                 for trial in (searched.trials if searched else ())
             ],
+            "finishing": [asdict(one) for one in self.finished.tried],
             "judgement": self.judgement.to_dict() if self.judgement else None,
+            "settings": [setting.to_dict() for setting in self.settings],
             "timing": self.timing.to_dict() if self.timing else None,
+            "lint": [finding.to_dict() for finding in self.findings],
             "reason": self.reason,
             "notes": list(self.notes),
             "seconds": self.seconds,

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from onnxopt.quantization.judge import Judgement
 from onnxopt.reporting.quantization import QuantizationReport
-from onnxopt.reporting.tables import count_bytes, plain_table, print_timing, size_table
+from onnxopt.reporting.tables import plain_table, print_settings, print_timing, print_written, size_table
 
 __all__ = ["print_quantization"]
 
@@ -31,14 +32,13 @@ def print_quantization(
         console.print()
     for reason, sites in report.left.items():
         console.print(Text(f"left in float: {len(sites)} x {reason}", style="yellow"))
+    for one in report.finished.tried:
+        what = f"{one.name} of {len(one.sites)} nodes" if one.sites else one.name
+        console.print(Text(f"{'kept' if one.kept else 'left out'} {what}: {one.why}"))
     if list_nodes:
         console.print(_nodes(report))
     if report.judgement is not None:
-        style = "green" if report.judgement.ok else "red"
-        console.print(Text("accuracy ", style="bold") + Text(report.judgement.summary, style=style))
-        for name, other in report.judgement.elsewhere.items():
-            style = "green" if other.ok else "red"
-            console.print(Text(f"  on {name}  ", style="bold") + Text(other.summary, style=style))
+        _print_judgement("accuracy ", report.judgement, console)
     if report.kernels:
         shown = ", ".join(f"{count} {name}" for name, count in sorted(report.kernels.items()) if _heavy(name))
         console.print(
@@ -46,22 +46,42 @@ def print_quantization(
         )
     if report.timing is not None:
         print_timing(report.timing, console)
+    print_settings(report.settings, console)
+    console.print(_lint(report), end="")
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if report.reason:
         console.print(Text(f"nothing was written: {report.reason}", style="red"))
     if written is not None:
-        console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+        print_written(written, report.settings, console)
+
+
+def _print_judgement(label: str, judgement: Judgement, console: Console) -> None:
+    style = "green" if judgement.within else "red"
+    console.print(Text(label, style="bold") + Text(judgement.summary, style=style))
+    for name, other in judgement.elsewhere.items():
+        _print_judgement(f"  on {name}  ", other, console)
+
+
+def _lint(report: QuantizationReport) -> Text:
+    """A line for each rule that the target's lint names, with the first place."""
+    text = Text()
+    for rule, count in Counter(one.rule for one in report.findings).items():
+        first = next(one for one in report.findings if one.rule == rule)
+        style = "red" if first.severity == "error" else "yellow"
+        said = f"{first.severity} {rule} at {count} places, the first {first.site}: {first.message}"
+        text.append(f"lint     {said}\n", style=style)
+    return text
 
 
 def _coverage(report: QuantizationReport) -> Table:
-    table = plain_table("operator", ">integer", ">float", ">of", "")
+    table = plain_table("operator", ">integer", ">float", ">of")
     total, integer = Counter[str](), Counter[str]()
     for unit in report.units:
         total[unit.op_type] += 1
         integer[unit.op_type] += unit.integer
     for name, count in sorted(total.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(name, str(integer[name]), str(count - integer[name]), str(count), "")
+        table.add_row(name, str(integer[name]), str(count - integer[name]), str(count))
     return table
 
 

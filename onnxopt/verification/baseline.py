@@ -192,6 +192,7 @@ class Baseline:
                     default.get(key),
                     rough=group == "large" or self.contract.half,
                     stretched=group == "large",
+                    quantized=strict and self.contract.quantized,
                 )
                 reason = verdict.reason + where if verdict.reason else ""
                 found.append(replace(verdict, reason=reason))

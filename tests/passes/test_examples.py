@@ -20,7 +20,8 @@ def test_the_example_of_a_pass(one: type[Pass]) -> None:
     done = run_pass(before, one())
     assert done.changes
     onnx.checker.check_model(dump(done.model), full_check=True)
-    assert_equivalent(before, done.model, kind=one.kind)
+    if one.kind != "lossy":  # whose numbers are held against a closed form in its own tests
+        assert_equivalent(before, done.model, kind=one.kind)
 
 
 @pytest.mark.parametrize("one", BUILTIN, ids=lambda one: one.name)

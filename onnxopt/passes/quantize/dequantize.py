@@ -20,8 +20,8 @@ as wide as its input. The bounds stay: quantizers leave out a Relu or Clip where
 form=qdq only says quantized operators as floating-point ones between DequantizeLinear and QuantizeLinear, as
 other runtimes take them: sums are rounded as floats there, so that now and then a result is the next integer,
 unless the runtime fuses it back.
-Declines: a graph input or output is quantized; scale and zero point differ between the two sides, are computed
-    at run time, or by channel for activations; operators of which no float form is known, as QAttention.
+Declines: a graph input or output is quantized; scale and zero point differ between the two sides, are
+    computed at run time, or by channel for activations; no float form of the operator is known (QAttention).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from onnxopt.passes.shared.quantized import (
     QUANTIZE,
     carried,
     input_of,
+    pads_with_number,
     quantized_kind,
     require_same,
     stored_floats,
@@ -54,7 +55,7 @@ __all__ = ["Dequantize"]
 
 _DYNAMIC = "DynamicQuantizeLinear"
 _OTHERS = (
-    *("ConvInteger", "MatMulInteger", _DYNAMIC, MS + "DynamicQuantizeLSTM", MS + "GatherBlockQuantized"),
+    *("ConvInteger", "MatMulInteger", MS + "DynamicQuantizeLSTM", MS + "GatherBlockQuantized"),
     *(MS + "MatMulBnb4", MS + "QAttention", MS + "QEmbedLayerNormalization", MS + "QLinearReduceMean"),
     *(MS + "QMoE", MS + "QLinearConv", MS + "QOrderedMatMul", MS + "QOrderedAttention"),
 )
@@ -120,7 +121,9 @@ def _unrounded(node: ir.Node, scope: Scope) -> Edit | None:
         raise Declined("the scale may differ by channel, which the data in between moves")
     edit = Edit(node, scope)
     inputs = list(maker.inputs)
-    for place in moves[0]:
+    if pads_with_number(maker) and input_of(maker, 2) is None:
+        raise Declined("it is padded with 0, whatever that stands for")
+    for place in [*moves[0], *([2] if pads_with_number(maker) else [])]:
         given = (inputs[place], *node.inputs[1:])
         inputs[place] = edit.op(node.op_type, given, node.attributes, domain=node.domain)
     outputs = edit.ops(maker.op_type, inputs, maker.attributes, outputs=len(maker.outputs), name=maker.name)

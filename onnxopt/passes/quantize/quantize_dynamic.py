@@ -64,7 +64,9 @@ class QuantizeDynamic(Pass):
     per_channel: weights have a scale for each output channel, not one for all.
     reduce_range: weights have 7 bits, for processors whose sums of two 8-bit products saturate (AVX2 and
         AVX512 without VNNI).
+    contrib: LSTM becomes an operator of ONNX Runtime's own, as the standard has none; without it, it stays.
     minimum: elements of the smallest weight; smaller products are hardly faster.
+    layers: only these operators, such as LSTM or Gemm+MatMul; all where empty.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
@@ -78,14 +80,21 @@ class QuantizeDynamic(Pass):
 
     per_channel: bool = True
     reduce_range: bool = False
+    contrib: bool = True
     minimum: int = 64
+    layers: tuple[str, ...] = ()
 
     def rules(self) -> Sequence[Rule]:
-        return (
-            Rule("product", ("Gemm", "MatMul"), self._product),
-            Rule("recurrent layer", ("LSTM",), self._lstm),
-            Rule("left in float", tuple(_LEFT), _left),
+        rules = (
+            ("product", ("Gemm", "MatMul"), self._product),
+            ("recurrent layer", ("LSTM",), self._lstm),
+            ("left in float", tuple(_LEFT), _left),
         )
+        wanted = [
+            (name, [one for one in of if not self.layers or one in self.layers], apply)
+            for name, of, apply in rules
+        ]
+        return [Rule(name, tuple(of), apply) for name, of, apply in wanted if of]
 
     def _product(self, node: ir.Node, scope: Scope) -> Edit | None:
         x, value, *more = node.inputs
@@ -112,6 +121,8 @@ class QuantizeDynamic(Pass):
         return edit.replace(node.outputs[0], product if bias is None else edit.op("Add", [product, bias]))
 
     def _lstm(self, node: ir.Node, scope: Scope) -> Edit | None:
+        if not self.contrib:
+            raise Declined("the ONNX standard has no LSTM of integers")
         if int_attr(node, "layout", 0):
             raise Declined("DynamicQuantizeLSTM has no layout 1")
         edit, inputs, ends = (

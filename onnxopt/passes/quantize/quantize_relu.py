@@ -84,12 +84,10 @@ def _shift(domain: Domain) -> int | None:
         return None
     if len(zeros) > 1:
         raise Declined("zero points differ")
-    if (
-        domain.stuck
-        or domain.constants
-        or any(operator_of(node) not in QUANTIZE for node, _ in domain.makers)
-    ):
-        raise Declined(f"quantized values are {domain.stuck or 'stored, or made by a quantized operator'}")
+    if domain.stuck:
+        raise Declined(f"quantized values are {domain.stuck}")
+    if domain.constants or any(operator_of(node) not in QUANTIZE for node, _ in domain.makers):
+        raise Declined("quantized values are stored, or made by a quantized operator")
     return -middle
 
 

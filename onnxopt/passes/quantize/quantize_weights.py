@@ -55,11 +55,13 @@ class QuantizeWeights(Pass):
 
     type: of the elements: int8, uint8, int4, uint4, int2, uint2, int16, uint16, float8e4m3fn, float8e5m2.
     block: elements that share a scale along the axis that is summed up; 0: one scale a channel.
+    per_channel: where there are no blocks, a scale for each output channel, not one for all.
     symmetric: zero is in the middle of the range, so that no zero point is needed (of a signed type).
     form: dequantize, of the ONNX standard; or matmulnbits, of ONNX Runtime, for MatMul and Gemm.
     levels: all; or experimental, ternary (-a, 0, a) or binary (-a, a), which lose most of the accuracy.
     clip: try narrower ranges, and take those with the least squared error.
     power_of_two: scales are powers of two.
+    even: elements of 4 bits only where the last axis is even, as TensorRT's parser asks for.
     minimum: elements of the smallest weight; smaller ones hardly pay for the nodes.
     layers: only weights of these operators, such as MatMul+Gather; all where empty.
     """
@@ -75,11 +77,13 @@ class QuantizeWeights(Pass):
 
     type: str = "int8"
     block: int = 0
+    per_channel: bool = True
     symmetric: bool = True
     form: Literal["dequantize", "matmulnbits"] = "dequantize"
     levels: Literal["all", "ternary", "binary"] = "all"
     clip: bool = False
     power_of_two: bool = False
+    even: bool = False
     minimum: int = 64
     layers: tuple[str, ...] = ()
 
@@ -109,7 +113,7 @@ class QuantizeWeights(Pass):
                 for position, operators in sorted(by_position.items())
             ),
             Rule("rows taken before they are dequantized", ("Gather",), gathered),
-            Rule("product of a transposed weight", ("Gemm",), turned),
+            *(() if self.even else (Rule("product of a transposed weight", ("Gemm",), turned),)),
         )
 
     def _quantized(self, position: int, node: ir.Node, scope: Scope) -> Edit | None:
@@ -157,6 +161,8 @@ class QuantizeWeights(Pass):
         kinds = {reader.op_type for reader, _ in stored.readers}
         if "Gather" in kinds and (form.bits < 8 or form.is_float):
             raise Declined(f"Gather takes no {form.name}: embeddings are for int8 or uint8")
+        if self.even and form.bits == 4 and stored.array.shape[-1] % 2:
+            raise Declined("its last axis is odd, which is not for 4 bits there")
         axes, summed = stored.axes(weight_axis), stored.axes(block_axis)
         if form.bits == 2:
             _require_fours(stored, axes)
@@ -166,7 +172,7 @@ class QuantizeWeights(Pass):
             return summed[0], self.block
         if len(axes) > 1 and form.bits < 8:
             raise Declined("the weight has readers with output channels in different axes")
-        return (axes[0] if len(axes) == 1 else None), 0
+        return (axes[0] if self.per_channel and len(axes) == 1 else None), 0
 
     def _packed(
         self, node: ir.Node, position: int, weight: Weight, form: Format, scope: Scope

@@ -132,14 +132,14 @@ class RetargetQuantized(Pass):
 
 def _roles(domain: Domain) -> list[str]:
     """What the values of a domain are to those that read them."""
-    if not domain.is_constant:
+    if domain.dynamic:
         return ["activation"]
     roles: dict[str, None] = {}
     for node, port in domain.readers:
-        row = QUANTIZED[operator_of(node)]
+        row = QUANTIZED.get(operator_of(node))
         if operator_of(node) in DEQUANTIZE:
             roles.update(_float_roles(node.outputs[0]))
-        elif row.weight is not None and port is row.inputs[row.weight]:
+        elif row is not None and row.weight is not None and port is row.inputs[row.weight]:
             roles["ConvInteger weight" if node.op_type == "ConvInteger" else "weight"] = None
         else:
             roles["activation"] = None
@@ -166,8 +166,8 @@ def _float_roles(value: ir.Value) -> dict[str, None]:
 def _require_kernels(domain: Domain, dtype: ir.DataType) -> None:
     """Raise Declined where int8 activations would meet uint8 weights in one operator."""
     for node, port in domain.readers:
-        row = QUANTIZED[operator_of(node)]
-        if row.weight is None or not row.float_op or len(row.inputs) < 2:
+        row = QUANTIZED.get(operator_of(node))
+        if row is None or row.weight is None or not row.float_op or len(row.inputs) < 2:
             continue
         weight = row.inputs[row.weight]
         other = input_of(node, (row.inputs[0] if port is weight else weight).data)

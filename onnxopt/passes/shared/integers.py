@@ -16,7 +16,16 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, use_count, walk
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.quantized import QUANTIZE, QUANTIZED, SMALL, Port, carried, input_of, shape_of
+from onnxopt.passes.shared.quantized import (
+    QUANTIZE,
+    QUANTIZED,
+    SMALL,
+    Port,
+    carried,
+    input_of,
+    pads_with_number,
+    shape_of,
+)
 from onnxopt.rewrite import Declined
 from onnxopt.scope import Scope
 from onnxopt.streamed import is_on_disk, mapped
@@ -33,8 +42,8 @@ class Domain:
     """Quantized values that share a type, and the ports at which zero points say what they stand for.
 
     makers, readers: nodes with the port at which they quantize or read one of the values. constants: those
-    values that come with the model. is_constant: all of them come from constants. stuck: why the type has to
-    stay, or empty. first: names the domain.
+    values that come with the model. dynamic: an operator computes them from other data. stuck: why the type
+    has to stay, or empty. first: names the domain.
     """
 
     first: ir.Value
@@ -42,14 +51,14 @@ class Domain:
     makers: dict[tuple[ir.Node, Port], None] = field(default_factory=dict)
     readers: dict[tuple[ir.Node, Port], None] = field(default_factory=dict)
     constants: list[ir.Value] = field(default_factory=list)
-    is_constant: bool = True
+    dynamic: bool = False
     stuck: str = ""
 
     @property
     def dtype(self) -> ir.DataType | None:
         """The type that the values have, where one of them is known."""
         zeros = (input_of(node, port.zero) for node, port in (*self.makers, *self.readers))
-        types = {value.dtype for value in (*self.values, *zeros) if value is not None and value.dtype}
+        types = {dtype for value in (*self.values, *zeros) if (dtype := _dtype(value)) is not None}
         if not types and self.makers:  # no zero point: QuantizeLinear says the type itself
             types = {ir.DataType(int_attr(node, "output_dtype", 0) or _BYTES[1]) for node, _ in self.makers}
         return types.pop() if len(types) == 1 else None
@@ -131,18 +140,17 @@ def _above(domain: Domain, value: ir.Value) -> list[ir.Value]:
     if constant_of(value) is not None:
         domain.constants.append(value)
         return []
-    quantizes = node is not None and operator_of(node) in QUANTIZE
-    if node is None or not (carried(node) or (quantizes and constant_of(node.inputs[0]) is not None)):
-        domain.is_constant = False
     if node is None:
         domain.stuck = "made outside of the graph: an input keeps its type"
         return []
+    if not (carried(node) or (operator_of(node) in QUANTIZE and constant_of(node.inputs[0]) is not None)):
+        domain.dynamic = True
     row, moves = QUANTIZED.get(operator_of(node)), carried(node)
     if row is not None and row.result is not None and value is node.outputs[0]:
         domain.makers[node, row.result] = None
         return _beside(node)
     if moves is not None and any(value is output for output in moves[1]):
-        return _joined(node, moves)
+        return _joined(domain, node, moves)
     domain.stuck = f"made by {node.op_type}, which gives no other type"
     return []
 
@@ -156,7 +164,7 @@ def _below(domain: Domain, node: ir.Node, place: int) -> list[ir.Value]:
         is_weight = row.weight is not None and port is row.inputs[row.weight]
         return [] if is_weight and constant_of(input_of(node, place)) is not None else _beside(node)
     if moves is not None and place in moves[0]:
-        return _joined(node, moves)
+        return _joined(domain, node, moves)
     if node.op_type not in _BLIND or node.domain:
         domain.stuck = domain.stuck or f"read by {node.op_type}, which is not known to take another type"
     return []
@@ -175,9 +183,16 @@ def _beside(node: ir.Node) -> list[ir.Value]:
     return found
 
 
-def _joined(node: ir.Node, moves: tuple[list[int], list[ir.Value]]) -> list[ir.Value]:
+def _joined(domain: Domain, node: ir.Node, moves: tuple[list[int], list[ir.Value]]) -> list[ir.Value]:
     places, outputs = moves
+    if pads_with_number(node):  # which changes as zero points do
+        domain.readers[node, Port(0, None, 2)] = None
     return [*(value for i in places if (value := node.inputs[i]) is not None), *outputs]
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    tensor = constant_of(value)
+    return tensor.dtype if tensor is not None else None if value is None else value.dtype
 
 
 def _zero_point(node: ir.Node, port: Port) -> np.ndarray:

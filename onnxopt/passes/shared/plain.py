@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_array, float_attr, has_reference, int_attr
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.quantized import QUANTIZED, SMALL, Quantized, input_of, shape_of
+from onnxopt.passes.shared.quantized import QUANTIZED, SMALL, Quantized, carried, input_of, shape_of
 from onnxopt.pattern import Patterns
 from onnxopt.quantization.formats import FORMATS, QuantParams, dequantize
 from onnxopt.rewrite import AttributeValue, Declined, Edit, NewerOpset
@@ -63,9 +63,10 @@ def scaled(node: ir.Node, scope: Scope) -> Edit | None:
     match = _PATTERNS.find(node, scope, shared=True)
     if match is None:
         return None
-    product, maker, scales = match.node("p"), match["a"].producer(), [match["s"], match["t"]]
-    dynamic = maker is not None and maker.op_type == "DynamicQuantizeLinear" and not maker.domain
-    if maker is None or not dynamic or match["a"] is not maker.outputs[0]:
+    product, scales, source = match.node("p"), [match["s"], match["t"]], match["a"]
+    while (maker := source.producer()) is not None and (moves := carried(maker)) and len(moves[0]) == 1:
+        source = maker.inputs[0] or source
+    if maker is None or maker.op_type != "DynamicQuantizeLinear" or source is not maker.outputs[0]:
         raise Declined("its first operand is not quantized dynamically")
     if maker.outputs[1] not in scales or input_of(product, 2) is not maker.outputs[2]:
         raise Declined("its first operand has another scale or zero point")
@@ -76,7 +77,7 @@ def scaled(node: ir.Node, scope: Scope) -> Edit | None:
     if shape is None or not rank or any(size > 1 for i, size in enumerate(shape) if i - len(shape) != along):
         raise Declined("the scale of its second operand is of an unknown shape or no row of channels")
     edit = Edit(node, scope)
-    first = edit.op("DequantizeLinear", maker.outputs)
+    first = edit.op("DequantizeLinear", (match["a"], *maker.outputs[1:]))
     second = _floats(edit, match["b"], scales[0], input_of(product, 3), axis, scope)
     op_type = product.op_type.removesuffix("Integer")
     return edit.replace(node.outputs[0], edit.op(op_type, (first, second), product.attributes))

@@ -36,6 +36,7 @@ __all__ = [
     "Quantized",
     "carried",
     "input_of",
+    "pads_with_number",
     "quantized_kind",
     "require_same",
     "shape_of",
@@ -113,7 +114,6 @@ QUANTIZED = {
 CARRIERS: dict[str, tuple[int, ...] | None] = {
     **dict.fromkeys(("Concat", "Max", "Min"), None),
     "Where": (1, 2),
-    "Pad": (0, 2),
     **dict.fromkeys(
         (
             *(
@@ -126,7 +126,17 @@ CARRIERS: dict[str, tuple[int, ...] | None] = {
                 "Identity",
                 "MaxPool",
             ),
-            *("ReduceMax", "ReduceMin", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze"),
+            *(
+                "ReduceMax",
+                "ReduceMin",
+                "Pad",
+                "Reshape",
+                "Resize",
+                "Slice",
+                "SpaceToDepth",
+                "Split",
+                "Squeeze",
+            ),
             *("Tile", "Transpose", "Unsqueeze"),
         ),
         (0,),
@@ -144,13 +154,16 @@ def carried(node: ir.Node) -> tuple[list[int], list[ir.Value]] | None:
         or str_attr(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
     ):
         return None
-    if node.op_type == "Pad" and input_of(node, 2) is None:
-        return None  # what it pads with is 0, whatever that stands for
     places = CARRIERS[node.op_type]
     data = [
         i for i in (range(len(node.inputs)) if places is None else places) if input_of(node, i) is not None
     ]
     return data, list(node.outputs if node.op_type == "Split" else node.outputs[:1])
+
+
+def pads_with_number(node: ir.Node) -> bool:
+    """Whether a node puts a number next to the data that it moves: its third input, or 0."""
+    return node.op_type == "Pad" and not node.domain and str_attr(node, "mode", "constant") == "constant"
 
 
 def input_of(node: ir.Node, place: int | None) -> ir.Value | None:

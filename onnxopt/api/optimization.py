@@ -44,7 +44,7 @@ def optimize(
     bench: bool = True,
     metadata: bool = True,
     progress: Progress | None = None,
-) -> Result:
+) -> Result[Report]:
     """Rewrite a model, prove that its numbers hold, and measure whether it is faster.
 
     What breaks the numbers is left out and reported. Where nothing can be proved, or the result is
