@@ -181,7 +181,7 @@ def quantize(
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say, given)
         made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
         quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
-        left = left_in_float(found, made.at_run_time)
+        left = left_in_float(found, made.rewritten)
     else:
         options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
         options |= {"contrib": where.contrib, "even": where.placement == "tensorrt"}

@@ -65,9 +65,9 @@ class Finished:
     tried: tuple[Finish, ...] = ()
 
     @property
-    def at_run_time(self) -> frozenset[str]:
-        """The nodes whose inputs are quantized at run time."""
-        return frozenset(site for one in self.tried if one.kept for site in one.sites)
+    def rewritten(self) -> dict[str, str]:
+        """The nodes that passes rewrote, and which pass."""
+        return {site: one.name for one in self.tried if one.kept for site in one.sites}
 
 
 class _Trial(NamedTuple):

@@ -48,7 +48,11 @@ SCHEMES = {
             "int8",
             "weights and activations in 8 bits, ranges from calibration",
             static=True,
-            finishing=("quantize-dynamic{layers=LSTM}", "quantize-dynamic{layers=Gemm+MatMul}"),
+            finishing=(
+                "quantize-dynamic{layers=LSTM}",
+                "quantize-dynamic{layers=Gemm+MatMul}",
+                "quantize-weights{layers=Gather}",
+            ),
             targets=("cpu", "arm", "tensorrt", "generic"),
             elsewhere="its provider has no integer kernels for Conv, Gemm and MatMul, and runs them in float "
             f"between Q and DQ, slower than without; {_INSTEAD}",

@@ -104,7 +104,7 @@ class QuantizationReport:
         static, lines = self.static, []
         why = dict.fromkeys(static.searched.unfused, "the runtime does not fuse it")
         why |= dict.fromkeys(static.kept, "asked for")
-        why |= dict.fromkeys(self.finished.at_run_time, "its input is quantized at run time")
+        why |= {site: f"by {name}" for site, name in self.finished.rewritten.items()}
         why |= dict.fromkeys(chosen.nodes, "")
         for unit in static.surveyed.units:
             site = unit.site
@@ -112,7 +112,7 @@ class QuantizationReport:
                 static.noise.known.get(source)
                 for source in (Source("weight", site), Source("tensor", unit.output.name or ""))
             )
-            integer = site in chosen.nodes or site in self.finished.at_run_time
+            integer = site in chosen.nodes or site in self.finished.rewritten
             reason = why.get(site, "costs more than it gains")
             line = UnitLine(site, unit.node.op_type, integer, _db(weight), _db(output), reason)
             lines.append(((weight or 0.0) + (output or 0.0), line))

@@ -86,7 +86,7 @@ def test_a_pass_that_keeps_the_budget_and_pays_is_kept() -> None:
     assert (integers(begun.model), integers(done.model), judge.asked) == (0, 4, 1)
     assert (tried.name, tried.kept, tried.why) == ("quantize-dynamic{layers=MatMul}", True, "twice as fast")
     assert (tried.sites, dict(tried.left)) == (SITES, {})
-    assert done.at_run_time == set(SITES)
+    assert set(done.rewritten) == set(SITES)
     assert done.judgement is not None
     assert done.judgement.score == -4
 
@@ -96,7 +96,7 @@ def test_a_pass_that_does_not_pay_is_left_out_with_the_figures() -> None:
     done = finisher(Costs(4), pays=lambda _before, _after: (False, "1.2x the time")).finished(begun)
     assert done.model is begun.model
     assert done.judgement is None
-    assert not done.at_run_time
+    assert not done.rewritten
     assert [(one.kept, one.why, one.sites) for one in done.tried] == [(False, "1.2x the time", SITES)]
 
 
@@ -321,4 +321,28 @@ def test_for_speed_the_result_beats_the_original_and_the_optimized_float_model(
 def test_finished_says_which_nodes_are_done_at_run_time_only_where_they_are_kept() -> None:
     done = finisher(Costs(4)).finished(plain())
     undone = replace(done, tried=(replace(done.tried[0], kept=False),))
-    assert (len(done.at_run_time), len(undone.at_run_time)) == (4, 0)
+    assert (len(done.rewritten), len(undone.rewritten)) == (4, 0)
+
+
+@pytest.mark.parametrize("goal", ["size", "speed"])
+def test_an_embedding_becomes_smaller_where_that_is_asked_for(
+    goal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Job, "time", lambda *_, **__: SimpleNamespace(verdict="slower", summary="figures", to_dict=dict)
+    )
+    model = with_weights(
+        """agraph (int64[1, 6] x) => (float[1, 6, 8] y) {
+            e = Gather(table, x)
+            y = MatMul(e, w)
+        }""",
+        table=(50, 32),
+        w=(32, 8),
+    )
+    ids: list[dict[str, np.ndarray]] = [{"x": RNG.integers(0, 50, (1, 6))} for _ in range(8)]
+    done = quantized(model, data=ids, goal=goal, bench=True)
+    last = done.report.finished.tried[-1 if goal == "speed" else -2]
+    kept = goal == "size"
+    assert (last.name, last.kept, last.sites) == ("quantize-weights{layers=Gather}", kept, ("e",))
+    assert last.why == ("from 6,688 to 2,088 bytes" if kept else "figures")
+    assert done.report.ok is kept
