@@ -7,7 +7,7 @@ range. Small and recurrent models are as fast, and nearer to the original, witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -68,7 +68,7 @@ class Finisher:
     """Tries passes at the end, each alone, and keeps those that keep the budget and pay.
 
     passes: as a recipe spells them, in their order. tidy: what follows each of them. kept: sites of
-    nodes that stay in floating point. noise: site -> how much it costs in accuracy; asked for
+    nodes that stay in floating point. noise: of sites, site -> how much it costs in accuracy; asked for
     where not all can be quantized.
     judge: says whether a candidate keeps the budget. pays: whether one candidate is better than another.
     """
@@ -76,7 +76,7 @@ class Finisher:
     passes: tuple[str, ...]
     tidy: Callable[[ir.Model], ir.Model]
     kept: frozenset[str]
-    noise: Callable[[], Mapping[str, float]]
+    noise: Callable[[Collection[str]], Mapping[str, float]]
     judge: Judge
     pays: Pays
 
@@ -118,7 +118,7 @@ class Finisher:
         best = self._trial(model, name, self.kept)
         if best is None or best.judgement.ok:
             return best
-        noise = self.noise()
+        noise = self.noise(best.sites)
         order = sorted(best.sites, key=lambda site: noise.get(site, 0.0))
         low, high = 0, len(order)
         while high - low > 1:
