@@ -18,8 +18,8 @@ __all__ = ["Ledger", "Rewrite", "site_of"]
 
 
 def site_of(node: ir.Node) -> str:
-    """How the place of a rewrite at this node is called: by its first output, where that has a name."""
-    return node.outputs[0].name or node.name or node.op_type
+    """How the place of a rewrite at this node is called: by its first output that has a name."""
+    return next((value.name for value in node.outputs if value.name), node.name or node.op_type)
 
 
 class Rewrite(NamedTuple):

@@ -56,11 +56,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The rewritten model and how it came about."""
+    """The rewritten model and how it came about; granted: the rewrites, in their order."""
 
     model: ir.Model
     kind: Kind
     steps: tuple[Step, ...]
+    granted: tuple[Rewrite, ...]
     left_out: tuple[LeftOut, ...]
     rounds: int
     settled: bool
@@ -128,7 +129,8 @@ class Pipeline:
             left_out[_widen(culprit, left_out)] = problem
         model = done.model if done.ledger.granted else open_model()
         undone = tuple(LeftOut(rewrite, reason) for rewrite, reason in left_out.items())
-        return Outcome(model, done.kind, _steps(done), undone, done.rounds, done.settled)
+        granted = tuple(done.ledger.granted)
+        return Outcome(model, done.kind, _steps(done), granted, undone, done.rounds, done.settled)
 
 
 def _culprit(

@@ -13,7 +13,7 @@ import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.ledger import Ledger, Rewrite
+from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.model import opener
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
@@ -428,6 +428,25 @@ def test_a_veto_keeps_a_pass_from_rewriting_and_is_said() -> None:
     assert [step.changes for step in outcome.steps] == [0, 1]
     assert outcome.steps[0].declined == {"it does not pay": ("b", "d", "y")}
     assert set(asked) == {"neg-to-minus", "eliminate-identity"}
+
+
+def test_a_veto_can_hold_for_one_place() -> None:
+    outcome = Pipeline((NegToMinusX("none"),)).run(
+        opener(text_model(CHAIN)), veto=lambda _, site: "not here" if site == "d" else None
+    )
+    assert outcome.steps[0].declined == {"not here": ("d",)}
+    assert [rewrite.site for rewrite in outcome.granted] == ["b", "y"]
+
+
+def test_a_place_is_called_by_the_first_output_that_has_a_name() -> None:
+    for first, site in (("", "h"), ("y", "y")):
+        (node,) = ir.from_proto(
+            text_model(
+                "agraph (float[6, 3, 8] x, float[1, 32, 8] w) => (float[1, 3, 8] h) "
+                f"{{ {first}, h = LSTM<hidden_size = 8>(x, w, w) }}"
+            )
+        ).graph
+        assert site_of(node) == site
 
 
 def test_weights_that_go_are_freed_without_the_collector() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import onnx_ir as ir
 
+from onnxopt.api.preparation import passes_of
 from onnxopt.data import Feeds
 from onnxopt.graph import tensor_bytes
 from onnxopt.job import Job
@@ -20,9 +21,9 @@ from onnxopt.quantization.units import Survey
 from onnxopt.recipe import parse_pass
 from onnxopt.targets import Target
 
-__all__ = ["best_of", "cleaned", "comparison", "left_in_float", "nearest_of"]
+__all__ = ["TRIAL_S", "best_of", "best_without_data", "cleaned", "comparison", "left_in_float", "nearest_of"]
 
-_TRIAL_S = 4.0
+TRIAL_S = 4.0
 """Seconds to find out which of two candidates is faster."""
 
 
@@ -49,12 +50,25 @@ def best_of(
     static = (
         Finished(cleaned(best.model, placement), best.judgement, static=True) if best is not None else None
     )
-    if target.name != "cpu":
+    if target.name != "cpu" or settings.power_of_two:  # scales that are found at run time are any
         return static or nothing
-    narrow = ",reduce_range=true}" if settings.saturates else "}"
-    passes = tuple(one.replace("}", narrow) for one in scheme.finishing)
     tidy = partial(cleaned, placement=placement)
+    passes = passes_of(scheme.finishing, {"reduce_range": settings.saturates})
     return Finisher(passes, tidy, settings.keep, partial(_noise_of, found), judge, pays).best(nothing, static)
+
+
+def best_without_data(
+    plain: ir.Model, scheme: Scheme, options: Mapping[str, bool], kept: frozenset[str], judge: Judge
+) -> tuple[Finished, dict[str, tuple[str, ...]]]:
+    """What the passes of a scheme make of a float model, and reason -> nodes that they leave as they were.
+
+    Args:
+        plain: not changed. options: each pass takes those that it has. kept: sites that stay in float.
+    """
+    passes, tidy = passes_of(scheme.passes, options), partial(cleaned, placement="")
+    finisher = Finisher(passes, tidy, kept, lambda _: {}, judge, lambda _before, _after: (True, "as asked"))
+    made = finisher.finished(Finished(plain, None, static=False))
+    return made, {reason: sites for one in made.tried for reason, sites in one.left.items()}
 
 
 def nearest_of(found: Static | Survey, target: Target) -> tuple[ir.Model | None, Judgement | None]:
@@ -103,7 +117,7 @@ def comparison(job: Job, goal: Goal, samples: Sequence[Feeds], *, measure: bool)
         if goal == "size":
             sizes = tensor_bytes(before), tensor_bytes(after)
             return sizes[1] < sizes[0], "from {:,} to {:,} bytes".format(*sizes)
-        timing = job.time(before, after, samples, {}, seconds=_TRIAL_S) if measure else None
+        timing = job.time(before, after, samples, {}, seconds=TRIAL_S) if measure else None
         if timing is None:
             return not measure, "speed not measured"
         return timing.verdict == "faster", timing.summary

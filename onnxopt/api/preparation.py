@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
-from onnxopt.api.finishing import cleaned
 from onnxopt.calibration import METHODS
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.pipeline import Outcome, Pipeline
 from onnxopt.quantization.formats import find_format
-from onnxopt.quantization.keep import veto_of
 from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.static import Settings
 from onnxopt.recipe import build_pipeline, parse_pass
 from onnxopt.targets import PLACEMENTS, Target
 
-__all__ = ["prepare", "require_opset", "require_use", "rewritten", "settings_for"]
+__all__ = ["passes_of", "prepare", "require_opset", "require_use", "settings_for"]
 
 _BY_AXIS = 13
 """The opset of QuantizeLinear by axis."""
@@ -103,18 +101,11 @@ def prepare(scheme: Scheme, settings: Settings | None, target: Target, freeze: b
     return replace(pipeline, passes=(*pipeline.passes, *map(parse_pass, more)))
 
 
-def rewritten(
-    model: ir.Model, scheme: Scheme, options: Mapping[str, bool], kept: Collection[str]
-) -> tuple[ir.Model | None, dict[str, tuple[str, ...]]]:
-    """The model after the scheme's passes, None where they changed nothing; and reason -> sites left for it.
-
-    Each pass takes those of the options that it has. kept: sites that stay in floating point.
-    """
+def passes_of(spelled: Sequence[str], options: Mapping[str, bool]) -> tuple[ir.passes.PassBase, ...]:
+    """Passes as a recipe spells them; each takes those of the options that it has."""
     passes: list[ir.passes.PassBase] = []
-    for one in map(parse_pass, scheme.passes):
+    for one in map(parse_pass, spelled):
         assert is_dataclass(one)  # all that ship are
         known = {field.name for field in fields(one)}
         passes.append(replace(one, **{name: value for name, value in options.items() if name in known}))
-    outcome = Pipeline(tuple(passes), rounds=1).run(lambda: model, veto=veto_of(kept))
-    left = {reason: sites for step in outcome.steps for reason, sites in step.declined.items()}
-    return (cleaned(outcome.model, "") if outcome.changes else None), left
+    return tuple(passes)

@@ -13,10 +13,18 @@ import onnx_ir as ir
 
 from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
 from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
-from onnxopt.api.finishing import best_of, comparison, left_in_float, nearest_of
-from onnxopt.api.preparation import prepare, require_opset, require_use, rewritten, settings_for
+from onnxopt.api.finishing import (
+    TRIAL_S,
+    best_of,
+    best_without_data,
+    comparison,
+    left_in_float,
+    nearest_of,
+)
+from onnxopt.api.preparation import prepare, require_opset, require_use, settings_for
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
+from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.calibration import split
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.emulation import find_isa
@@ -26,6 +34,7 @@ from onnxopt.inspection.lints import Finding
 from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
+from onnxopt.pipeline import Outcome
 from onnxopt.quantization.finish import Finished
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
@@ -37,7 +46,6 @@ from onnxopt.quantization.units import Survey
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
-from onnxopt.runtimes import UnsupportedModelError
 from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
@@ -46,6 +54,8 @@ _FEW = 8
 """Samples that are too few to be silent about."""
 _PROVED = 8
 """Samples on which the preparation is proved."""
+_SMALLER = 0.99
+"""Less than this share of the bytes is smaller."""
 _TIMED_S = (3.0, 10.0)
 """Seconds of measurement: the second where the first cannot tell the two apart."""
 _SEEN = (
@@ -95,7 +105,7 @@ def quantize(
         target: where it is to run: cpu, arm, cuda, tensorrt or generic.
         goal: "speed": measurably faster, where it can be measured here; "size": smaller.
         metric: how good the model is (see `onnxopt.metric.load_metric`). Without one, each float output has
-            to keep the SQNR that `bounds.required_db` asks for, and of others `judge.LEAST_AGREEMENT`.
+            to keep the SQNR of `bounds.required_db`, and of others the share `judge.LEAST_AGREEMENT`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was; by default 0.005.
         calibration: of `onnxopt.calibration.METHODS`.
         activation: format of activations; by default the scheme's, or the target's.
@@ -164,38 +174,38 @@ def quantize(
     outcome = job.run_under_proof(held_out[:_PROVED], None)
     kept = kept_sites(outcome.model, keep)
     found: Static | Survey | None = None
+    pays = comparison(job, goal, samples, measure=bench)
     if settings is not None:
         require_opset(outcome, settings)
         settings = replace(settings, keep=kept)
         found = quantize_static(outcome.model, fitted, held_out, settings, judge, say, given)
-        pays = comparison(job, goal, samples, measure=bench)
         made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
         quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
         left = left_in_float(found, made.at_run_time)
     else:
         options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
         options |= {"contrib": where.contrib, "even": where.placement == "tensorrt"}
-        quantized, left = rewritten(outcome.model, chosen, options, kept)
-        made = Finished(quantized or outcome.model, _judged(judge, quantized, job), static=False)
-        judgement = made.judgement
+        made, left = best_without_data(outcome.model, chosen, options, kept, judge)
+        quantized, judgement = (made.model, made.judgement) if made.judgement else (None, None)
     timing: Timing | None = None
+    proposed: tuple[Setting, ...] = ()
     findings: tuple[Finding, ...] = ()
     elsewhere = not_here(where)
     job.notes.extend(note for note in (chosen.note, elsewhere) if note)
-    unjudged = quantized is not None and judgement is None
-    reason = (
-        "its accuracy cannot be judged here" if unjudged else _why_not(found, made, judgement, chosen, left)
-    )
+    reason = _why_not(found, made, judgement, chosen, left)
     if not reason and quantized is not None:
         findings = lint_findings(quantized, where)
         reason = new_error(findings, model, where)
     if not reason and quantized is not None:
+        proposed = job.settle(quantized, "lossy", samples, measure=bench and not elsewhere)
+        more = session_config(proposed)
         say("judging the result", None)
-        judgement = judge(quantized, "final")
+        judgement = judge(quantized, "final", more)
         reason = "" if judgement.ok else f"the result does not keep the budget: {judgement.reason}"
     if not reason and quantized is not None:
-        timing = _timed(job, quantized, samples) if bench and not elsewhere else None
+        timing = _timed(job, quantized, samples, more) if bench and not elsewhere else None
         reason = _why_not_worth_it(goal, timing, job.original, quantized)
+        reason = reason or _why_plain_does(job, timing, goal, outcome, quantized, samples, more)
     if judgement is not None and not judgement.unseen:
         job.notes.append(_SEEN)
     result = job.open_model() if reason or quantized is None else quantized
@@ -204,7 +214,7 @@ def quantize(
     sizes = {**(shapes or {}), **sizes_of(samples)}
     after = measure_size(quantized if quantized is not None else job.original, sizes)
     kernels: Mapping[str, int] = {}
-    if quantized is not None and where.provider == "cpu" and not elsewhere:
+    if quantized is not None and judgement is not None and where.provider == "cpu" and not elsewhere:
         kernels = kernels_of(quantized)
         if not also_isa and (settings is None or settings.timed):
             job.notes += saturation_notes(quantized, judge, after.macs, len(held_out), measure=bench)
@@ -227,6 +237,7 @@ def quantize(
         kernels=dict(kernels),
         findings=findings,
         judgement=judgement,
+        settings=proposed,
         timing=timing,
         reason=reason,
         notes=tuple(job.notes),
@@ -253,21 +264,14 @@ def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
     return samples
 
 
-def _timed(job: Job, quantized: ir.Model, samples: Sequence[Feeds]) -> Timing | None:
+def _timed(
+    job: Job, quantized: ir.Model, samples: Sequence[Feeds], config: Mapping[str, str]
+) -> Timing | None:
     for seconds in _TIMED_S:
-        timing = job.time(job.model, quantized, samples, {}, seconds=seconds)
+        timing = job.time(job.model, quantized, samples, config, seconds=seconds)
         if timing is None or timing.verdict != "no measurable difference":
             break
     return timing
-
-
-def _judged(judge: Judge, model: ir.Model | None, job: Job) -> Judgement | None:
-    """What a candidate keeps; None, with a note, where the runtime here has no kernels to tell."""
-    try:
-        return judge(model) if model is not None else None
-    except UnsupportedModelError as error:
-        job.notes.append(f"accuracy not judged: {error}")
-        return None
 
 
 def _why_not(
@@ -281,7 +285,7 @@ def _why_not(
     if judgement is not None:
         return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.reason}"
     why = [f"{len(sites)} {reason}" for reason, sites in left.items()]
-    why += [f"{one.name} is left out: {one.why}" for one in made.tried]
+    why += [f"{one.name} is left out: {one.why}" for one in made.tried if one.sites]
     if isinstance(found, Static) and found.searched.unfused:
         why.append(f"{len(found.searched.unfused)} nodes that the runtime does not fuse")
     if not why:
@@ -293,7 +297,26 @@ def _why_not(
 def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
     if goal == "size":
         was, now = tensor_bytes(before), tensor_bytes(after)
-        return "" if now < was else f"the result is not smaller: {now:,} bytes of tensors, it had {was:,}"
+        smaller = now < _SMALLER * was
+        return "" if smaller else f"the result is not smaller: {now:,} bytes of tensors, it had {was:,}"
     if timing is None or timing.verdict == "faster":
         return ""
     return f"it is not faster: {timing.summary}"
+
+
+def _why_plain_does(
+    job: Job,
+    timing: Timing | None,
+    goal: Goal,
+    prepared: Outcome,
+    quantized: ir.Model,
+    samples: Sequence[Feeds],
+    config: Mapping[str, str],
+) -> str:
+    """What says that the gain in speed is that of the preparation alone; empty where nothing does."""
+    if goal == "size" or timing is None or not prepared.changes:
+        return ""
+    gain = job.time(prepared.model, quantized, samples, config, seconds=TRIAL_S)
+    if gain is None or gain.verdict == "faster":
+        return ""
+    return f"it is not faster than the float model is once it is optimized: {gain.summary}"

@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, nodes, sole_user, str_attr
+from onnxopt.graph import constant_array, constant_of, nodes, sole_user, str_attr
 
 __all__ = ["Setting", "proposals", "session_config"]
 
 _DISABLE = "optimization.disable_specified_optimizers"
+_PRODUCTS = ("Gather", "Gemm", "MatMul")
+"""What reads stored integers without making floats of all of them at each run."""
 _WITHOUT_NEGATIVES = ("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax")
 
 
@@ -57,17 +59,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Row:
-    """One optimizer of the runtime to disable.
+    """One setting: an optimizer of the runtime to disable, where `key` is the default.
 
-    op_types: of the nodes that `applies` is asked of. since: from this version on; known: seen in these.
+    op_types: of the nodes that `applies` is asked of. without: operators of which the model has none.
+    since: from this version on; known: seen in these; where empty, it is for measurement to say.
     """
 
-    optimizer: str
+    value: str
     purpose: Literal["correctness", "speed"]
     why: str
     op_types: tuple[str, ...]
     applies: Callable[[ir.Node], bool]
     providers: tuple[str, ...] = ("cpu", "cuda", "tensorrt")
+    without: tuple[str, ...] = ()
+    key: str = _DISABLE
     since: tuple[int, ...] = (1, 24)
     known: tuple[str, ...] = ("1.24", "1.25", "1.26", "1.27", "1.28", "1.29", "1.30", "1.31")
 
@@ -80,12 +85,15 @@ def proposals(model: ir.Model, provider: str, runtime: str) -> tuple[Setting, ..
     for row in rows:
         for op_type in row.op_types:
             asked.setdefault(op_type, []).append(row)
-    found = {row for node in nodes(model) for row in asked.get(node.op_type, ()) if row.applies(node)}
+    found, there = set[_Row](), set[str]()
+    for node in nodes(model):
+        there.add(node.op_type)
+        found |= {row for row in asked.get(node.op_type, ()) if row not in found and row.applies(node)}
     known = ".".join(map(str, version))
     return tuple(
-        Setting(_DISABLE, row.optimizer, row.purpose, row.why, known in row.known)
+        Setting(row.key, row.value, row.purpose, row.why, known in row.known)
         for row in rows
-        if row in found
+        if row in found and not there & set(row.without)
     )
 
 
@@ -131,6 +139,12 @@ def _mul_of_div(node: ir.Node) -> bool:
     )
 
 
+def _stored_for_layers(node: ir.Node) -> bool:
+    """Stored integers that a convolution or a recurrent layer reads as floats."""
+    readers = [usage.node for usage in node.outputs[0].uses()]
+    return constant_of(node.inputs[0]) is not None and any(one.op_type not in _PRODUCTS for one in readers)
+
+
 _ROWS = (
     _Row(
         "Pad_Fusion",
@@ -155,5 +169,16 @@ _ROWS = (
         providers=("cpu",),
         since=(1, 30),
         known=("1.30", "1.31"),
+    ),
+    _Row(
+        "1",
+        "speed",
+        "stored integers become floats once, not in each run; they then take the memory of floats",
+        ("DequantizeLinear",),
+        _stored_for_layers,
+        providers=("cpu",),
+        without=("QuantizeLinear",),
+        key="session.disable_quant_qdq",
+        known=(),
     ),
 )

@@ -132,6 +132,7 @@ def command(
     Exit codes: 0 written, 1 the budget was not kept, nothing was gained or quantized, 2 bad input.
     """
     from onnxopt import quantize
+    from onnxopt.reporting import session_file
     from onnxopt.reporting.quantization_tables import print_quantization
     from onnxopt.storage import check_target
 
@@ -140,6 +141,7 @@ def command(
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
+    keep_apart(json_file, session_file(output))
     with progress() as show:
         result = quantize(
             model,

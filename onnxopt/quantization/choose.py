@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.graph import constant_of
-from onnxopt.quantization.costs import NodeCost, Shapes, features, keeps_layout, node_cost, shipped_costs
+from onnxopt.quantization.costs import NodeCost, Shapes, features, node_cost, shipped_costs
+from onnxopt.quantization.layouts import keeps_layout
 from onnxopt.quantization.mincut import Cut
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.units import LAYERS, Unit
@@ -49,7 +50,7 @@ class Prices:
     node: Callable[[ir.Node], NodeCost]
     quantize: Callable[[ir.Value], float]
     dequantize: Callable[[ir.Value], float]
-    layout: Callable[[ir.Value], float]
+    layout: Callable[[ir.Value], float] = lambda _: 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def prices_of_bytes() -> Prices:
         weights = sum(t.nbytes for value in one.inputs if (t := constant_of(value)) is not None)
         return NodeCost(weights, weights / 4)
 
-    return Prices(node, lambda _: 1.0, lambda _: 1.0, lambda _: 0.0)
+    return Prices(node, lambda _: 1.0, lambda _: 1.0)
 
 
 def prices_of_work(shapes: Shapes) -> Prices:
@@ -105,7 +106,7 @@ def prices_of_work(shapes: Shapes) -> Prices:
     def elements(value: ir.Value) -> float:
         return math.prod(shapes(value)) * _MACS_OF_MOVE / 4
 
-    return Prices(node, elements, elements, lambda _: 0.0)
+    return Prices(node, elements, elements)
 
 
 def choose(

@@ -12,42 +12,36 @@ import functools
 import importlib.resources
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, ints_attr, sole_user, str_attr
+from onnxopt.quantization.layouts import ACTIVATIONS, Shapes, is_blocked, keeps_layout, producer
 
-__all__ = ["Costs", "NodeCost", "Shapes", "features", "keeps_layout", "node_cost", "row_of", "shipped_costs"]
+__all__ = [
+    "COLD_NS",
+    "Costs",
+    "NodeCost",
+    "Shapes",
+    "features",
+    "keeps_layout",
+    "node_cost",
+    "row_of",
+    "shipped_costs",
+]
 
-Shapes = Callable[[ir.Value], tuple[int, ...]]
 Features = tuple[float, ...]
 
 _BLOCK = 16
 """Channels of one block of AVX-512 float32: counts are rounded up to it."""
 
-_ACTIVATIONS = ("Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
-"""What float convolutions and Gemm compute on their way out."""
-
-_BLOCKED = (
-    *_ACTIVATIONS,
-    "Add",
-    "AveragePool",
-    "Concat",
-    "GlobalAveragePool",
-    "MaxPool",
-    "Mul",
-    "QuickGelu",
-    "Resize",
-)
-"""What keeps float channels in blocks, where others get a ReorderOutput and a ReorderInput, and int8 last."""
-
 _BROADCAST = ("Add", "Mul")
 """What runs a pixel at a time where one input has a number a channel."""
 
-_COLD_NS = {False: 1000.0, True: 1500.0}
+COLD_NS = {False: 500.0, True: 1000.0}
 """What a float and an integer kernel take longer in a net than in a chain of their like, where code and
 weights are at hand: intercepts of the profiles of ten nets, less what the profiler adds."""
 
@@ -93,15 +87,15 @@ class Costs:
 
     def quantize_ns(self, elements: int) -> float:
         """A QuantizeLinear of that many elements."""
-        return _COLD_NS[False] + _dot(self.borders["quantize"], (1, elements))
+        return COLD_NS[False] + _dot(self.borders["quantize"], (1, elements))
 
     def dequantize_ns(self, elements: int) -> float:
         """A DequantizeLinear of that many elements."""
-        return _COLD_NS[False] + _dot(self.borders["dequantize"], (1, elements))
+        return COLD_NS[False] + _dot(self.borders["dequantize"], (1, elements))
 
     def layout_ns(self, elements: int, *, quantized: bool) -> float:
         """A change between the layout of convolutions and the graph's: blocked floats, channels-last int8."""
-        return _COLD_NS[False] + _dot(self.borders["transpose" if quantized else "reorder"], (1, elements))
+        return _dot(self.borders["transpose" if quantized else "reorder"], (1, elements))
 
 
 @functools.cache
@@ -126,7 +120,7 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
     """
     table = table or shipped_costs()
     kind = row_of(node, shapes)
-    cold = {False: 0.0, True: 0.0} if kind in _FREE else _COLD_NS
+    cold = {False: 0.0, True: 0.0} if kind in _FREE else COLD_NS
     plain, integer = ((), ()) if kind in _FREE else table.rows.get(kind, table.rows[_UNKNOWN])
     plain_ns = cold[False] + _dot(plain, features(node, shapes, quantized=False))
     parts = [table.rows[part][1] for part in _EMITTED[kind]] if kind in _EMITTED else [integer]
@@ -140,15 +134,10 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
         int8_ns += table.layout_ns(_count(shapes, node.inputs[0]), quantized=True)
     if _is_fused(node, shapes) or (node.op_type == "Sigmoid" and _silu_of(node) is not None):
         return NodeCost(0.0, int8_ns, plain_ns)
-    if node.op_type == "Mul" and any(_silu_of(gate) is node for gate in map(_producer, node.inputs)):
+    if node.op_type == "Mul" and any(_silu_of(gate) is node for gate in map(producer, node.inputs)):
         silu_ns = cold[False] + _dot(table.rows["QuickGelu"][0], features(node, shapes, quantized=False))
         return NodeCost(silu_ns, int8_ns, max(plain_ns - silu_ns, 0.0))
     return NodeCost(plain_ns + _reordered_ns(node, shapes, table), int8_ns)
-
-
-def keeps_layout(node: ir.Node) -> bool:
-    """Whether what a node writes has the order of axes that it reads: convolutions have one of their own."""
-    return node.op_type in _BLOCKED
 
 
 def row_of(node: ir.Node, shapes: Shapes) -> str:
@@ -164,7 +153,7 @@ def row_of(node: ir.Node, shapes: Shapes) -> str:
     if op == "Softmax":
         last = int_attr(node, "axis", -1) in (-1, len(shapes(node.outputs[0])) - 1)
         return "Softmax" if last else "Softmax-inner"
-    if op == "MaxPool" and not _is_blocked(node.inputs[0], shapes):
+    if op == "MaxPool" and not is_blocked(node.inputs[0], shapes):
         return "MaxPool-plain"
     if op in _BROADCAST and _is_broadcast(node, shapes):
         return f"{op}-broadcast"
@@ -175,9 +164,8 @@ def features(node: ir.Node, shapes: Shapes, *, quantized: bool) -> Features:
     """What the time is linear in.
 
     Layers: 1, multiply-accumulates, output elements, taps (pixels times kernel positions, of which int8
-    gathers a row at once; for MatMul the elements of the weight), and what runs off the fast path. Others: 1,
-    elements, elements that windows read (where an input is broadcast, pixels; for Concat, pixels of all
-    inputs).
+    gathers a row at once; for MatMul the elements of the weight), and what runs off the fast path. Others:
+    1, elements, elements that windows read (with a broadcast input, pixels; of Concat, those of all inputs).
     """
     if node.op_type in ("Conv", "ConvTranspose"):
         return _conv_features(node, shapes, quantized)
@@ -197,8 +185,10 @@ def _conv_row(node: ir.Node, shapes: Shapes) -> str:
     group = int_attr(node, "group", 1)
     if node.op_type == "ConvTranspose":
         return "ConvTranspose"
+    if weight[0] == group and weight[1] == 1:
+        return "Conv-depthwise"
     if group > 1:
-        return "Conv-depthwise" if weight[0] == group and weight[1] == 1 else "Conv-grouped"
+        return "Conv-grouped"
     if len(weight) != 4:
         return "Conv-1d"
     return "Conv-1x1" if math.prod(weight[2:]) == 1 else "Conv-kxk"
@@ -211,8 +201,8 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     outputs, reads = (weight[1] * group, weight[0]) if transposed else (weight[0], weight[1])
     pixels = grid[0] * math.prod(grid[2:])
     taps = pixels * math.prod(weight[2:])
-    gathered = pixels * math.prod(weight[2:-1]) if quantized and group == 1 else taps
-    depthwise = group > 1 and reads == 1 and not transposed
+    depthwise = outputs == group and reads == 1 and not transposed
+    gathered = pixels * math.prod(weight[2:-1]) if quantized and group == 1 and not depthwise else taps
     padded = outputs if transposed else _round_up(outputs)
     depth = reads if quantized or group > 1 or reads < _BLOCK else _round_up(reads)
     macs = taps * padded * (1 if depthwise else depth)
@@ -272,11 +262,7 @@ def _is_fused(node: ir.Node, shapes: Shapes) -> bool:
     ops = [layer.op_type for layer in layers if layer is not None]
     if node.op_type == "Add":
         return "Conv" in ops and len({shapes(value) for value in node.inputs if value is not None}) == 1
-    return node.op_type in _ACTIVATIONS and bool({"Conv", "Gemm"} & {*ops})
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
+    return node.op_type in ACTIVATIONS and bool({"Conv", "Gemm"} & {*ops})
 
 
 def _silu_of(gate: ir.Node | None) -> ir.Node | None:
@@ -287,22 +273,12 @@ def _silu_of(gate: ir.Node | None) -> ir.Node | None:
     return user if user is not None and user.op_type == "Mul" and gate.inputs[0] in user.inputs else None
 
 
-def _is_blocked(value: ir.Value | None, shapes: Shapes, depth: int = 4) -> bool:
-    """Whether a value comes from a convolution, over no more than `depth` operators that keep its layout."""
-    node = _producer(value)
-    if node is None or not depth:
-        return False
-    if node.op_type == "Conv":
-        return len(shapes(node.outputs[0])) == 4
-    return node.op_type in _BLOCKED and _is_blocked(node.inputs[0], shapes, depth - 1)
-
-
 def _reordered_ns(node: ir.Node, shapes: Shapes, table: Costs) -> float:
     """The changes of layout around a float node that wants its channels in a row."""
     gates = node.op_type == "Mul" and _is_broadcast(node, shapes)
-    if node.op_type in ("Conv", *_FREE) or (node.op_type in _BLOCKED and not gates):
+    if node.op_type in ("Conv", *_FREE) or (keeps_layout(node) and not gates):
         return 0.0
-    moved = [value for value in dict.fromkeys(node.inputs) if _is_blocked(value, shapes)]
+    moved = [value for value in dict.fromkeys(node.inputs) if is_blocked(value, shapes)]
     moved += [value for value in node.outputs if any(use.node.op_type == "Conv" for use in value.uses())]
     return sum(table.layout_ns(_count(shapes, value), quantized=False) for value in moved)
 
@@ -311,4 +287,4 @@ def _is_transposed(node: ir.Node, shapes: Shapes) -> bool:
     """Whether an int8 node wants another order of the axes than its input has."""
     if node.op_type == "Conv":
         return node.inputs[0] is not None and node.inputs[0].is_graph_input()
-    return node.op_type in _FLAT and _is_blocked(node.inputs[0], shapes)
+    return node.op_type in _FLAT and is_blocked(node.inputs[0], shapes)

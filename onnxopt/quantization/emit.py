@@ -21,7 +21,7 @@ from onnxopt.graph import constant_of, float_attr
 from onnxopt.quantization.formats import QuantParams, params_from_range, quantize
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.saturation import safe_params
-from onnxopt.quantization.shield import exposed_layers, exposed_softmax
+from onnxopt.quantization.shield import exposed
 from onnxopt.quantization.units import Unit
 from onnxopt.quantization.weights import quantize_weight, weight_axis
 from onnxopt.scope import Names
@@ -208,17 +208,17 @@ class _Writer:
     def shield(self, chosen: Container[ir.Node]) -> None:
         """Keep the runtime from quantizing what is to stay in floating point."""
         wide: dict[ir.Value, ir.Value] = {}
-        for reader, axis, size in exposed_layers(self._graph, chosen, self._scales):
+        for reader, axes in exposed(self._graph, chosen, self._scales):
             value = _input(reader)
-            if value not in wide:
-                wide[value] = self._by_channel(value, axis, size)
-            reader.replace_input_with(0, wide[value])
-        for node in exposed_softmax(self._graph, chosen, self._scales):
-            value = _input(node)
-            copy = self._node("Concat", [value], f"{value.name}_copy", [ir.AttrInt64("axis", 0)])
-            self._graph.insert_before(node, copy)
-            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
-            node.replace_input_with(0, copy.outputs[0])
+            if axes and value not in wide:
+                wide[value] = self._by_channel(value, *axes[0])
+            reader.replace_input_with(0, wide[value] if axes else self._copied(value, reader))
+
+    def _copied(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        copy = self._node("Concat", [value], f"{value.name}_copy", [ir.AttrInt64("axis", 0)])
+        self._graph.insert_before(reader, copy)
+        copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+        return copy.outputs[0]
 
     def _by_channel(self, value: ir.Value, axis: int, size: int) -> ir.Value:
         """What a DequantizeLinear gives, from one that has a scale for each index of an axis."""

@@ -7,13 +7,15 @@ range. Small and recurrent models are as fast, and nearer to the original, witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import onnx_ir as ir
 
+from onnxopt.claims import spelling
 from onnxopt.graph import nodes
 from onnxopt.ledger import site_of
 from onnxopt.model import clone
@@ -21,9 +23,16 @@ from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.keep import veto_of
 from onnxopt.quantization.units import HEAVY
-from onnxopt.recipe import parse_pass
 
 __all__ = ["Finish", "Finished", "Finisher"]
+
+_ALONE = 48
+"""Nodes that are tried one by one, at most, to find out what each costs."""
+_COUNTED = HEAVY | {"Gather"}
+"""Operators whose weights or products passes quantize."""
+
+_ASKED = "it is to stay in floating point"
+_COSTLY = "it costs more accuracy than the budget has"
 
 Pays = Callable[[ir.Model, ir.Model], tuple[bool, str]]
 """Whether the second model is better than the first, and the figures."""
@@ -31,12 +40,16 @@ Pays = Callable[[ir.Model, ir.Model], tuple[bool, str]]
 
 @dataclass(frozen=True)
 class Finish:
-    """Something tried at the end: whether it is kept, why or why not, and the nodes that it rewrote."""
+    """Something tried at the end: whether it is kept, why or why not, and the nodes that it rewrote.
+
+    left: reason -> the nodes that it could not rewrite, or not within the budget.
+    """
 
     name: str
     kept: bool
     why: str
     sites: tuple[str, ...] = ()
+    left: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,22 +71,28 @@ class Finished:
 
 
 class _Trial(NamedTuple):
+    """judgement: None where nothing was rewritten."""
+
     model: ir.Model
     sites: tuple[str, ...]
-    judgement: Judgement
+    left: Mapping[str, tuple[str, ...]]
+    judgement: Judgement | None
+
+    @property
+    def ok(self) -> bool:
+        return self.judgement is not None and self.judgement.ok
 
 
 @dataclass(frozen=True)
 class Finisher:
     """Tries passes at the end, each alone, and keeps those that keep the budget and pay.
 
-    passes: as a recipe spells them, in their order. tidy: what follows each of them. kept: sites of
-    nodes that stay in floating point. noise: of sites, site -> how much it costs in accuracy; asked for
-    where not all can be quantized.
-    judge: says whether a candidate keeps the budget. pays: whether one candidate is better than another.
+    passes: in their order. tidy: what follows each of them. kept: sites of nodes that stay in floating point.
+    noise: gives site -> what it costs in accuracy, for some sites, as far as that is known. judge: says
+    whether a candidate keeps the budget. pays: whether one candidate is better than another.
     """
 
-    passes: tuple[str, ...]
+    passes: tuple[ir.passes.PassBase, ...]
     tidy: Callable[[ir.Model], ir.Model]
     kept: frozenset[str]
     noise: Callable[[Collection[str]], Mapping[str, float]]
@@ -88,7 +107,7 @@ class Finisher:
         alone = self.finished(plain)
         if quantized is None:
             return alone
-        both = self.finished(quantized) if alone.tried else quantized
+        both = self.finished(quantized) if any(one.sites for one in alone.tried) else quantized
         if alone.judgement is None:
             return both
         better, why = self.pays(alone.model, both.model)
@@ -97,51 +116,63 @@ class Finisher:
         return replace(winner, tried=(*winner.tried, compared))
 
     def finished(self, found: Finished) -> Finished:
-        """The model after those passes that keep the budget and pay; the one that is given is not changed."""
-        for name in self.passes:
-            trial = self._most(found.model, name)
-            if trial is None:
-                continue
-            kept, why = False, trial.judgement.summary
-            if trial.judgement.ok:
+        """The model after those passes that keep the budget and pay; what is given is not changed."""
+        for one in self.passes:
+            trial = self._most(found.model, one)
+            kept, why = False, "there is nothing that it applies to"
+            if trial.judgement is not None:
+                why = trial.judgement.summary
+            if trial.ok:
                 kept, why = self.pays(found.model, trial.model)
-            found = replace(found, tried=(*found.tried, Finish(name, kept, why, trial.sites)))
+            if trial.sites or trial.left:
+                finish = Finish(spelling(one), kept, why, trial.sites, trial.left)
+                found = replace(found, tried=(*found.tried, finish))
             if kept:
                 found = replace(found, model=trial.model, judgement=trial.judgement)
         return found
 
-    def _most(self, model: ir.Model, name: str) -> _Trial | None:
+    def _most(self, model: ir.Model, one: ir.passes.PassBase) -> _Trial:
         """A pass on as many nodes as the budget allows, those first that cost least accuracy.
 
-        On all of them where it allows none; None: the pass changes nothing.
+        On all of them where it allows none.
         """
-        best = self._trial(model, name, self.kept)
-        if best is None or best.judgement.ok:
+        best = self._trial(model, one, ())
+        if best.judgement is None or best.ok:
             return best
-        noise = self.noise(best.sites)
-        order = sorted(best.sites, key=lambda site: noise.get(site, 0.0))
+        order = self._ordered(model, one, best.sites)
         low, high = 0, len(order)
         while high - low > 1:
             middle = (low + high) // 2
-            trial = self._trial(model, name, self.kept | frozenset(order[middle:]))
-            if trial is not None and trial.judgement.ok:
+            trial = self._trial(model, one, order[middle:])
+            if trial.ok:
                 best, low = trial, middle
             else:
                 high = middle
         return best
 
-    def _trial(self, model: ir.Model, name: str, kept: frozenset[str]) -> _Trial | None:
-        pipeline = Pipeline((parse_pass(name),), rounds=1)
-        outcome = pipeline.run(partial(clone, model), veto=veto_of(kept))
+    def _ordered(self, model: ir.Model, one: ir.passes.PassBase, sites: Sequence[str]) -> list[str]:
+        """Sites in the order of what they cost in accuracy; where that is not known, as each does alone.
+
+        Of many whose noise is not known the last ones come first: errors of theirs have the shortest way.
+        """
+        noise = self.noise(sites)
+        if all(site in noise for site in sites):
+            return sorted(sites, key=lambda site: noise[site])
+        if len(sites) > _ALONE:
+            return list(reversed(sites))
+        scores = {}
+        for site in sites:
+            judgement = self._trial(model, one, [other for other in sites if other != site]).judgement
+            scores[site] = judgement.score if judgement is not None else -math.inf
+        return sorted(sites, key=lambda site: -scores[site])
+
+    def _trial(self, model: ir.Model, one: ir.passes.PassBase, costly: Sequence[str]) -> _Trial:
+        kept = {**dict.fromkeys(costly, _COSTLY), **dict.fromkeys(sorted(self.kept), _ASKED)}
+        outcome = Pipeline((one,), rounds=1).run(partial(clone, model), veto=veto_of(kept))
+        left = outcome.steps[0].declined
         if not outcome.changes:
-            return None
-        sites = _rewritten(model, outcome.model)
+            return _Trial(model, (), left, None)
+        there = {site_of(node) for node in nodes(model) if node.op_type in _COUNTED}
+        sites = tuple(dict.fromkeys(rewrite.site for rewrite in outcome.granted if rewrite.site in there))
         tidied = self.tidy(outcome.model)
-        return _Trial(tidied, sites, self.judge(tidied))
-
-
-def _rewritten(before: ir.Model, after: ir.Model) -> tuple[str, ...]:
-    """The heavy nodes that have another operator afterwards."""
-    left = {site_of(node): node.op_type for node in nodes(after)}
-    heavy = {site_of(node): node.op_type for node in nodes(before) if node.op_type in HEAVY}
-    return tuple(site for site, operator in heavy.items() if left.get(site) != operator)
+        return _Trial(tidied, sites, left, self.judge(tidied))

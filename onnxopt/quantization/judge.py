@@ -16,7 +16,7 @@ from onnxopt.errors import UsageError
 from onnxopt.metric import Budget, Metric, Run, Split, load_metric
 from onnxopt.model import ModelLike, load
 from onnxopt.quantization.bounds import required_db
-from onnxopt.runtimes import RunError, Session, open_session
+from onnxopt.runtimes import RunError, Session, UnsupportedModelError, open_session
 from onnxopt.verification.distance import Distance
 
 __all__ = ["LEAST_AGREEMENT", "Judge", "Judgement"]
@@ -105,13 +105,19 @@ class Judge:
             splits: tuple[Split, ...] = ("search", "final") if self._metric.has_split else ("search",)
             self._before = {split: _score(self._metric, session, split) for split in splits}
 
-    def __call__(self, model: ir.Model, split: Split = "search") -> Judgement:
+    def __call__(
+        self, model: ir.Model, split: Split = "search", more: Mapping[str, str] = MappingProxyType({})
+    ) -> Judgement:
         """Judge a candidate here, and where it keeps the budget on the other instruction sets, too.
 
-        split: "final" for the last word, on what the metric keeps unseen if it does.
+        split: "final" for the last word, on what the metric keeps unseen if it does. more: settings of the
+        sessions here. A candidate that the runtime here has no kernels for keeps nothing.
         """
-        with open_session(model, session_config=self._session_config) as session:
-            found = self._judged(session.run, split)
+        try:
+            with open_session(model, session_config={**self._session_config, **more}) as session:
+                found = self._judged(session.run, split)
+        except UnsupportedModelError as error:
+            return Judgement(False, -math.inf, None, f"its accuracy cannot be judged here: {error}")
         if not found.within:
             return found
         return replace(found, elsewhere={isa: self.on(model, isa, split) for isa in self._isas})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -36,6 +36,6 @@ def kept_sites(model: ir.Model, patterns: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def veto_of(kept: Collection[str]) -> Callable[[str, str], str | None]:
-    """What keeps passes from rewriting these nodes."""
-    return lambda _pass, site: "it is to stay in floating point" if site in kept else None
+def veto_of(kept: Mapping[str, str]) -> Callable[[str, str], str | None]:
+    """What keeps passes from rewriting these nodes: site -> why."""
+    return lambda _pass, site: kept.get(site)

@@ -37,10 +37,12 @@ def _gemm(node: ir.Node) -> str | None:
     if c is None:
         return _conv(node)
     bias, weight = constant_of(c), constant_of(node.inputs[1])
-    if bias is None or float_attr(node, "beta", 1.0) != 1:
-        return "its bias is no constant, or scaled"
+    if weight is None and node.inputs[1] is not None and node.inputs[1].is_initializer():
+        return OVERRIDABLE.format("weight")
     if weight is None:
         return "it has a bias, and its weight is computed at run time"
+    if bias is None or float_attr(node, "beta", 1.0) != 1:
+        return _conv(node) or "its bias is scaled"
     columns = sizes_of(weight)[0 if int_attr(node, "transB", 0) else 1]
     if sizes_of(bias) not in ((columns,), (1, columns)):
         return "its bias has not one number a column"

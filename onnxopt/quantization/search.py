@@ -200,8 +200,8 @@ class _Search:
     def _filled(self, found: Candidate | None, failed: Candidate) -> Candidate | None:
         """The candidate within the budget, with as many units more of the one beyond as the budget allows.
 
-        The least noisy come first. A cut takes units that pay together at once, so that there are choices
-        that no price of noise gives.
+        The least noisy come first. A cut takes units that pay together at once: there are choices that
+        no price of noise gives.
         """
         sure = found.plan.nodes if found is not None else frozenset()
         more = [unit for unit in self._units if unit.site in failed.plan.nodes - sure]

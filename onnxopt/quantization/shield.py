@@ -1,12 +1,13 @@
 """What ONNX Runtime would quantize by itself, and how to keep it from that.
 
 Its WeightBiasQuantization takes a layer with float weights that stands between a DequantizeLinear of one
-scale and a QuantizeLinear, and quantizes the weight, with one scale for all of it. Operators that only move
-numbers do not stop it, as it moves borders over them. A DequantizeLinear with a scale for each index of an
-axis, all equal, gives the same numbers, and it leaves the layer alone.
+scale and a QuantizeLinear, and quantizes the weight, with one scale for all of it. A DequantizeLinear with a
+scale for each index of an axis, all equal, gives the same numbers, and it leaves the layer alone.
 
 Between the two it also makes Softmax an integer kernel, which takes ten times as long as the float one and
-is wrong for an axis of one element. A Concat of one operand in front stops it.
+is wrong for an axis of one element. A Concat of one operand in front stops it, as it stops QDQPropagation
+(which moves borders over operators that only move numbers) where that ends the process: in front of a value
+that the body of an If, Loop or Scan reads.
 """
 
 from __future__ import annotations
@@ -18,50 +19,58 @@ import onnx_ir as ir
 from onnxopt.graph import constant_of, int_attr, sizes_of, sole_user
 from onnxopt.quantization.units import LAYERS, MOVES
 
-__all__ = ["exposed_layers", "exposed_softmax"]
+__all__ = ["exposed"]
+
+Axes = list[tuple[int, int]]
 
 
-def exposed_layers(
+def exposed(
     graph: ir.Graph, chosen: Container[ir.Node], dequantized: Container[ir.Value]
-) -> list[tuple[ir.Node, int, int]]:
-    """The nodes whose first input should have a scale for each index of an axis: node, axis, its size.
+) -> list[tuple[ir.Node, Axes]]:
+    """The nodes whose first input needs a scale for each index of one of these axes, or to be copied.
 
     Args:
         graph: with QuantizeLinear and DequantizeLinear in place; not changed.
         chosen: the nodes that are to be integer kernels.
         dequantized: what DequantizeLinear of one scale gives.
 
-    A layer of which no size of two or more is known is left out.
+    Returns:
+        The node, and axes of its first input, each with its size. Without an axis a copy is needed.
     """
-    found = []
+    found: list[tuple[ir.Node, Axes]] = []
     for node in graph:
-        written = None if node in chosen else _written_by(node)
-        reader = _first_reader(node) if written is not None and _ends_quantized(written) else None
-        if reader is not None and reader.inputs[0] in dequantized:
-            found += [(reader, *one) for one in _known_axis(reader)[:1]]
+        if node in chosen or not _is_exposed(node) or _origin(node) not in dequantized:
+            continue
+        reader = _first_reader(node) if node.op_type in LAYERS else node
+        by_channel = node.op_type in LAYERS and reader.inputs[0] in dequantized
+        found.append((reader, _known_axes(reader) if by_channel else []))
     return found
 
 
-def exposed_softmax(
-    graph: ir.Graph, chosen: Container[ir.Node], dequantized: Container[ir.Value]
-) -> list[ir.Node]:
-    """Each Softmax that should read a copy."""
-    found = [node for node in graph if node.op_type == "Softmax" and not node.domain and node not in chosen]
-    return [
-        node
-        for node in found
-        if _ends_quantized(node.outputs[0]) and _first_reader(node).inputs[0] in dequantized
-    ]
+def _is_exposed(node: ir.Node) -> bool:
+    """Whether the runtime does to a node what it should not, where its input is dequantized."""
+    if node.domain:
+        return False
+    if node.op_type in MOVES:
+        return any(use.node.graph is not node.graph for use in node.outputs[0].uses())
+    written = _written_by(node)
+    return written is not None and _ends_quantized(written)
 
 
 def _written_by(node: ir.Node) -> ir.Value | None:
-    """What a layer writes whose weight the runtime would quantize; MatMul with Add becomes its Gemm."""
-    if node.domain or node.op_type not in LAYERS:
-        return None
-    add = sole_user(node.outputs[0]) if node.op_type == "MatMul" else None
-    if node.op_type == "MatMul" and (add is None or add.op_type != "Add"):
-        return None
-    return node.outputs[0] if add is None else add.outputs[0]
+    """What a node writes that the runtime would quantize; MatMul with Add becomes a Gemm."""
+    if node.op_type == "MatMul":
+        add = sole_user(node.outputs[0])
+        return add.outputs[0] if add is not None and add.op_type == "Add" else None
+    return node.outputs[0] if node.op_type in (*LAYERS, "Softmax") else None
+
+
+def _origin(node: ir.Node) -> ir.Value | None:
+    """A node's first input, before all that only moves numbers."""
+    value = node.inputs[0]
+    while value is not None and (mover := value.producer()) is not None and mover.op_type in MOVES:
+        value = mover.inputs[0]
+    return value
 
 
 def _ends_quantized(value: ir.Value) -> bool:
@@ -80,9 +89,9 @@ def _first_reader(node: ir.Node) -> ir.Node:
     return node
 
 
-def _known_axis(node: ir.Node) -> list[tuple[int, int]]:
+def _known_axes(node: ir.Node) -> Axes:
     """The axes of a node's first input that are known to have a size of two at least, and that size."""
-    found = []
+    found: Axes = []
     weight = constant_of(node.inputs[1]) if node.op_type in LAYERS else None
     if weight is not None and not int_attr(node, "transA", 0):
         first, second = sizes_of(weight)[:2]

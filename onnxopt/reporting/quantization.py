@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from onnxopt.quantization.fusion import is_integer
 from onnxopt.quantization.planfile import PLAN_SCHEMA, range_of
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.reporting.report import Size
+from onnxopt.reporting.report import Size, session_of
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
+    from onnxopt.benchmarking.settings import Setting
     from onnxopt.inspection.lints import Finding
     from onnxopt.pipeline import Step
     from onnxopt.quantization.finish import Finished
@@ -49,7 +50,8 @@ class QuantizationReport:
     how many were held out. synthetic: they were made up. before, after: sizes of the input and of the best
     candidate. steps: of the preparation. static: what static quantization found; None for other schemes.
     finished: what was tried on top of it. left: reason -> heavy nodes that could not be quantized. kernels:
-    what the runtime executes, by operator. judgement: of the best candidate. timing: of it against the input;
+    what the runtime executes, by operator. judgement: of the best candidate. settings: of the runtime's
+    sessions, which it does better with; judgement and timing are with them. timing: of it against the input;
     None where it was not measured. findings: what the target's lint says of the candidate. reason: why the
     result is the input; empty where it is the candidate.
     """
@@ -71,13 +73,12 @@ class QuantizationReport:
     left: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, int]
     judgement: Judgement | None
+    settings: tuple[Setting, ...]
     timing: Timing | None
     findings: tuple[Finding, ...]
     reason: str
     notes: tuple[str, ...]
     seconds: float
-    settings: tuple[()] = ()
-    """None are proposed; for `Result.save`."""
 
     @property
     def ok(self) -> bool:
@@ -86,8 +87,8 @@ class QuantizationReport:
 
     @property
     def session(self) -> dict[str, Any]:
-        """Settings of sessions: none."""
-        return {}
+        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
+        return session_of(self.settings, self.target, self.versions)
 
     @property
     def integer_kernels(self) -> int:
@@ -198,6 +199,7 @@ class QuantizationReport:
             ],
             "finishing": [asdict(one) for one in self.finished.tried],
             "judgement": self.judgement.to_dict() if self.judgement else None,
+            "settings": [setting.to_dict() for setting in self.settings],
             "timing": self.timing.to_dict() if self.timing else None,
             "lint": [finding.to_dict() for finding in self.findings],
             "reason": self.reason,

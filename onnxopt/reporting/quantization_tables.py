@@ -12,7 +12,7 @@ from rich.text import Text
 
 from onnxopt.quantization.judge import Judgement
 from onnxopt.reporting.quantization import QuantizationReport
-from onnxopt.reporting.tables import count_bytes, plain_table, print_timing, size_table
+from onnxopt.reporting.tables import plain_table, print_settings, print_timing, print_written, size_table
 
 __all__ = ["print_quantization"]
 
@@ -46,13 +46,14 @@ def print_quantization(
         )
     if report.timing is not None:
         print_timing(report.timing, console)
+    print_settings(report.settings, console)
     console.print(_lint(report), end="")
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if report.reason:
         console.print(Text(f"nothing was written: {report.reason}", style="red"))
     if written is not None:
-        console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+        print_written(written, report.settings, console)
 
 
 def _print_judgement(label: str, judgement: Judgement, console: Console) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxopt.pipeline import LeftOut, Step
     from onnxopt.verification import Verdict
 
-__all__ = ["SCHEMA", "SESSION_SCHEMA", "Report", "Size", "measure_size", "session_file"]
+__all__ = ["SCHEMA", "SESSION_SCHEMA", "Report", "Size", "measure_size", "session_file", "session_of"]
 
 SCHEMA = "onnxopt.optimize/1"
 """Name and version of the layout of `Report.to_dict`; a change that breaks readers raises the version."""
@@ -31,6 +31,17 @@ SESSION_SCHEMA = "onnxopt.session/1"
 def session_file(model: str | os.PathLike[str]) -> Path:
     """Where the settings for the sessions of a model lie: `model.session.json` beside `model.onnx`."""
     return Path(model).with_suffix(".session.json")
+
+
+def session_of(settings: Sequence[Setting], target: str, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of sessions, why, and what they are for, in types that JSON has."""
+    return {
+        "schema": SESSION_SCHEMA,
+        "session_config": session_config(settings),
+        "why": [one.summary for one in settings],
+        "target": target,
+        "versions": dict(versions),
+    }
 
 
 @dataclass(frozen=True)
@@ -87,13 +98,7 @@ class Report:
     @property
     def session(self) -> dict[str, Any]:
         """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
-        return {
-            "schema": SESSION_SCHEMA,
-            "session_config": session_config(self.settings),
-            "why": [one.summary for one in self.settings],
-            "target": self.target,
-            "versions": dict(self.versions),
-        }
+        return session_of(self.settings, self.target, self.versions)
 
     @property
     def clean(self) -> bool:

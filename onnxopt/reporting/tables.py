@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxopt.benchmarking import Timing
+from onnxopt.benchmarking.settings import Setting
 from onnxopt.pipeline import Step
 from onnxopt.reporting.report import Report, Size, session_file
 from onnxopt.verification import Verdict
@@ -21,9 +22,11 @@ __all__ = [
     "count_bytes",
     "plain_table",
     "print_report",
+    "print_settings",
     "print_steps",
     "print_timing",
     "print_verdict",
+    "print_written",
     "size_table",
 ]
 
@@ -73,16 +76,26 @@ def print_report(
         print_verdict(report.verdict, console)
     if report.timing is not None:
         print_timing(report.timing, console)
-    for setting in report.settings:
-        style = "yellow" if setting.purpose == "correctness" else ""
-        console.print(Text("setting  ", style="bold") + Text(setting.summary, style=style))
+    print_settings(report.settings, console)
     for note in report.notes:
         console.print(Text(f"note     {note}", style=_DIM))
     if written is not None:
-        console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
-        if report.settings:
-            beside = escape(str(session_file(written)))
-            console.print(f"[bold]written[/]  {beside} (settings for its sessions)")
+        print_written(written, report.settings, console)
+
+
+def print_settings(settings: Sequence[Setting], console: Console) -> None:
+    """Print the settings that sessions of the result are to have."""
+    for setting in settings:
+        style = "yellow" if setting.purpose == "correctness" else ""
+        console.print(Text("setting  ", style="bold") + Text(setting.summary, style=style))
+
+
+def print_written(written: Path, settings: Sequence[Setting], console: Console) -> None:
+    """Print where the result is, and the settings of its sessions."""
+    console.print(f"[bold]written[/]  {escape(str(written))} ({count_bytes(written.stat().st_size)})")
+    if settings:
+        beside = escape(str(session_file(written)))
+        console.print(f"[bold]written[/]  {beside} (settings for its sessions)")
 
 
 def size_table(before: Size, after: Size) -> Table:

@@ -142,6 +142,36 @@ def test_the_runtime_knows_the_optimizers_by_these_names(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("y = Conv(x, w)", True),
+        ("t = Relu(w)  y = Conv(x, t)", True),
+        ("q = QuantizeLinear(x, s)  d = DequantizeLinear(q, s)  y = Conv(d, w)", False),
+        ("f = Flatten(x)  m = Reshape(w, shape)  p = MatMul(f, m)  y = Reshape(p, back)", True),
+    ],
+)
+def test_stored_weights_can_become_floats_once(body: str, found: bool) -> None:
+    proto = text_model(
+        "agraph (float[1, 2, 1, 1] x) => (float[1, 3, 1, 1] y) "
+        "<int8[3, 2, 1, 1] i = {1, 2, 3, 4, 5, 6}, float s = {0.5}, int64[2] shape = {2, 3}, "
+        f"int64[4] back = {{1, 3, 1, 1}}> {{ w = DequantizeLinear(i, s) {body} }}"
+    )
+    (config,) = [session_config(proposals(ir.from_proto(proto), "cpu", "1.31.1"))]
+    assert config == ({"session.disable_quant_qdq": "1"} if found else {})
+    assert not proposals(ir.from_proto(proto), "cuda", "1.31.1")
+    assert [one.known for one in proposals(ir.from_proto(proto), "cpu", "1.31.1")] == [False] * found
+
+
+def test_weights_of_products_are_read_as_they_are_stored() -> None:
+    proto = text_model(
+        "agraph (float[1, 2] x, int64[1] j) => (float[1, 3] y, float[1, 3] z) "
+        "<int8[2, 3] i = {1, 2, 3, 4, 5, 6}, float s = {0.5}> "
+        "{ w = DequantizeLinear(i, s)  v = DequantizeLinear(i, s)  y = MatMul(x, w)  z = Gather(v, j) }"
+    )
+    assert not proposals(ir.from_proto(proto), "cpu", "1.31.1")
+
+
 def test_optimizers_to_disable_share_an_entry() -> None:
     proto = text_model(
         "agraph (float[2] x, float[2] u) => (float[2] y) <float one = {1}, float[2] g = {1, 2}> "

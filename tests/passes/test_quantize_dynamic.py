@@ -129,6 +129,33 @@ def test_an_lstm_keeps_its_meaning(more: str, direction: str, per_channel: bool)
 
 
 @pytest.mark.parametrize(
+    ("layers", "made"),
+    [
+        ((), {"MatMulInteger": 2, "DynamicQuantizeLSTM": 1}),
+        (("LSTM",), {"MatMul": 1, "Gemm": 1, "DynamicQuantizeLSTM": 1}),
+        (("Gemm", "MatMul"), {"MatMulInteger": 2, "LSTM": 1}),
+        (("Gemm",), {"MatMul": 1, "MatMulInteger": 1, "LSTM": 1}),
+    ],
+)
+def test_only_the_layers_that_are_asked_for(layers: tuple[str, ...], made: dict[str, int]) -> None:
+    model = model_of(
+        """agraph (float[8, 8, 8] x, float[8, 8] z) => (float[8, 1, 8, 8] a, float[8, 8] b, float[8, 8] c) {
+            a, e = LSTM<hidden_size = 8>(x, lstm, lstm)
+            b = MatMul(z, w)
+            c = Gemm(z, w)
+            k = Conv(x, kernel)
+        }""",
+        w=(8, 8),
+        lstm=(1, 32, 8),
+        kernel=(8, 8, 1),
+    )
+    done = run_pass(model, QuantizeDynamic(layers=layers))
+    products = ("MatMul", "Gemm", "LSTM", "MatMulInteger", "DynamicQuantizeLSTM")
+    assert {name: done.count(name) for name in products if done.count(name)} == made
+    assert len(done.declined) == (not layers)  # the convolution
+
+
+@pytest.mark.parametrize(
     ("body", "reason"),
     [
         ("y = MatMul(x, z)", "the weight is computed at run time"),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.quantization.costs import NodeCost, features, node_cost, row_of, shipped_costs
+from onnxopt.quantization.costs import COLD_NS, NodeCost, features, node_cost, row_of, shipped_costs
 from tests.support import text_model
 
 HEAD = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>'
@@ -78,7 +78,8 @@ def test_the_table_is_whole() -> None:
 def test_features_of_a_dense_convolution(quantized: bool) -> None:
     node = conv(32, 48, 10)
     taps = 100 * 9
-    assert features(node, shapes, quantized=quantized) == (1, taps * 32 * 48, 100 * 48, taps, 0)
+    gathered = taps // 3 if quantized else taps
+    assert features(node, shapes, quantized=quantized) == (1, taps * 32 * 48, 100 * 48, gathered, 0)
     assert row_of(node, shapes) == "Conv-kxk"
 
 
@@ -134,7 +135,7 @@ def test_activations_behind_a_float_convolution_are_free(op: str, tmp_path: Path
     assert [name for name in kernels(proto_of(body, types), tmp_path) if "Reorder" not in name] == [
         "Conv"
     ] * 2
-    free, kernel = op == "Relu", op in ("LeakyRelu", "Sigmoid")
+    free, kernel = op == "Relu", op in ("HardSigmoid", "HardSwish", "LeakyRelu", "Sigmoid")
     assert cost.int8_ns == 0 if free else math.isfinite(cost.int8_ns) == kernel
 
 
@@ -164,7 +165,7 @@ def test_float_leaves_its_blocks_for_what_knows_none(tmp_path: Path) -> None:
     elements = 32 * 28 * 28
     plain = sum(a * b for a, b in zip(table.rows["Erf"][0], (1, elements), strict=False))
     cost = costs_of(body, types)[1]
-    assert cost == NodeCost(plain + 2 * table.layout_ns(elements, quantized=False), math.inf)
+    assert cost == NodeCost(COLD_NS[False] + plain + 2 * table.layout_ns(elements, quantized=False), math.inf)
     made = kernels(proto_of(body, types), tmp_path)
     assert made[made.index("Erf") - 1 : made.index("Erf") + 2] == ["ReorderOutput", "Erf", "ReorderInput"]
 
@@ -227,7 +228,42 @@ def test_a_table_of_ones_own() -> None:
     table = shipped_costs()
     rows = {**table.rows, "Conv-kxk": ((7.0,), (3.0,))}
     mine = dataclasses.replace(table, rows=rows, borders={**table.borders, "transpose": (0.0, 0.0)})
-    assert node_cost(conv(32, 32, 5), shapes, mine) == NodeCost(7, 3)
+    assert node_cost(conv(32, 32, 5), shapes, mine) == NodeCost(7 + COLD_NS[False], 3 + COLD_NS[True])
+
+
+def test_hard_gates_cost_the_kernels_that_they_become() -> None:
+    def int8_ns(body: str) -> float:
+        return costs_of(body, "")[0].int8_ns
+
+    assert int8_ns("y = HardSigmoid(x)") == int8_ns("y = Add(x, x)")
+    assert int8_ns("y = HardSwish(x)") == int8_ns("y = Add(x, x)") + int8_ns("y = Mul(x, x)")
+
+
+def test_one_channel_in_and_out_is_depthwise_and_rows_are_gathered_at_once() -> None:
+    assert row_of(conv(1, 1, 8), shapes) == "Conv-depthwise"
+    assert row_of(conv(1, 2, 8), shapes) == "Conv-kxk"
+    tall, wide = (
+        features(
+            next(iter(ir.from_proto(proto_of(f"y = Conv<kernel_shape=[{k}]>(x, w)", types, x, y)).graph)),
+            shapes,
+            quantized=True,
+        )
+        for k, types, x, y in [
+            ("9,1", "float[8,8,9,1] w", "float[1,8,24,16]", "float[1,8,16,16]"),
+            ("1,9", "float[8,8,1,9] w", "float[1,8,16,24]", "float[1,8,16,16]"),
+        ]
+    )
+    assert (tall[3], wide[3]) == (9 * 256, 256)
+    assert tall[:3] == wide[:3]
+
+
+def test_concat_of_channels_last_copies_pixel_by_pixel() -> None:
+    (cost,) = costs_of("y = Concat<axis=1>(x, x)", "", y="float[1,64,28,28]")
+    table = shipped_costs()
+    assert cost.int8_ns == pytest.approx(
+        sum(a * b for a, b in zip(table.rows["Concat"][1] or (), (1, 50176, 2 * 784), strict=True))
+        + COLD_NS[True]
+    )
 
 
 def test_borders_are_linear() -> None:

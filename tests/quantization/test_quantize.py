@@ -22,7 +22,6 @@ from onnxopt.metric import Run
 from onnxopt.quantization import static
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
-from tests.support import text_model
 
 CONVOLUTIONS = 3
 
@@ -369,8 +368,8 @@ def test_smaller_is_a_matter_of_bytes() -> None:
     report = quantized(goal="size").report
     assert report.ok
     assert report.goal == "size"
-    tiny = "agraph (float[1,2] x) => (float[1,2] y) <float[2,2] w = {1,2,3,4}> { y = MatMul(x, w) }"
-    model = text_model(tiny)
+    header = '<ir_version: 8, opset_import: ["": 13]> g (float[1,2] x) => (float[1,2] y)'
+    model = onnx.parser.parse_model(header + " <float[2,2] w = {1,2,3,4}> { y = MatMul(x, w) }")
     data = [{"x": np.array([[number, 1]], np.float32)} for number in range(8)]
     report = quantized(model, data=data, goal="size").report
     assert not report.ok

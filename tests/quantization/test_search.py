@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import pytest
 
 from onnxopt.calibration import calibrate
 from onnxopt.data import Feeds
-from onnxopt.metric import Budget
+from onnxopt.metric import Budget, Split
 from onnxopt.quantization import search as module
 from onnxopt.quantization.choose import Prices
 from onnxopt.quantization.costs import NodeCost
@@ -70,7 +71,9 @@ class Stub(Judge):
     def __init__(self, allows: Callable[[frozenset[str]], bool]) -> None:
         self.allows, self.asked = allows, list[frozenset[str]]()
 
-    def __call__(self, model: ir.Model, split: str = "search") -> Judgement:
+    def __call__(
+        self, model: ir.Model, split: Split = "search", more: Mapping[str, str] = MappingProxyType({})
+    ) -> Judgement:
         integer = frozenset(
             (node.outputs[0].name or "").removesuffix("_float")
             for node in model.graph
