@@ -66,7 +66,7 @@ def best_without_data(
         plain: not changed. options: each pass takes those that it has. kept: sites that stay in float.
     """
     passes, tidy = passes_of(scheme.passes, options), partial(cleaned, placement="")
-    finisher = Finisher(passes, tidy, kept, dict, judge, lambda _before, _after: (True, "as asked"))
+    finisher = Finisher(passes, tidy, kept, lambda _: {}, judge, lambda _before, _after: (True, "as asked"))
     made = finisher.finished(Finished(plain, None, static=False))
     return made, {reason: sites for one in made.tried for reason, sites in one.left.items()}
 
@@ -86,16 +86,20 @@ def cleaned(model: ir.Model, placement: str) -> ir.Model:
     return Pipeline(tuple(map(parse_pass, passes))).run(lambda: model).model
 
 
-def _noise_of(found: Static | Survey) -> dict[str, float]:
-    """Site -> the noise of its operands in fixed ranges."""
+def _noise_of(found: Static | Survey, sites: Collection[str]) -> dict[str, float]:
+    """Site -> the noise of its operands in fixed ranges, of these sites."""
     if not isinstance(found, Static):
         return {}
-    of = found.noise()
-    return {
-        unit.site: of.get(Source("weight", unit.site), 0.0)
-        + sum(of.get(Source("tensor", value.name or ""), 0.0) for value in unit.sources)
+    operands = {
+        unit.site: [
+            Source("weight", unit.site),
+            *(Source("tensor", value.name or "") for value in unit.sources),
+        ]
         for unit in found.surveyed.units
+        if unit.site in sites
     }
+    noise = found.noise(frozenset(source for of in operands.values() for source in of))
+    return {site: sum(noise.get(source, 0.0) for source in of) for site, of in operands.items()}
 
 
 def left_in_float(found: Static | Survey | None, done: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ range. Small and recurrent models are as fast, and nearer to the original, witho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -88,14 +88,14 @@ class Finisher:
     """Tries passes at the end, each alone, and keeps those that keep the budget and pay.
 
     passes: in their order. tidy: what follows each of them. kept: sites of nodes that stay in floating point.
-    noise: gives site -> what it costs in accuracy, as far as that is known. judge: says whether a candidate
-    keeps the budget. pays: whether one candidate is better than another.
+    noise: gives site -> what it costs in accuracy, for some sites, as far as that is known. judge: says
+    whether a candidate keeps the budget. pays: whether one candidate is better than another.
     """
 
     passes: tuple[ir.passes.PassBase, ...]
     tidy: Callable[[ir.Model], ir.Model]
     kept: frozenset[str]
-    noise: Callable[[], Mapping[str, float]]
+    noise: Callable[[Collection[str]], Mapping[str, float]]
     judge: Judge
     pays: Pays
 
@@ -155,7 +155,7 @@ class Finisher:
 
         Of many whose noise is not known the last ones come first: errors of theirs have the shortest way.
         """
-        noise = self.noise()
+        noise = self.noise(sites)
         if all(site in noise for site in sites):
             return sorted(sites, key=lambda site: noise[site])
         if len(sites) > _ALONE:

@@ -170,10 +170,13 @@ class _Search:
 
     def _cheapest(self) -> Candidate | None:
         """The fastest candidate that keeps the budget."""
-        failed = self._try(self._choice(0.0))
+        choice = self._choice(0.0)
+        failed = self._try(choice)
         if failed is None or failed.judgement.ok:
             return failed
-        self._noise()
+        # What is chosen only shrinks as the price rises: nothing else will be asked for.
+        weights = (Source("weight", site) for site in choice.nodes)
+        self._noise(frozenset([*weights, *(Source("tensor", name) for name in choice.tensors)]))
         choice = self._choice(0.0)
         price = choice.before / (choice.noise or 1.0) / _STEP**4
         low = price / _STEP

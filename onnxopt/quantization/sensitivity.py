@@ -9,7 +9,7 @@ tried by running what follows from there, in a model where a number that is fed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from onnxopt.scope import Names
 from onnxopt.targets import Placement
 from onnxopt.verification.distance import arrays_of, is_float
 
-__all__ = ["Noise", "Source", "measure_sensitivity", "noise_between"]
+__all__ = ["Noise", "Source", "measure_sensitivity", "noise_between", "sources_of"]
 
 _SEGMENTS = 8
 _SWITCH = "onnxopt_source"
@@ -45,17 +45,41 @@ class Source(NamedTuple):
 
 
 class Noise:
-    """The noise of each source, measured when it is first asked for; `known` is empty until then."""
+    """The noise of sources, measured when it is first asked for; `known` has what was.
 
-    def __init__(self, measure: Callable[[], Mapping[Source, float]] = dict) -> None:
-        self._measure = measure
+    Args:
+        sources: all there are.
+        measure: gives the noise of some of them.
+    """
+
+    def __init__(
+        self,
+        sources: Collection[Source] = (),
+        measure: Callable[[Sequence[Source]], Mapping[Source, float]] = lambda _: {},
+    ) -> None:
+        self._sources, self._measure = sources, measure
         self.known: Mapping[Source, float] = {}
 
-    def __call__(self) -> Mapping[Source, float]:
-        """Source -> its noise."""
-        if not self.known:
-            self.known = self._measure()
+    def __call__(self, wanted: Container[Source] | None = None) -> Mapping[Source, float]:
+        """Source -> its noise, at least of those wanted; None: all."""
+        missing = [
+            one for one in self._sources if one not in self.known and (wanted is None or one in wanted)
+        ]
+        if missing:
+            self.known = {**self.known, **self._measure(missing)}
         return self.known
+
+
+def sources_of(units: Iterable[Unit]) -> tuple[Source, ...]:
+    """What is quantized where units are."""
+    found: dict[Source, None] = {}
+    for unit in units:
+        for value in (*unit.sources, *(() if unit.is_move else (unit.output,))):
+            if constant_of(value) is None:
+                found[Source("tensor", value.name or "")] = None
+        if unit.weight is not None:
+            found[Source("weight", unit.site)] = None
+    return tuple(found)
 
 
 def measure_sensitivity(
@@ -63,6 +87,7 @@ def measure_sensitivity(
     placement: Placement,
     plan: Plan,
     samples: Sequence[Feeds],
+    sources: Container[Source] | None = None,
     *,
     progress: Callable[[float], None] = lambda _: None,
 ) -> dict[Source, float]:
@@ -72,10 +97,11 @@ def measure_sensitivity(
         model: in floating point; not changed.
         placement, plan: how sources are quantized; the plan's choice of units does not matter.
         samples: a few.
+        sources: which ones; None: all.
         progress: called with the share that is done.
     """
     order = list(model.graph)
-    placed = _placed(survey(model, placement, plan.params).units, order)
+    placed = _placed(survey(model, placement, plan.params).units, order, sources)
     outputs = list(model.graph.outputs)
     states: list[State] = [dict(feeds) for feeds in samples]
     with open_session(model) as session:
@@ -138,22 +164,16 @@ def _noise(reference: np.ndarray | None, array: np.ndarray | None) -> float:
 def _powers(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """Of a signal, and of its error."""
     with np.errstate(invalid="ignore"):
-        error = (after - before).reshape(-1)
-    return float(before.reshape(-1) @ before.reshape(-1)), float(error @ error)
+        error = after - before
+    return float(np.square(before).sum()), float(np.square(error).sum())
 
 
-def _placed(units: Sequence[Unit], order: Sequence[ir.Node]) -> dict[Source, int]:
+def _placed(
+    units: Sequence[Unit], order: Sequence[ir.Node], wanted: Container[Source] | None
+) -> dict[Source, int]:
     """Each source and the number of the node that makes or reads it, in the order of the nodes."""
-    numbers = {node: number for number, node in enumerate(order)}
-    found: dict[Source, int] = {}
-    for unit in units:
-        for value in (*unit.sources, *(() if unit.is_move else (unit.output,))):
-            producer = value.producer()
-            place = numbers[producer] if producer is not None else 0
-            if constant_of(value) is None:
-                found.setdefault(Source("tensor", value.name or ""), place)
-        if unit.weight is not None:
-            found[Source("weight", unit.site)] = numbers[unit.node]
+    made = {value.name: number for number, node in enumerate(order) for value in node.outputs}
+    found = {one: made.get(one.name, 0) for one in sources_of(units) if wanted is None or one in wanted}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 

@@ -24,7 +24,7 @@ from onnxopt.quantization.keepers import KEEPERS
 from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
 from onnxopt.quantization.planfile import GivenPlan
 from onnxopt.quantization.search import Searched, judge_plan, search
-from onnxopt.quantization.sensitivity import Noise, measure_sensitivity
+from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, sources_of
 from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.targets import Placement
@@ -138,7 +138,11 @@ def quantize_static(
     model, plan = draft.model, draft.plan
     surveyed = survey(model, placement, plan.params)
     some, told = [*samples[:_SENSITIVITY_SAMPLES]], partial(progress, "measuring sensitivity")
-    noise = Noise(lambda: measure_sensitivity(model, placement, plan, some, progress=told))
+
+    def measure(sources: Sequence[Source]) -> Mapping[Source, float]:
+        return measure_sensitivity(model, placement, plan, some, frozenset(sources), progress=told)
+
+    noise = Noise(sources_of(surveyed.units), measure)
     if settings.sensitivity:
         noise()
     kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -21,7 +21,7 @@ from onnxopt.quantization.fusion import Fusion
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan, params_of_tensors
 from onnxopt.quantization.search import Searched, judge_plan, search, write
-from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity
+from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, sources_of
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import PLACEMENTS
 from tests.support import text_model
@@ -30,6 +30,7 @@ X86 = PLACEMENTS["x86"]
 SITES = ("c0", "c1", "c2", "c3")
 RNG = np.random.default_rng(5)
 SAMPLES: list[Feeds] = [{"x": RNG.standard_normal((1, 8, 6, 6)).astype(np.float32)} for _ in range(4)]
+ALL = [Source("weight", site) for site in SITES]
 PRICES = Prices(lambda _: NodeCost(10, 1), lambda _: 0.5, lambda _: 0.5, lambda _: 0.0)
 
 
@@ -85,7 +86,8 @@ class Stub(Judge):
 
 
 def noise_of(values: Mapping[str, float]) -> Noise:
-    return Noise(lambda: {Source("weight", site): value for site, value in values.items()})
+    known = {Source("weight", site): value for site, value in values.items()}
+    return Noise(known, lambda sources: {source: known[source] for source in sources})
 
 
 def found(judge: Judge, noise: Noise, **options: object) -> Searched:
@@ -99,13 +101,13 @@ def chosen(searched: Searched) -> list[str]:
     return sorted(searched.best.plan.nodes)
 
 
-def never() -> Mapping[Source, float]:
+def never(_: Sequence[Source]) -> Mapping[Source, float]:
     raise AssertionError("noise was measured")
 
 
 def test_where_the_fastest_choice_is_good_enough_nothing_more_is_asked() -> None:
     judge = Stub(lambda _: True)
-    searched = found(judge, Noise(never))
+    searched = found(judge, Noise(ALL, never))
     assert chosen(searched) == list(SITES)
     assert [trial.units for trial in searched.trials] == [4]
     assert searched.best is not None
@@ -164,7 +166,7 @@ def test_kept_layers_are_never_tried() -> None:
     searched = found(judge, noise_of(dict.fromkeys(SITES, 1.0)), kept=["c1"])
     assert all("c1" not in integer for integer in judge.asked)
     assert len(chosen(searched)) == 2
-    nothing = found(judge, Noise(never), kept=SITES)
+    nothing = found(judge, Noise(ALL, never), kept=SITES)
     assert (nothing.best, nothing.nearest, nothing.trials) == (None, None, ())
 
 
@@ -184,16 +186,16 @@ def test_what_the_runtime_does_not_fuse_is_left_in_float_to_the_last(monkeypatch
     fake = FakeFusion(["c3", "c2", "c1", "c0"])
     monkeypatch.setattr(module, "fusion_of", fake)
     judge = Stub(lambda _: True)
-    searched = found(judge, Noise(never))
+    searched = found(judge, Noise(ALL, never))
     assert (searched.best, searched.unfused, fake.calls) == (None, ("c3", "c2", "c1", "c0"), 4)
     fake.stubborn = ["c1", "c3"]
-    searched = found(judge, Noise(never))
+    searched = found(judge, Noise(ALL, never))
     assert chosen(searched) == ["c0", "c2"]
     assert searched.unfused == ("c1", "c3")
     assert searched.best is not None
     assert searched.best.fusion is not None
     assert searched.best.fusion.unfused == ()
-    unproved = found(judge, Noise(never), proves=False)
+    unproved = found(judge, Noise(ALL, never), proves=False)
     assert chosen(unproved) == list(SITES)
     assert unproved.best is not None
     assert unproved.best.fusion is None
@@ -218,7 +220,7 @@ def test_a_plan_of_ones_own_is_judged_without_what_does_not_fuse(monkeypatch: py
 def test_a_layer_that_is_really_sensitive_is_found_by_measurement() -> None:
     model = chain("c2")
     units, plan = prepared(model)
-    noise = Noise(lambda: measure_sensitivity(model, X86, plan, SAMPLES))
+    noise = Noise(sources_of(units), lambda _: measure_sensitivity(model, X86, plan, SAMPLES))
     judge = Judge(model, SAMPLES, "sqnr", Budget(150 - 20))
     searched = search(model, units, X86, plan, noise, PRICES, judge)
     assert "c2" not in chosen(searched)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,13 @@ from onnxopt.quantization import sensitivity as module
 from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import dequantize, find_format, quantize
 from onnxopt.quantization.plan import Plan, params_of_tensors
-from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, noise_between
+from onnxopt.quantization.sensitivity import (
+    Noise,
+    Source,
+    measure_sensitivity,
+    noise_between,
+    sources_of,
+)
 from onnxopt.quantization.units import survey
 from onnxopt.runtimes import open_session
 from onnxopt.targets import PLACEMENTS
@@ -220,7 +225,26 @@ def test_noise_adds_over_outputs_and_is_a_mean_over_samples() -> None:
 
 
 def test_noise_is_measured_once_and_not_before_it_is_asked_for() -> None:
-    counted = itertools.count()
-    noise = Noise(lambda: {Source("tensor", "x"): float(next(counted))})
-    assert noise.known == {}
-    assert noise() == noise() == noise.known == {Source("tensor", "x"): 0.0}
+    sources = [Source("tensor", name) for name in ("x", "y", "z")]
+    asked: list[Source] = []
+
+    def measure(some: Sequence[Source]) -> dict[Source, float]:
+        asked.extend(some)
+        return dict.fromkeys(some, 1.0)
+
+    noise = Noise(sources, measure)
+    assert (noise.known, asked) == ({}, [])
+    assert noise({sources[1], Source("tensor", "other")}) == {sources[1]: 1.0}
+    assert set(noise()) == set(noise()) == set(sources)
+    assert asked == [sources[1], sources[0], sources[2]]
+
+
+def test_some_sources_alone_are_measured_as_among_all() -> None:
+    model = built(NET)
+    plan = plan_for(model, SAMPLES, ["x", "a", "early", "c", "d", "e", "g", "f", "y"])
+    some = {Source("tensor", "e"), Source("weight", "c")}
+    every, found = (measure_sensitivity(model, X86, plan, SAMPLES, one) for one in (None, some))
+    assert set(found) == some
+    assert set(every) == set(sources_of(survey(model, X86, plan.params).units))
+    for source in some:
+        assert found[source] == pytest.approx(every[source], rel=1e-4)
