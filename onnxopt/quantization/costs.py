@@ -19,7 +19,14 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, int_attr, ints_attr, sole_user, str_attr
-from onnxopt.quantization.layouts import ACTIVATIONS, Shapes, is_blocked, keeps_layout, producer
+from onnxopt.quantization.layouts import (
+    ACTIVATIONS,
+    Shapes,
+    is_blocked,
+    is_pooled_last,
+    keeps_layout,
+    producer,
+)
 
 __all__ = [
     "COLD_NS",
@@ -123,6 +130,8 @@ def node_cost(node: ir.Node, shapes: Shapes, table: Costs | None = None) -> Node
     cold = {False: 0.0, True: 0.0} if kind in _FREE else COLD_NS
     plain, integer = ((), ()) if kind in _FREE else table.rows.get(kind, table.rows[_UNKNOWN])
     plain_ns = cold[False] + _dot(plain, features(node, shapes, quantized=False))
+    if kind == "MaxPool" and not is_pooled_last(node):
+        integer = table.rows["MaxPool-plain"][1]
     parts = [table.rows[part][1] for part in _EMITTED[kind]] if kind in _EMITTED else [integer]
     int8_ns = sum(
         math.inf if part is None else cold[True] + _dot(part, features(node, shapes, quantized=True))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-__all__ = ["ACTIVATIONS", "Shapes", "is_blocked", "keeps_layout", "producer"]
+__all__ = ["ACTIVATIONS", "Shapes", "is_blocked", "is_pooled_last", "keeps_layout", "producer"]
 
 Shapes = Callable[[ir.Value], tuple[int, ...]]
 
@@ -45,3 +45,22 @@ def is_blocked(value: ir.Value | None, shapes: Shapes, depth: int = 4) -> bool:
     if node.op_type == "Conv":
         return len(shapes(node.outputs[0])) == 4
     return keeps_layout(node) and is_blocked(node.inputs[0], shapes, depth - 1)
+
+
+def is_pooled_last(pool: ir.Node) -> bool:
+    """Whether an integer MaxPool on what comes from a convolution has channels last, and is not slow.
+
+    The runtime leaves it so right behind a convolution, or where a convolution follows.
+    """
+    before = producer(pool.inputs[0])
+    while before is not None and before.op_type in ("Clip", "Relu"):
+        before = producer(before.inputs[0])
+    return (before is not None and before.op_type == "Conv") or _leads_to_convolution(pool.outputs[0])
+
+
+def _leads_to_convolution(value: ir.Value, depth: int = 3) -> bool:
+    users = [usage.node for usage in value.uses()]
+    if any(node.op_type == "Conv" for node in users):
+        return True
+    kept = [node.outputs[0] for node in users if keeps_layout(node)]
+    return depth > 0 and any(_leads_to_convolution(one, depth - 1) for one in kept)

@@ -185,6 +185,11 @@ def test_max_pool_is_slow_in_int8_without_a_convolution_before_it() -> None:
     assert plain.int8_ns > 10 * plain.float_ns
     behind = costs_of(f"{CONV} b = Relu(a) y = {pool}(b)", f"{TYPES}, float[1,32,28,28] b")[-1]
     assert behind.int8_ns < 3 * behind.float_ns
+    types = f"{TYPES}, float[1,32,28,28] b, float[1,32,28,28] c"
+    gated = costs_of(f"{CONV} b = HardSwish(a) y = {pool}(b)", types)[-1]
+    assert gated.int8_ns > 5 * behind.int8_ns
+    between = costs_of(f"{CONV} b = HardSwish(a) c = {pool}(b) y = Conv<kernel_shape=[1,1]>(c, w)", types)[2]
+    assert between.int8_ns == behind.int8_ns
 
 
 @pytest.mark.parametrize(
