@@ -52,7 +52,7 @@ __all__ = ["quantize"]
 
 _FEW = 8
 """Samples that are too few to be silent about."""
-_PROVED = 8
+_PROVED = 32
 """Samples on which the preparation is proved."""
 _SMALLER = 0.99
 """Less than this share of the bytes is smaller."""
