@@ -8,8 +8,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxopt.api.common import samples_for
 from onnxopt.calibration import METHODS
+from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.job import Job
 from onnxopt.pipeline import Outcome, Pipeline
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.schemes import Scheme
@@ -17,8 +20,20 @@ from onnxopt.quantization.static import Settings
 from onnxopt.recipe import build_pipeline, parse_pass
 from onnxopt.targets import PLACEMENTS, Target
 
-__all__ = ["passes_of", "prepare", "require_opset", "require_use", "settings_for"]
+__all__ = [
+    "passes_of",
+    "prepare",
+    "prepared",
+    "require_opset",
+    "require_use",
+    "samples_of",
+    "settings_for",
+]
 
+_FEW = 8
+"""Samples that are too few to be silent about."""
+_PROVED = 32
+"""Samples on which the preparation is proved, unless they show nothing."""
 _BY_AXIS = 13
 """The opset of QuantizeLinear by axis."""
 _STATIC = {
@@ -109,3 +124,32 @@ def passes_of(spelled: Sequence[str], options: Mapping[str, bool]) -> tuple[ir.p
         known = {field.name for field in fields(one)}
         passes.append(replace(one, **{name: value for name, value in options.items() if name in known}))
     return tuple(passes)
+
+
+def samples_of(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
+    """The user's samples, or made-up ones, with notes on what they are worth. Raises UsageError: none."""
+    samples = samples_for(job, data)
+    if not len(samples):
+        raise UsageError("quantize: no samples could be made up for this model: give some with --data")
+    if data is None:
+        job.notes.append(
+            "no --data: ranges and accuracy come from made-up samples, and say little of real ones; "
+            "a few dozen real samples are worth more than any setting"
+        )
+    elif len(samples) == 1:
+        job.notes.append(
+            "one sample alone: what it is judged by is what it was fitted to; 32 to 256 are usual"
+        )
+    elif len(samples) < _FEW:
+        job.notes.append(f"only {len(samples)} samples: ranges may be too narrow; 32 to 256 are usual")
+    return samples
+
+
+def prepared(job: Job, held_out: Sequence[Feeds]) -> Outcome:
+    """The model made ready, under proof: on samples from all over, on all where those show nothing."""
+    said = len(job.notes)
+    outcome = job.run_under_proof(held_out[:: max(1, len(held_out) // _PROVED)], None)
+    if job.baseline is not None and job.baseline.unprovable and len(held_out) > _PROVED:
+        del job.notes[said:]
+        outcome = job.run_under_proof(held_out, None)
+    return outcome

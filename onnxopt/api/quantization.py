@@ -12,7 +12,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
-from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
+from onnxopt.api.common import record, silent, sizes_of, versions
 from onnxopt.api.finishing import (
     TRIAL_S,
     best_of,
@@ -21,14 +21,20 @@ from onnxopt.api.finishing import (
     left_in_float,
     nearest_of,
 )
-from onnxopt.api.preparation import prepare, require_opset, require_use, settings_for
+from onnxopt.api.preparation import (
+    prepare,
+    prepared,
+    require_opset,
+    require_use,
+    samples_of,
+    settings_for,
+)
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.calibration import split
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.emulation import find_isa
-from onnxopt.errors import UsageError
 from onnxopt.graph import tensor_bytes
 from onnxopt.inspection.lints import Finding
 from onnxopt.job import Job, Progress
@@ -50,10 +56,6 @@ from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
 
-_FEW = 8
-"""Samples that are too few to be silent about."""
-_PROVED = 32
-"""Samples on which the preparation is proved."""
 _SMALLER = 0.99
 """Less than this share of the bytes is smaller."""
 _TIMED_S = (3.0, 10.0)
@@ -164,14 +166,14 @@ def quantize(
     sha256 = fingerprint(model, job.original)
     if given is not None:
         given.require(sha256)
-    samples = _samples(job, data)
+    samples = samples_of(job, data)
     fitted, held_out = split(samples)
     config = settings.session_config if settings is not None else {}
     say("running the original", None)
     if metric is None and budget is not None:
         metric = "agreement"
     judge = Judge(model, held_out, metric, budget, also_isa, config)
-    outcome = job.run_under_proof(held_out[:_PROVED], None)
+    outcome = prepared(job, held_out)
     kept = kept_sites(outcome.model, keep)
     found: Static | Survey | None = None
     pays = comparison(job, goal, samples, measure=bench)
@@ -244,24 +246,6 @@ def quantize(
         seconds=time.perf_counter() - started,
     )
     return Result(result, report, model)
-
-
-def _samples(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
-    samples = samples_for(job, data)
-    if not len(samples):
-        raise UsageError("quantize: no samples could be made up for this model: give some with --data")
-    if data is None:
-        job.notes.append(
-            "no --data: ranges and accuracy come from made-up samples, and say little of real ones; "
-            "a few dozen real samples are worth more than any setting"
-        )
-    elif len(samples) == 1:
-        job.notes.append(
-            "one sample alone: what it is judged by is what it was fitted to; 32 to 256 are usual"
-        )
-    elif len(samples) < _FEW:
-        job.notes.append(f"only {len(samples)} samples: ranges may be too narrow; 32 to 256 are usual")
-    return samples
 
 
 def _timed(

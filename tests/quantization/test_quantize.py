@@ -374,3 +374,17 @@ def test_smaller_is_a_matter_of_bytes() -> None:
     report = quantized(model, data=data, goal="size").report
     assert not report.ok
     assert "nothing was quantized" in report.reason or "not smaller" in report.reason
+
+
+def test_the_preparation_is_proved_on_all_samples_where_some_show_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("onnxopt.api.preparation._PROVED", 1)
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.random((1, 4), np.float32) * (100 if number > 20 else 1)} for number in range(40)]
+    text = """<ir_version: 8, opset_import: ["": 11]> g (float[1,4] x) => (float[1,4] y)
+        <float[4,4] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float b = {-100}>
+        { m = MatMul(x, w) s = Add(m, b) y = Relu(s) }"""
+    report = quantized(onnx.parser.parse_model(text), data=data, goal="size").report
+    assert "opset" not in report.reason
+    assert not any("nothing can be proved" in note for note in report.notes)
