@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
 from onnxopt.ledger import Ledger
 from onnxopt.rewrite import Rule, drive
 
-__all__ = ["KINDS", "Kind", "Pass", "kind_of", "pass_name", "spelling"]
+__all__ = ["KINDS", "Kind", "Pass", "kind_of", "options_of", "pass_name", "spelling", "unspelled"]
 
 Kind = Literal["exact", "reorder", "lossy"]
 """The promise of a pass: bit-equal, equal but for the order of float operations, worse within a budget."""
@@ -23,7 +23,8 @@ KINDS: tuple[Kind, ...] = ("exact", "reorder", "lossy")
 
 @dataclass(frozen=True)
 class Pass(ir.passes.InPlacePass):
-    """A claim about a graph. Subclasses are frozen dataclasses whose fields are the options.
+    """A claim about a graph. Subclasses are frozen dataclasses whose fields are the options,
+    but for those that are `unspelled`.
 
     A pass of rules overrides `rules`; another overrides `apply` and asks `ledger.claim` before each change.
     `example` is a small model in ONNX text syntax that the pass rewrites; IR version 10 and opset 17 where
@@ -58,10 +59,20 @@ class Pass(ir.passes.InPlacePass):
         """The pass as a recipe spells it: `name{option=value}`, options at their default left out."""
         options = [
             f"{f.name}={_spell(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)
+            for f in options_of(self)
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+
+def unspelled(default: object) -> Any:
+    """A field that Python sets and no recipe can spell: samples, masks, a callable."""
+    return field(default=default, repr=False, compare=False, metadata={"spelled": False})
+
+
+def options_of(one: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The options of a pass, or of its class, that a recipe can spell."""
+    return tuple(f for f in dataclasses.fields(one) if f.metadata.get("spelled", True))
 
 
 def _spell(value: object) -> str:

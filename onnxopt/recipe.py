@@ -29,7 +29,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxopt.claims import pass_name
+from onnxopt.claims import options_of, pass_name
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.pipeline import Pipeline
 
@@ -224,7 +224,7 @@ def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[st
     if not dataclasses.is_dataclass(factory):
         raise UsageError(f"{name}: takes no options")
     hints = typing.get_type_hints(factory)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(factory)}
+    fields = {f.name: hints[f.name] for f in options_of(factory)}
     typed = {}
     for key, text in given.items():
         if key not in fields:

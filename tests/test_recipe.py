@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import pytest
 
 from onnxopt import recipe
-from onnxopt.claims import Pass, pass_name
+from onnxopt.claims import Pass, pass_name, unspelled
 from onnxopt.errors import UsageError
 from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from onnxopt.pipeline import Pipeline
@@ -28,6 +29,15 @@ class Sample(Pass):
     scheme: Literal["int8", "int4"] = "int8"
     only: tuple[str, ...] = ()
     most: int | None = None
+
+
+@dataclass(frozen=True)
+class Fitted(Pass):
+    """A pass with a field that no recipe can spell."""
+
+    name = "fitted"
+    share: float = 0.5
+    samples: Sequence[str] = unspelled(())
 
 
 @dataclass(frozen=True)
@@ -191,3 +201,11 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="it is not UTF-8 text"):
         load_recipe(path)
+
+
+def test_a_field_that_holds_data_is_no_option() -> None:
+    one = Fitted(share=0.25, samples=["a sample"])
+    assert str(one) == "fitted{share=0.25}"
+    assert one == Fitted(share=0.25)
+    with pytest.raises(UsageError, match="unknown option 'samples'"):
+        parse_pass("fitted{samples=a}", {"fitted": Fitted})

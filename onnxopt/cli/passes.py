@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from onnxopt.claims import options_of
 from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
 from onnxopt.errors import UsageError
 
@@ -100,7 +101,7 @@ def _facts(name: str, one: Callable[..., Any]) -> dict[str, Any]:
     """What a pass says of itself in a line."""
     options: dict[str, Any] = {}
     if dataclasses.is_dataclass(one):
-        options = {field.name: field.default for field in dataclasses.fields(one)}
+        options = {field.name: field.default for field in options_of(one)}
     return {
         "name": name,
         "kind": getattr(one, "kind", "reorder"),
