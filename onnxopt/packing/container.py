@@ -24,7 +24,7 @@ import numpy as np
 from onnxopt.errors import ModelError
 from onnxopt.packing import MAGIC
 from onnxopt.packing.coding import Coded
-from onnxopt.packing.entropy import expand, squeeze
+from onnxopt.packing.entropy import expand, squeeze, zstandard
 
 __all__ = [
     "BLOCK",
@@ -159,7 +159,9 @@ def open_pack(file: BinaryIO, who: str) -> tuple[Index, list[int]]:
 
     Raises:
         ModelError: it is no pack, of another version, damaged, or larger unpacked than an honest pack.
+        UsageError: zstandard is not installed.
     """
+    zstandard()
     size = os.fstat(file.fileno()).st_size
     start = file.read(len(START))
     if not start.startswith(MAGIC):
@@ -172,6 +174,9 @@ def open_pack(file: BinaryIO, who: str) -> tuple[Index, list[int]]:
     try:
         text, end = _index_text(file, size)
         index = _parse(json.loads(text))
+        total = sum(member.size for member in index.files)
+        if total > max(_UNSUSPICIOUS, _RATIO * size):
+            raise ValueError(f"{size} bytes that unpack to {total} are no honest pack")
         index.spans()
         starts = [len(START)]
         for block in index.blocks:
@@ -180,9 +185,6 @@ def open_pack(file: BinaryIO, who: str) -> tuple[Index, list[int]]:
             raise ValueError("the blocks do not fill it")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"{who}: the pack is damaged: {_reason(error)}") from None
-    total = sum(member.size for member in index.files)
-    if total > max(_UNSUSPICIOUS, _RATIO * size):
-        raise ModelError(f"{who}: refused: {size} bytes that unpack to {total} are no honest pack")
     return index, starts
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxopt.errors import UsageError
 
-__all__ = ["estimate", "expand", "squeeze"]
+__all__ = ["estimate", "expand", "squeeze", "zstandard"]
 
 _SMALL = 1 << 16
 """Bytes that are worth both ways, whatever they look like."""
@@ -37,9 +37,9 @@ def squeeze(data: np.ndarray) -> bytes:
     quick, entropy = _quick(raw), _entropy(data)
     if quick >= len(raw) and entropy > 0.995 * len(raw):
         return raw
-    ways = [_library().ZstdCompressor(compression_params=_symbols())]
+    ways = [zstandard().ZstdCompressor(compression_params=_symbols())]
     if quick < _REPETITIVE * entropy or len(raw) <= _SMALL:
-        ways.append(_library().ZstdCompressor(level=19))
+        ways.append(zstandard().ZstdCompressor(level=19))
     codes: list[bytes] = [raw, *(way.compress(raw) for way in ways)]
     return min(codes, key=len)
 
@@ -59,7 +59,7 @@ def expand(code: bytes, size: int) -> bytes:
     """
     if len(code) == size:
         return code
-    library = _library()
+    library = zstandard()
     try:
         if library.get_frame_parameters(code).content_size != size:
             raise ValueError("a stream has another size than declared")
@@ -94,12 +94,12 @@ def _huffman(data: np.ndarray) -> int:
 
 
 def _quick(raw: bytes) -> int:
-    return len(_library().ZstdCompressor(level=1).compress(raw))
+    return len(zstandard().ZstdCompressor(level=1).compress(raw))
 
 
 @lru_cache(maxsize=1)
 def _symbols() -> object:
-    library = _library()
+    library = zstandard()
     return library.ZstdCompressionParameters(
         strategy=library.STRATEGY_BTULTRA,
         min_match=3,
@@ -111,9 +111,14 @@ def _symbols() -> object:
     )
 
 
-def _library() -> ModuleType:
+def zstandard() -> ModuleType:
+    """The library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
-        import zstandard
+        import zstandard as library
     except ImportError:
         raise UsageError("pack: packs need zstandard: pip install 'onnxopt[pack]'") from None
-    return zstandard
+    return library

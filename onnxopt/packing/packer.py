@@ -21,7 +21,7 @@ __all__ = ["Source", "sources_of", "write_pack"]
 
 _LEAST = 256
 """Bytes below which a tensor stays with what lies around it."""
-_ALONE = 1 << 14
+_ALONE = 1 << 12
 """Bytes from which on a tensor has blocks of its own; smaller ones of a kind share them."""
 
 
