@@ -21,6 +21,9 @@ from onnxopt.quantization.formats import Format, QuantParams, params_from_range
 __all__ = ["METHODS", "Range", "choose_range"]
 
 METHODS = ("min-max", "average", "percentile", "entropy", "mse", "auto")
+_COMPARED = ("min-max", "average", "percentile", "mse")
+"""What `auto` takes the best of. Entropy would be it for a tensor in fourteen on held-out samples, and is by
+chance: on a third part of the samples its ranges are no better than the next best, and some far too narrow."""
 _OUTSIDE = 1e-4
 """Share of the elements that `percentile` leaves outside, half of them at each end."""
 _COARSE = np.exp2(-np.arange(0, 12, 0.5))
@@ -54,14 +57,14 @@ def choose_range(
 ) -> Range:
     """The range of a tensor for a format, by a method of METHODS.
 
-    auto: of all the methods' ranges, the one of the smallest error. symmetric, power_of_two: how scale and
+    auto: of all the methods' ranges but that of entropy, the one of the smallest error. symmetric, power_of_two: how scale and
     zero point are made of it, as in `params_from_range`. A tensor without finite elements gets [0, 0].
     Raises UsageError.
     """
     if method not in METHODS:
         raise UsageError(f"unknown calibration method {method!r}{did_you_mean(method, METHODS)}")
     chooser = _Chooser(stats, form, symmetric or form.is_float, power_of_two)
-    names = METHODS[:-1] if method == "auto" else (method,)
+    names = _COMPARED if method == "auto" else (method,)
     return min((chooser.range(name) for name in names), key=lambda found: found.error)
 
 
