@@ -22,8 +22,9 @@ __all__ = ["METHODS", "Range", "choose_range"]
 
 METHODS = ("min-max", "average", "percentile", "entropy", "mse", "auto")
 _COMPARED = ("min-max", "average", "percentile", "mse")
-"""What `auto` takes the best of. Entropy would be it for a tensor in fourteen on held-out samples, and is by
-chance: on a third part of the samples its ranges are no better than the next best, and some far too narrow."""
+"""What `auto` takes the best of. Entropy takes longer than all of them. On held-out samples it would be best
+for a tensor in eleven, and win 0.03 dB in the mean over the tensors of 18 models; on samples that nothing was
+chosen by it then loses 0.05 dB: as many tensors are better as worse, and some ranges clip far too much."""
 _OUTSIDE = 1e-4
 """Share of the elements that `percentile` leaves outside, half of them at each end."""
 _COARSE = np.exp2(-np.arange(0, 12, 0.5))
@@ -57,9 +58,9 @@ def choose_range(
 ) -> Range:
     """The range of a tensor for a format, by a method of METHODS.
 
-    auto: of all the methods' ranges but that of entropy, the one of the smallest error. symmetric, power_of_two: how scale and
-    zero point are made of it, as in `params_from_range`. A tensor without finite elements gets [0, 0].
-    Raises UsageError.
+    auto: of the ranges of all methods but entropy, the one of the smallest error. symmetric, power_of_two:
+    how scale and zero point are made of it, as in `params_from_range`. A tensor without finite elements gets
+    [0, 0]. Raises UsageError.
     """
     if method not in METHODS:
         raise UsageError(f"unknown calibration method {method!r}{did_you_mean(method, METHODS)}")
