@@ -30,7 +30,6 @@ from onnxopt.protobuf import dump
 from onnxopt.quantization.choose import choose, prices_of_work
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.formats import dequantize, find_format, params_from_range, quantize
-from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.plan import Plan, params_of_tensors
 from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.sensitivity import Source
@@ -39,6 +38,7 @@ from onnxopt.quantization.units import LAYERS, survey
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.runtimes import open_session
 from onnxopt.targets import PLACEMENTS, Placement, find_target
+from tests.quantization.quantizing import judge_without_emulator
 from tests.random_graphs import random_model
 from tests.support import execute, sqnr, text_model
 
@@ -466,23 +466,13 @@ def scales(graph: ir.Graph) -> list[np.ndarray]:
     ],
 )
 def test_powers_of_two(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    if "also_isa" in options:  # judged here alone: what is written is the same
-        _judge_without_emulator(monkeypatch)
+    if "also_isa" in options:
+        judge_without_emulator(monkeypatch)
     found = scales(written(power_of_two=True, **options))
     assert found
     for scale in found:
         mantissa, _ = np.frexp(scale)
         np.testing.assert_array_equal(mantissa, 0.5)
-
-
-def _judge_without_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judge here alone: what is written is the same."""
-
-    def judge(original: Any, held_out: Any, metric: Any, budget: Any, _isas: Any, config: Any) -> Judge:
-        return Judge(original, held_out, metric, budget, (), config)
-
-    monkeypatch.setattr("onnxopt.api.quantization.Judge", judge)
-    monkeypatch.setattr("onnxopt.api.quantization.find_isa", lambda _: None)
 
 
 @pytest.mark.parametrize("options", [{"target": "tensorrt"}, {"scheme": "weight-int8", "goal": "size"}])
@@ -523,11 +513,24 @@ def test_saturation_is_foreseen_and_avoided(monkeypatch: pytest.MonkeyPatch) -> 
     assert layers >= 3
     said = f"on CPUs without VNNI, sums of {layers} layers can saturate; --also-isa avx2 avoids it"
     assert any(note.startswith(said) for note in report.notes)
-    _judge_without_emulator(monkeypatch)
+    judge_without_emulator(monkeypatch)
     safe, report = quantized(goal="size", also_isa=("avx2",))
     assert len(ops(safe.graph, "DequantizeLinear")) > 3
     assert find_saturation(safe) == ()
     assert not any("VNNI" in note for note in report.notes)
+    why = "weights are scaled so that no sum saturates; as they are best here, on avx2: as foreseen"
+    assert why in report.notes
+
+
+def test_weights_that_do_elsewhere_are_not_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = quantized(goal="size", bench=False)
+    judged = judge_without_emulator(monkeypatch, within=True)
+    model, report = quantized(goal="size", also_isa=("avx2",))
+    assert len(judged) == 2  # the candidate, and the result
+    assert len(find_saturation(model)) == len(find_saturation(plain)) >= 3
+    assert "the budget holds on avx2, too, with weights as they are best here" in report.notes
+    assert report.judgement is not None
+    assert report.judgement.elsewhere["avx2"].ok
 
 
 # ------------------------------------------------------------------ command line

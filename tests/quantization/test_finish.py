@@ -22,6 +22,7 @@ from onnxopt.quantization import finish
 from onnxopt.quantization.finish import Finished, Finisher
 from onnxopt.quantization.judge import Judgement
 from onnxopt.quantization.schemes import SCHEMES
+from tests.quantization.quantizing import judge_without_emulator
 from tests.support import execute, sqnr, text_model
 
 RNG = np.random.default_rng(0)
@@ -222,8 +223,7 @@ def test_an_lstm_that_stays_in_float_is_listed(options: dict[str, Any]) -> None:
 
 
 def test_for_other_cpus_weights_have_7_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxopt.quantization.judge.Judge.on", lambda *_: Judgement(True, 1, None, "there"))
-    monkeypatch.setattr("onnxopt.api.quantization.find_isa", lambda _: None)
+    judge_without_emulator(monkeypatch)
     done = quantized(recurrent(), also_isa=("avx2",))
     first = done.report.finished.tried[0]
     assert first.name == "quantize-dynamic{reduce_range=true,layers=LSTM}"
