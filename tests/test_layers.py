@@ -43,6 +43,7 @@ FORBIDDEN_IN_PASSES = {
     "benchmarking",
     "cli",
     "emulation",
+    "packing",
     "reporting",
     "runtimes",
     "training",

@@ -17,11 +17,11 @@ from onnxopt.errors import ModelError, UsageError
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, reusable
 from onnxopt.packing import is_packed
-from onnxopt.packing.container import Index
+from onnxopt.packing.container import Index, open_pack
 from onnxopt.packing.packer import sources_of, write_pack
 from onnxopt.packing.unpacker import move, restore
 from onnxopt.protobuf import serialize
-from onnxopt.storage import save, staging
+from onnxopt.storage import Staged, commit, save, staging
 
 __all__ = ["Package", "pack", "unpack"]
 
@@ -91,8 +91,10 @@ def pack(model: ModelLike, output: str | os.PathLike[str], *, progress: Progress
             staged = folder / "pack"
             with staged.open("wb") as file:
                 index = write_pack(sources, file, progress or silent)
+            with staged.open("rb") as file:  # what `unpack` would refuse is not written
+                open_pack(file, str(target))
             size = staged.stat().st_size
-            os.replace(staged, target.resolve())
+            commit(Staged(staged, None, frozenset(source.path.resolve() for source in sources)), target)
     return _package(index, size)
 
 

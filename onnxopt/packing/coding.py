@@ -32,7 +32,8 @@ _ESCAPE = 255
 _LARGEST_BOOK = 1 << 16
 _SAMPLE = 1 << 14
 _OFTEN = 1 / 16
-"""Share of the most frequent element from which on it is worth being left out."""
+_OFTEN_BYTE = 1 / 2
+"""Share of the most frequent element from which on it is left out; a byte has a short code anyway."""
 
 Streams = list[np.ndarray]
 
@@ -87,7 +88,8 @@ def _candidates(elements: np.ndarray, kind: str) -> Iterator[tuple[str, Streams]
     splits: list[tuple[str, Streams, np.ndarray]] = [("dense", [], elements)]
     common = _most_frequent(elements)
     others = elements != common
-    if 1 - np.count_nonzero(others) / max(len(elements), 1) >= _OFTEN:
+    least = _OFTEN_BYTE if elements.itemsize == 1 else _OFTEN
+    if np.count_nonzero(others) <= (1 - least) * len(elements):
         ways = [(where, write(others)) for where, (write, _) in _PLACES.items()]
         where, stream = min(ways, key=lambda way: estimate(way[1]))
         splits.append((where, [common.reshape(1).view(np.uint8), stream], elements[others]))

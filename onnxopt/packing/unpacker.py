@@ -14,6 +14,7 @@ from pathlib import Path
 from onnxopt.errors import ModelError
 from onnxopt.packing.coding import decode
 from onnxopt.packing.container import Index, open_pack, read_block
+from onnxopt.storage import Staged, commit
 
 __all__ = ["move", "restore", "unpacked"]
 
@@ -60,8 +61,8 @@ def restore(pack: Path, folder: Path, progress: Callable[[str, float | None], No
     return index
 
 
-def move(index: Index, staged: Path, target: Path) -> list[Path]:
-    """Move restored files to where they belong, the model last; returns their places, the model's first.
+def move(index: Index, staged: Path, target: Path) -> None:
+    """Move restored files to where they belong, the model last.
 
     Data files keep their names, which the model knows. One that is there already stays if it is the same.
 
@@ -72,21 +73,15 @@ def move(index: Index, staged: Path, target: Path) -> list[Path]:
     model, *others = index.files
     places = [folder / member.name for member in others]
     for place, member in zip(places, others, strict=True):
-        if (
-            place.is_symlink()
-            or place.resolve() != place
-            or os.path.normcase(place) == os.path.normcase(target)
-        ):
+        if place.resolve() != place or os.path.normcase(place) == os.path.normcase(target):
             raise ModelError(f"{place}: cannot be written: it is the model itself, or a link leads elsewhere")
-        if place.exists() and not (
-            place.is_file() and filecmp.cmp(staged / member.name, place, shallow=False)
-        ):
+        same = place.is_file() and filecmp.cmp(staged / member.name, place, shallow=False)
+        if place.exists() and not same:
             raise ModelError(f"{place}: is there already, and other data: unpack into another folder")
     for place, member in zip(places, others, strict=True):
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged / member.name, place)
-    os.replace(staged / model.name, target)
-    return [target, *places]
+    commit(Staged(staged / model.name, None, frozenset(places)), target)
 
 
 @contextmanager

@@ -355,6 +355,18 @@ def test_data_of_another_model_is_not_replaced(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["m.onnx", "w.bin"]
 
 
+def test_unpacking_over_a_saved_model_leaves_none_of_its_data(tmp_path: Path) -> None:
+    path, found = tmp_path / "m.onnx", []
+    for size in (3000, 4000):
+        model = onnxopt.load(model_of(numpy_helper.from_array(floats(size), "w")))
+        onnxopt.save(model, path, external_data=True)
+        found.append({file.name: file.read_bytes() for file in tmp_path.glob("m.onnx*")})
+        onnxopt.pack(path, tmp_path / f"pack{size}")
+    for size, files in ((4000, found[1]), (3000, found[0]), (3000, found[0])):
+        onnxopt.unpack(tmp_path / f"pack{size}", path)
+        assert {file.name: file.read_bytes() for file in tmp_path.glob("m.onnx*")} == files
+
+
 def test_what_is_no_model_is_not_packed(pack: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "m.onnx", tmp_path / "out"
     model = written(model_of(numpy_helper.from_array(floats(), "w")), tmp_path).read_bytes()
