@@ -18,6 +18,7 @@ from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.sensitivity import Source
 from onnxopt.quantization.static import Goal, Settings, Static
 from onnxopt.quantization.units import Survey
+from onnxopt.quantization.whole import idle_sites
 from onnxopt.recipe import parse_pass
 from onnxopt.targets import Target
 
@@ -54,7 +55,8 @@ def best_of(
         return static or nothing
     tidy = partial(cleaned, placement=placement)
     passes = passes_of(scheme.finishing, {"reduce_range": settings.saturates})
-    return Finisher(passes, tidy, settings.keep, partial(_noise_of, found), judge, pays).best(nothing, static)
+    kept = settings.keep | idle_sites(found)
+    return Finisher(passes, tidy, kept, partial(_noise_of, found), judge, pays).best(nothing, static)
 
 
 def best_without_data(

@@ -41,14 +41,16 @@ from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
 from onnxopt.pipeline import Outcome
+from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.finish import Finished
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.keep import kept_sites
 from onnxopt.quantization.planfile import PlanSource, read_plan
 from onnxopt.quantization.schemes import Scheme, find_scheme
-from onnxopt.quantization.static import Goal, Static, quantize_static
+from onnxopt.quantization.static import Goal, Static
 from onnxopt.quantization.units import Survey
+from onnxopt.quantization.whole import quantize_whole
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
@@ -174,13 +176,14 @@ def quantize(
         metric = "agreement"
     judge = Judge(model, held_out, metric, budget, also_isa, config)
     outcome = prepared(job, held_out)
+    name_values_apart(outcome.model)
     kept = kept_sites(outcome.model, keep)
     found: Static | Survey | None = None
     pays = comparison(job, goal, samples, measure=bench)
     if settings is not None:
         require_opset(outcome, settings)
         settings = replace(settings, keep=kept)
-        found = quantize_static(outcome.model, fitted, held_out, settings, judge, say, given)
+        found = quantize_whole(outcome.model, fitted, held_out, settings, judge, say, given)
         made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
         quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
         left = left_in_float(found, made.rewritten)

@@ -19,7 +19,7 @@ from onnxopt.quantization.bounds import required_db
 from onnxopt.runtimes import RunError, Session, UnsupportedModelError, open_session
 from onnxopt.verification.distance import Distance
 
-__all__ = ["LEAST_AGREEMENT", "Judge", "Judgement"]
+__all__ = ["LEAST_AGREEMENT", "Judge", "Judgement", "Judging"]
 
 LEAST_AGREEMENT = 0.98
 """Share of elements of other outputs than floats, as labels, that stay the same where there is no metric."""
@@ -64,6 +64,10 @@ class Judgement:
             "unseen": self.unseen,
             "elsewhere": {name: other.to_dict() for name, other in self.elsewhere.items()},
         }
+
+
+Judging = Callable[[ir.Model], Judgement]
+"""What says of a candidate what it keeps."""
 
 
 class Judge:

@@ -19,7 +19,7 @@ from onnxopt.model import clone
 from onnxopt.quantization.choose import Choice, Prices, choose, chosen_tensors
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.fusion import Fusion, fusion_of
-from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.judge import Judgement, Judging
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.sensitivity import Noise, Source
 from onnxopt.quantization.units import Unit, survey
@@ -86,7 +86,7 @@ def search(
     plan: Plan,
     noise: Noise,
     prices: Prices,
-    judge: Judge,
+    judge: Judging,
     *,
     kept: Collection[str] = (),
     proves: bool = True,
@@ -115,7 +115,7 @@ def judge_plan(
     units: Sequence[Unit],
     placement: Placement,
     plan: Plan,
-    judge: Judge,
+    judge: Judging,
     *,
     proves: bool = True,
 ) -> Searched:
@@ -144,7 +144,7 @@ class _Search:
         plan: Plan,
         noise: Noise,
         prices: Prices,
-        judge: Judge,
+        judge: Judging,
         kept: list[str],
         progress: Callable[[str], None],
     ) -> None:

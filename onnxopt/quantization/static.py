@@ -19,7 +19,7 @@ from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time,
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.improve import improve
-from onnxopt.quantization.judge import Judge
+from onnxopt.quantization.judge import Judging
 from onnxopt.quantization.keepers import KEEPERS
 from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
 from onnxopt.quantization.planfile import GivenPlan
@@ -103,7 +103,7 @@ def quantize_static(
     samples: Sequence[Feeds],
     held_out: Sequence[Feeds],
     settings: Settings,
-    judge: Judge,
+    judge: Judging,
     progress: Progress,
     given: GivenPlan | None = None,
 ) -> Static | Survey:
@@ -187,7 +187,7 @@ def _as_given(
     model: ir.Model,
     samples: Sequence[Feeds],
     settings: Settings,
-    judge: Judge,
+    judge: Judging,
     progress: Progress,
     possible: Survey,
     given: GivenPlan,
