@@ -177,7 +177,7 @@ def _joined_plan(plans: Sequence[Plan]) -> Plan:
 def _joined_noise(parts: Sequence[Static]) -> Noise:
     def measure(sources: Sequence[Source]) -> Mapping[Source, float]:
         known = {source: noise for part in parts for source, noise in part.noise(sources).items()}
-        return {source: known[source] for source in sources}
+        return {source: known[source] for source in sources if source in known}
 
     joined = Noise(sources_of(unit for part in parts for unit in part.surveyed.units), measure)
     joined.known = {source: noise for part in parts for source, noise in part.noise.known.items()}
