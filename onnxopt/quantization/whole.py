@@ -53,7 +53,8 @@ def quantize_whole(
         heavy = [node for node in nodes if node.op_type in HEAVY]
         if not heavy:
             continue
-        inner.update(dict.fromkeys(map(site_of, nodes)))
+        sites = dict.fromkeys(map(site_of, nodes))
+        inner |= sites
         with samples_of(model, branch, samples, held_out) as (fitted, held):
             if not fitted or not held:
                 parts.append(_idle(heavy))
@@ -67,7 +68,7 @@ def quantize_whole(
                 settings,
                 partial(_judged, judge, back),
                 progress,
-                given and _about(given, inner),
+                given and _about(given, sites),
             )
         parts.append(_as_part(found, back))
         best = _best(parts[-1:])
