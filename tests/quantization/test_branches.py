@@ -223,7 +223,7 @@ def nested_net() -> onnx.ModelProto:
 def test_branches_in_branches_are_quantized_alike() -> None:
     model = nested_net()
     rng = np.random.default_rng(4)
-    data = [{**feeds, "x": feeds["x"] * np.float32(rng.choice([0.3, 2.0]))} for feeds in samples(count=24)]
+    data = [{**feeds, "x": feeds["x"] * np.float32(rng.choice([0.3, 2.0]))} for feeds in samples(count=48)]
     done = quantized(model, data)
     assert done.report.ok, done.report.reason
     assert {"tc0", "pc0", "qc0", "ec0", "ec1"} <= integer_sites(done)
@@ -272,7 +272,7 @@ def test_what_is_taken_out_and_put_back_computes_the_same(
     then = body("then", "x" if direct else "s", "t", 20, count=1)
     otherwise = body("else", "s", "t" if same else "e", 40, count=1)
     proto = net(then, otherwise, convolutions=convolutions)
-    model = ir.from_proto(proto)
+    model = clone(ir.from_proto(proto))
     name_values_apart(model)
     names = [value.name for node in nodes(model) for value in node.outputs]
     assert len(names) == len(set(names))
