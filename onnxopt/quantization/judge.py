@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,13 @@ class Judge:
         if not found.within:
             return found
         return replace(found, elsewhere={isa: self.on(model, isa, split) for isa in self._isas})
+
+    @property
+    def here(self) -> Judge:
+        """The same judge, for the CPU here alone."""
+        other = copy.copy(self)
+        other._isas = ()
+        return other
 
     @property
     def by_outputs(self) -> bool:

@@ -13,6 +13,7 @@ from functools import partial
 
 import onnx_ir as ir
 
+from onnxopt.calibration import Statistics
 from onnxopt.data import Feeds
 from onnxopt.graph import walk
 from onnxopt.ledger import site_of
@@ -40,11 +41,13 @@ def quantize_whole(
     judge: Judging,
     progress: Progress,
     given: GivenPlan | None = None,
+    statistics: Statistics | None = None,
 ) -> Static | Survey:
     """Quantize a prepared model in which no two values have one name.
 
     Args, result and errors are those of `quantize_static`. Where branches were quantized, `model` of the
-    result is as it was given, and a keeper has the noise of the last graph that it was kept in.
+    result is as it was given, and a keeper has the noise of the last graph that it was kept in; what the main
+    graph computes depends on them, so that statistics of before are not used.
     """
     whole, parts = model, list[Static | Survey]()
     inner: dict[str, None] = {}
@@ -74,7 +77,8 @@ def quantize_whole(
         best = _best(parts[-1:])
         whole = best.model if best is not None else whole
     others = given and _about(given, [site for site in given.weights if site not in inner])
-    main = quantize_static(whole, samples, held_out, settings, judge, progress, others)
+    known = None if inner else statistics
+    main = quantize_static(whole, samples, held_out, settings, judge, progress, others, known)
     return _joined(model, [*parts, _without(main, inner)]) if inner else main
 
 
@@ -138,6 +142,7 @@ def _joined(model: ir.Model, parts: Sequence[Static | Survey]) -> Static | Surve
     return Static(
         model,
         surveyed,
+        Statistics({name: one for part in found for name, one in part.statistics.items()}),
         _joined_plan([part.plan for part in found]),
         _joined_noise(found),
         {name: gain for part in found for name, gain in part.keepers.items()},
