@@ -158,7 +158,7 @@ class Judge:
         for feeds, expected in zip(self._samples, self._expected, strict=True):
             outputs = run(feeds)
             for name, value in expected.items():
-                found.setdefault(name, Distance()).add(value, outputs[name])
+                found.setdefault(name, Distance(sliced=False)).add(value, outputs[name])
         margins = {name: _margin(one, self._bounds[name]) for name, one in found.items()}
         worst = min(margins, key=lambda name: margins[name])
         told = _told(worst, found[worst], self._bounds[worst])
