@@ -1,10 +1,10 @@
-"""Static quantization: calibrate once, keep what helps, measure what each tensor costs, search."""
+"""Static quantization: calibrate once, choose roughly, keep what helps there, search."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,12 +18,12 @@ from onnxopt.graph import constant_of, sizes_of
 from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
-from onnxopt.quantization.improve import improve
+from onnxopt.quantization.improve import improve, improve_best, unchanged
 from onnxopt.quantization.judge import Judge
-from onnxopt.quantization.keepers import KEEPERS
+from onnxopt.quantization.keepers import FIRST, KEEPERS
 from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
 from onnxopt.quantization.planfile import GivenPlan
-from onnxopt.quantization.search import Searched, judge_plan, search
+from onnxopt.quantization.search import Search, Searched, judge_plan
 from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, sources_of
 from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
@@ -132,33 +132,63 @@ def quantize_static(
     if not surveyed.units:
         return surveyed
     plan = plan_of(surveyed.units, _ranges(surveyed.units, statistics, settings), settings)
-    progress("keeping accuracy", None)
     draft = Draft(model, placement, plan, statistics, settings.method)
-    draft, keepers = improve(draft, samples, held_out, settings.session_config)
-    model, plan = draft.model, draft.plan
-    surveyed = survey(model, placement, plan.params)
+    prices = _prices(model, samples[0], settings)
+    noise = _noise(draft, samples, {}, progress)
+    search = _search(draft, noise, prices, settings, judge, progress)
+    keepers: dict[str, tuple[float, float]] = {}
+    first, config = search.first(), settings.session_config
+    if first is not None:
+        progress("keeping accuracy", None)
+        plain = replace(draft, plan=first.plan)
+        draft, keepers = improve(plain, FIRST, samples, held_out, config)
+        if keepers:
+            same = unchanged(plain, draft)
+            known = {source: noise.known[source] for source in noise.known if source in same}
+            noise = _noise(draft, samples, known, progress)
+            search = _search(draft, noise, prices, settings, judge, progress)
+    if settings.sensitivity:
+        noise()
+    searched = search.run(proves=settings.timed)
+    if searched.best is not None:
+        best, more = improve_best(searched.best, draft, judge, samples, held_out, config)
+        searched, keepers = replace(searched, best=best), keepers | more
+    surveyed = survey(draft.model, placement, draft.plan.params)
+    kept = _kept(surveyed.units, settings)
+    return Static(draft.model, surveyed, draft.plan, noise, keepers, kept, searched)
+
+
+def _noise(
+    draft: Draft, samples: Sequence[Feeds], known: Mapping[Source, float], progress: Progress
+) -> Noise:
     some, told = [*samples[:_SENSITIVITY_SAMPLES]], partial(progress, "measuring sensitivity")
 
     def measure(sources: Sequence[Source]) -> Mapping[Source, float]:
-        return measure_sensitivity(model, placement, plan, some, frozenset(sources), progress=told)
+        wanted = frozenset(sources)
+        return measure_sensitivity(draft.model, draft.placement, draft.plan, some, wanted, progress=told)
 
-    noise = Noise(sources_of(surveyed.units), measure)
-    if settings.sensitivity:
-        noise()
-    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
-    searched = search(
-        model,
-        surveyed.units,
-        placement,
-        plan,
+    return Noise(sources_of(draft.units()), measure, known)
+
+
+def _search(
+    draft: Draft, noise: Noise, prices: Prices, settings: Settings, judge: Judge, progress: Progress
+) -> Search:
+    units = draft.units()
+    return Search(
+        draft.model,
+        units,
+        draft.placement,
+        draft.plan,
         noise,
-        _prices(model, samples[0], settings),
+        prices,
         judge,
-        kept=kept,
-        proves=settings.timed,
+        kept=_kept(units, settings),
         progress=lambda what: progress(what, None),
     )
-    return Static(model, surveyed, plan, noise, keepers, kept, searched)
+
+
+def _kept(units: Sequence[Unit], settings: Settings) -> tuple[str, ...]:
+    return tuple(unit.site for unit in units if unit.site in settings.keep)
 
 
 def _calibrated(
@@ -205,7 +235,7 @@ def _as_given(
     surveyed = survey(model, placement, plan.params)
     searched = judge_plan(model, surveyed.units, placement, plan, judge, proves=settings.timed)
     keepers = dict.fromkeys(given.keepers, (math.nan, math.nan))
-    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
+    kept = _kept(surveyed.units, settings)
     return Static(model, surveyed, plan, Noise(), keepers, kept, searched)
 
 

@@ -203,7 +203,7 @@ def test_a_plan_gives_the_same_model_without_calibration_or_search(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was called")
 
-    for name in ("calibrate", "search", "measure_sensitivity", "improve"):
+    for name in ("calibrate", "Search", "measure_sensitivity", "improve"):
         monkeypatch.setattr(static, name, fail)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_of(done)))
