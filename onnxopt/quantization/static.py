@@ -144,8 +144,8 @@ def quantize_static(
         draft, keepers = improve(plain, FIRST, samples, held_out, config)
         if keepers:
             same = unchanged(plain, draft)
-            known = {source: noise.known[source] for source in noise.known if source in same}
-            noise = _noise(draft, samples, known, progress)
+            measured = {source: value for source, value in noise.known.items() if source in same}
+            noise = _noise(draft, samples, measured, progress)
             search = _search(draft, noise, prices, settings, judge, progress)
     if settings.sensitivity:
         noise()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -52,7 +55,7 @@ def test_integers_are_neither_signals_nor_states() -> None:
 
 @pytest.mark.parametrize(("samples", "runs"), [(1, STEPS), (STEPS, STEPS), (STEPS + 1, 2 * STEPS)])
 def test_state_is_carried_over_so_many_steps(samples: int, runs: int) -> None:
-    def run(feeds: Feeds) -> dict[str, np.ndarray]:
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
         return {"y": feeds["x"] + feeds["h"].sum(), "n": feeds["h"] + 1}
 
     given: list[Feeds] = [{"x": np.array([n]), "h": np.full((1, 2), 100.0 * n)} for n in range(samples)]
@@ -63,7 +66,7 @@ def test_state_is_carried_over_so_many_steps(samples: int, runs: int) -> None:
 
 
 def test_state_of_another_shape_does_not_go_on() -> None:
-    def run(feeds: Feeds) -> dict[str, np.ndarray]:
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
         return {"y": feeds["h"].sum(keepdims=True), "n": feeds["h"] + 1}
 
     given: list[Feeds] = [{"x": np.zeros(1), "h": np.zeros((1, 2 + n % 2))} for n in range(STEPS)]
