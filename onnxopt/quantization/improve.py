@@ -11,6 +11,7 @@ from onnxopt.graph import constant_of
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.keepers import KEEPERS, LAST
+from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.search import Candidate, write
 from onnxopt.quantization.sensitivity import Source, noise_between
 from onnxopt.runtimes import open_session
@@ -19,12 +20,15 @@ __all__ = ["improve", "improve_best", "unchanged"]
 
 _MOST_SAMPLES = 16
 """Held-out samples that keepers are judged on."""
+_DROWNED = 10**-1.5
+"""From here on noise says nothing of what helps where there is less of it: 15 dB."""
 _GAIN = 0.95
 """The noise that a keeper may leave of what there was, at most: less is chance, on so few samples."""
 
 
 def improve(
     draft: Draft,
+    choices: Iterable[Plan],
     keepers: Iterable[str],
     samples: Sequence[Feeds],
     held_out: Sequence[Feeds],
@@ -32,8 +36,13 @@ def improve(
 ) -> tuple[Draft, dict[str, tuple[float, float]]]:
     """The draft with each of the keepers that lowers the noise, and of those the noise before and after.
 
-    The noise is that of the units that the plan chooses: where it drowns the outputs, it says nothing of
-    what helps. Quantized models run with `session_config`.
+    Args:
+        draft: whatever its plan chooses.
+        choices: plans. The noise is that of the first whose noise does not drown the outputs, or of the last;
+            without any the draft stays as it is.
+        keepers: names.
+        samples: for keepers. held_out: to judge by.
+        session_config: that quantized models run with.
     """
     judged = [*held_out[:_MOST_SAMPLES]]
     with open_session(draft.model) as session:
@@ -44,7 +53,15 @@ def improve(
         with open_session(model, session_config=session_config) as session:
             return noise_between(expected, [session.run(feeds) for feeds in judged])
 
-    before, gains = noise_of(draft), {}
+    before: float | None = None
+    for plan in choices:
+        draft = replace(draft, plan=plan)
+        before = noise_of(draft)
+        if before < _DROWNED:
+            break
+    if before is None:
+        return draft, {}
+    gains: dict[str, tuple[float, float]] = {}
     for name in keepers:
         changed = KEEPERS[name](draft, samples)
         after = noise_of(changed) if changed is not None else before
@@ -63,7 +80,7 @@ def improve_best(
     session_config: Mapping[str, str],
 ) -> tuple[Candidate, dict[str, tuple[float, float]]]:
     """A search's best candidate with the keepers that hold for its units alone, if it stays good enough."""
-    chosen, gains = improve(replace(draft, plan=best.plan), LAST, samples, held_out, session_config)
+    chosen, gains = improve(draft, [best.plan], LAST, samples, held_out, session_config)
     if not gains:
         return best, {}
     model, _ = write(chosen.model, chosen.placement, chosen.plan)

@@ -10,7 +10,7 @@ in floating point, and the search begins again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -138,13 +138,15 @@ class Search:
         self._trials: dict[tuple[frozenset[str], frozenset[str]], tuple[Trial, Candidate]] = {}
         self._unfused: list[str] = []
 
-    def first(self) -> Candidate | None:
-        """The candidate that it begins with, near the budget: what it ends with is much like it.
-
-        None where nothing pays. What is tried for it is not tried again.
-        """
+    def choices(self) -> Iterator[Plan]:
+        """The fastest choice, and where that is beyond the budget one near it. Nothing is tried twice."""
+        fastest = self._try(self._choice(0.0))
+        if fastest is None:
+            return
+        yield fastest.plan
         found, failed, _ = self._raised()
-        return found or failed
+        if failed is not None:
+            yield (found or failed).plan
 
     def run(self, *, proves: bool = True) -> Searched:
         """Search. proves: nodes that the runtime here does not fuse are found, and stay in floating point."""

@@ -136,17 +136,14 @@ def quantize_static(
     prices = _prices(model, samples[0], settings)
     noise = _noise(draft, samples, {}, progress)
     search = _search(draft, noise, prices, settings, judge, progress)
-    keepers: dict[str, tuple[float, float]] = {}
-    first, config = search.first(), settings.session_config
-    if first is not None:
-        progress("keeping accuracy", None)
-        plain = replace(draft, plan=first.plan)
-        draft, keepers = improve(plain, FIRST, samples, held_out, config)
-        if keepers:
-            same = unchanged(plain, draft)
-            measured = {source: value for source, value in noise.known.items() if source in same}
-            noise = _noise(draft, samples, measured, progress)
-            search = _search(draft, noise, prices, settings, judge, progress)
+    progress("keeping accuracy", None)
+    config = settings.session_config
+    improved, keepers = improve(draft, search.choices(), FIRST, samples, held_out, config)
+    if keepers:
+        same = unchanged(draft, improved)
+        measured = {source: value for source, value in noise.known.items() if source in same}
+        draft, noise = improved, _noise(improved, samples, measured, progress)
+        search = _search(draft, noise, prices, settings, judge, progress)
     if settings.sensitivity:
         noise()
     searched = search.run(proves=settings.timed)

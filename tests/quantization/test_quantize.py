@@ -216,6 +216,20 @@ def test_a_plan_gives_the_same_model_without_calibration_or_search(
     assert again.report.judgement == done.report.judgement
 
 
+def test_biases_that_were_measured_of_the_choice_are_measured_again() -> None:
+    data = [{"x": np.abs(feeds["x"])} for feeds in samples(24)]
+    first = quantized(net(seed=2).SerializeToString(), data=data)
+    plan = plan_of(first)
+    assert plan["keepers"][-1] == "measure-biases"
+    again = quantized(net(seed=2).SerializeToString(), data=data, plan=plan)
+    assert again.model == first.model
+    plan["keepers"].pop()
+    without = quantized(net(seed=2).SerializeToString(), data=data, plan=plan).report.judgement
+    assert first.report.judgement is not None
+    assert without is not None
+    assert without.score < first.report.judgement.score
+
+
 def test_a_plan_is_edited_node_by_node(done: Result[QuantizationReport]) -> None:
     plan = plan_of(done)
     node_of(plan, "c1")["as"] = "float"
