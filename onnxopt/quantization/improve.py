@@ -20,8 +20,8 @@ __all__ = ["improve", "improve_best", "unchanged"]
 
 _MOST_SAMPLES = 16
 """Held-out samples that keepers are judged on."""
-_DROWNED = 10**-1.5
-"""From here on noise says nothing of what helps where there is less of it: 15 dB."""
+_DROWNED = 0.01
+"""From here on noise hides what helps where there is less of it: 20 dB."""
 _GAIN = 0.95
 """The noise that a keeper may leave of what there was, at most: less is chance, on so few samples."""
 

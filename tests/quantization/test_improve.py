@@ -112,7 +112,7 @@ def test_biases_are_measured_of_the_best_candidate_and_left_out_where_the_budget
 def test_a_choice_that_noise_drowns_is_not_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
     draft, samples = coarse(), smooth_images(3)
     plans = [replace(draft.plan, biases={str(number): np.zeros(1)}) for number in range(3)]
-    for noises, expected in (([0.1, 0.02], 1), ([0.02], 0), ([0.1, 0.1, 0.1], 2)):
+    for noises, expected in (([0.1, 0.002], 1), ([0.002], 0), ([0.1, 0.1, 0.1], 2)):
         left = iter(noises)
         monkeypatch.setattr(module, "noise_between", lambda *_, left=left: next(left))
         improved, gains = improve(draft, iter(plans), [], samples, samples)
