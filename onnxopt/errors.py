@@ -5,6 +5,7 @@
     │   └── NoSamplesError       2  no valid input for a model could be made up
     ├── ModelError               2  a file that is no usable ONNX model, or a place it cannot be written to
     ├── ProviderError            3  an execution provider that was asked for cannot run here
+    ├── DivergedError            1  a training whose loss is no finite number any more
     └── RuntimeMissingError      2  onnxruntime is not installed
 
 Each message says who, what was found, and what to do, in one line.
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 __all__ = [
+    "DivergedError",
     "ModelError",
     "NoSamplesError",
     "OnnxoptError",
@@ -54,6 +56,12 @@ class ProviderError(OnnxoptError):
     """An execution provider that was asked for cannot run here."""
 
     exit_code = 3
+
+
+class DivergedError(OnnxoptError):
+    """A training whose loss or gradients are no finite numbers any more."""
+
+    exit_code = 1
 
 
 class RuntimeMissingError(OnnxoptError, ImportError):

@@ -25,7 +25,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
@@ -40,6 +40,8 @@ __all__ = [
     "load_recipe",
     "parse_pass",
     "parse_passes",
+    "parse_spelled",
+    "read_value",
     "recipes",
     "unknown_pass",
 ]
@@ -49,6 +51,7 @@ ENTRY_POINTS = "onnxopt.passes"
 
 _KEYS = ("description", "base", "skip", "after", "passes", "rounds")
 
+Made = TypeVar("Made")
 PassFactory = Callable[..., ir.passes.PassBase]
 
 
@@ -191,13 +194,22 @@ def parse_pass(text: str, known: Mapping[str, PassFactory] | None = None) -> ir.
     Raises:
         UsageError: unknown pass or option, or a value of the wrong type; with the nearest known word.
     """
+    return parse_spelled(text, known_passes() if known is None else known, "pass")
+
+
+def parse_spelled(text: str, known: Mapping[str, Callable[..., Made]], what: str) -> Made:
+    """What the dataclass of that name makes of `name` or `name{option=value,...}`.
+
+    Raises:
+        UsageError: unknown name or option, or a value of the wrong type; `what` says what was looked for.
+    """
     match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\{(.*)\})?\s*", text)
     if match is None:
-        raise UsageError(f"pass {text!r}: expected name or name{{option=value}}")
+        raise UsageError(f"{what} {text!r}: expected name or name{{option=value}}")
     name, options = match[1], match[2] or ""
-    known = known_passes() if known is None else known
     if name not in known:
-        raise UsageError(unknown_pass(name, known))
+        hint = unknown_pass(name, known) if what == "pass" else None
+        raise UsageError(hint or f"unknown {what} {name!r}{did_you_mean(name, known)}")
     given = {}
     for part in filter(None, (p.strip() for p in options.split(","))):
         key, equals, value = part.partition("=")
@@ -218,7 +230,7 @@ def unknown_pass(name: str, known: Iterable[str]) -> str:
     return f"unknown pass {name!r}{did_you_mean(name, known) or ': `onnxopt passes` lists them'}"
 
 
-def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[str, object]:
+def _typed(name: str, factory: Callable[..., Any], given: Mapping[str, str]) -> dict[str, object]:
     if not given:
         return {}
     if not dataclasses.is_dataclass(factory):
@@ -229,22 +241,22 @@ def _typed(name: str, factory: PassFactory, given: Mapping[str, str]) -> dict[st
     for key, text in given.items():
         if key not in fields:
             raise UsageError(f"{name}: unknown option {key!r}{did_you_mean(key, fields) or ': it has none'}")
-        typed[key] = _value(f"{name}: {key}", fields[key], text)
+        typed[key] = read_value(f"{name}: {key}", fields[key], text)
     return typed
 
 
-def _value(who: str, kind: object, text: str) -> object:
+def read_value(who: str, kind: object, text: str) -> object:
     """Text as the type of a field: bool, int, float, str, a Literal of strings, or a tuple (`a+b`)."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in arguments:
         rest = [argument for argument in arguments if argument is not type(None)]
-        return None if text == "none" else _value(who, rest[0], text)
+        return None if text == "none" else read_value(who, rest[0], text)
     if origin is typing.Literal:
         if text not in arguments:
             raise UsageError(f"{who}: unknown value {text!r}{did_you_mean(text, arguments)}")
         return text
     if origin is tuple:
-        return tuple(_value(who, arguments[0], part) for part in text.split("+") if part)
+        return tuple(read_value(who, arguments[0], part) for part in text.split("+") if part)
     if kind is bool and text in ("true", "false"):
         return text == "true"
     readers: Sequence[type] = (int, float, str)

@@ -1,4 +1,4 @@
-"""What `optimize` and `quantize` give back, and how it is written."""
+"""What `optimize`, `quantize` and the trainings give back, and how it is written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from onnxopt.protobuf import dump
 from onnxopt.reporting import Report
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.reporting.report import SESSION_SCHEMA, session_file
+from onnxopt.reporting.training import TrainingReport
 from onnxopt.storage import check_target, save, staging
 
 __all__ = ["Result"]
 
 
-Told = TypeVar("Told", Report, QuantizationReport)
+Told = TypeVar("Told", Report, QuantizationReport, TrainingReport)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""`onnxopt train`"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
+from onnxopt.training.recipe import Recipe
+
+__all__ = ["command"]
+
+Command = typing.TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.group("train")
+def command() -> None:
+    """Train the graph itself; the result is the same graph with other weights.
+
+    \b
+    onnxopt train finetune model.onnx -o tuned.onnx --data train.npz --labels y
+    """
+
+
+def training_options(kind: type[Recipe]) -> Callable[[Command], Command]:
+    """The options of every training, and one for each field of its recipe, all spelled as there."""
+
+    def decorate(function: Command) -> Command:
+        decorated: Any = json_option(function)
+        for f in reversed(dataclasses.fields(kind)):
+            flag = f"--{f.name.replace('_', '-')}"
+            option: dict[str, Any] = {"help": kind.meanings[f.name], "default": None}
+            if f.type == "bool":
+                flag = f"{flag}/--no-{flag[2:]}"
+            elif f.default == ():
+                option |= {"help": f"{option['help']} Repeatable.", "multiple": True}
+            elif f.default not in (None, "", "0", 0):
+                option["help"] += f"  [default: {f.default}]"
+            decorated = click.option(flag, f.name, **option)(decorated)
+        for option_ in (
+            click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.train."),
+            click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file with these options."),
+            click.option(
+                "-o", "--output", type=click.Path(path_type=Path), help="Where to write the result."
+            ),
+            click.argument("model", type=click.Path(path_type=Path)),
+        ):
+            decorated = option_(decorated)
+        return typing.cast(Command, decorated)
+
+    return decorate
+
+
+def run_training(
+    function: str,
+    model: Path,
+    output: Path | None,
+    recipe: Path | None,
+    resume: bool,
+    json_file: str | None,
+    given: dict[str, Any],
+) -> int:
+    """Call the function of that name of `onnxopt.training`; print, and write what it gives."""
+    import onnxopt.training
+    from onnxopt.reporting.training_tables import print_training
+    from onnxopt.storage import check_target
+
+    keep_apart(json_file, model, output, recipe)
+    if output is None:
+        raise click.UsageError("say where to write: -o OUT")
+    check_target(output)
+    asked = {name: value for name, value in given.items() if value not in (None, ())}
+    folder = output.with_name(f"{output.name}.train")
+    with progress() as show:
+        train = getattr(onnxopt.training, function)
+        result = train(model, recipe=recipe, folder=folder, resume=resume, progress=show, **asked)
+        report = result.report
+        if report.process[0]:
+            return int(not report.ok)
+        written = result.save(output) if report.ok else None
+    print_training(report, console(json_file), written=written)
+    write_json(report.to_dict(), json_file)
+    return int(not report.ok)
+
+
+@command.command("finetune")
+@training_options(Recipe)
+def finetune(
+    model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
+) -> int:
+    """Train MODEL with a loss of its task, and save the epoch that is best in ONNX Runtime.
+
+    \b
+    onnxopt train finetune model.onnx -o tuned.onnx --data train.npz --labels y --epochs 5
+    onnxopt train finetune model.onnx -o tuned.onnx --recipe recipe.toml --resume
+    torchrun --nproc-per-node 2 -m onnxopt train finetune model.onnx -o tuned.onnx --recipe recipe.toml
+
+    Log, checkpoint and best model lie in OUT.train. Exit codes: 0 written, 1 it got worse or diverged, 2 bad
+    input.
+    """
+    return run_training("finetune", model, output, recipe, resume, json_file, given)

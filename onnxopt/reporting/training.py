@@ -1,0 +1,73 @@
+"""The report of one training: what was asked, how it went, and whether the model is better for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from onnxopt.benchmarking.settings import Setting
+from onnxopt.reporting.report import Size
+
+__all__ = ["SCHEMA", "Score", "TrainingReport"]
+
+SCHEMA = "onnxopt.train/1"
+"""Name and version of the layout of `TrainingReport.to_dict`."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metric before and after, in ONNX Runtime. unseen: on samples by which nothing was chosen."""
+
+    metric: str
+    before: float
+    after: float
+    unseen: bool
+
+    @property
+    def summary(self) -> str:
+        """``accuracy 0.91 before, 0.98 after``"""
+        return f"{self.metric} {self.before:.6g} before, {self.after:.6g} after"
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did.
+
+    recipe: all options. samples: to train on, to choose the best epoch by, and for the last word; None where
+    they are not counted. trained: parameters that were, of how many. choice: the score that the epoch was
+    chosen by; final: that of the last word. curves: a number for each epoch. best_epoch: counts from 1.
+    reason: why nothing is to be written; empty where all is well. process: number of this one, of how many.
+    """
+
+    command: str
+    source: str
+    input_sha256: str
+    recipe: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+    device: str
+    process: tuple[int, int]
+    samples: tuple[int | None, int | None, int | None]
+    trained: tuple[int, int]
+    before: Size
+    after: Size
+    choice: Score
+    final: Score
+    curves: Mapping[str, Sequence[float]]
+    best_epoch: int
+    steps: int
+    reason: str
+    notes: tuple[str, ...]
+    seconds: float
+    settings: ClassVar[tuple[Setting, ...]] = ()
+    session: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model is as good as was asked."""
+        return not self.reason
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has; laid out as docs/report.md says."""
+        return {"schema": SCHEMA, "ok": self.ok, **asdict(self)}

@@ -1,0 +1,50 @@
+"""What the loop asks of others: a judge of what it has trained, and hooks that change how it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from onnxopt.training.loop import Trainer
+
+__all__ = ["Hook", "Judge"]
+
+
+class Judge(Protocol):
+    """Says how good the module is now, and keeps it if it is the best so far."""
+
+    def score(self, module: nn.Module) -> float:
+        """Higher is better. Called by the first process only."""
+        ...
+
+    def keep(self, module: nn.Module) -> None:
+        """Called in each process after a score that is the best so far."""
+        ...
+
+
+class Hook:
+    """What distillation, masks or quantization add to a training; each method may be left as it is."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the optimizer is made: parameters may be added or frozen."""
+
+    def epoch(self, trainer: Trainer, epoch: int) -> None:
+        """Before each epoch, and again where one is resumed in its middle."""
+
+    def loss(
+        self, trainer: Trainer, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """A loss of each sample, (N,), or one for all, to be added to that of the recipe."""
+
+    def stepped(self, trainer: Trainer) -> None:
+        """After each step of the optimizer, without gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

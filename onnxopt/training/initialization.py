@@ -1,0 +1,129 @@
+"""New values for parameters, by name: layers that are to learn from nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from onnxopt.errors import UsageError
+from onnxopt.graph import int_attr, walk
+from onnxopt.recipe import parse_spelled
+
+__all__ = ["SCHEMES", "initialize"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Fills a weight [out, in, ...] in place."""
+
+    def fill(self, weight: Tensor, random: torch.Generator) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Kaiming(Scheme):
+    """Normal, of variance 2 / fan_in (1502.01852); where `uniform`, of the same variance."""
+
+    uniform: bool = False
+
+    def fill(self, weight: Tensor, random: torch.Generator) -> None:
+        draw = nn.init.kaiming_uniform_ if self.uniform else nn.init.kaiming_normal_
+        draw(weight, nonlinearity="relu", generator=random)
+
+
+@dataclass(frozen=True)
+class Xavier(Scheme):
+    """Normal, of variance 2 / (fan_in + fan_out) (Glorot 2010); where `uniform`, of the same variance."""
+
+    uniform: bool = False
+
+    def fill(self, weight: Tensor, random: torch.Generator) -> None:
+        draw = nn.init.xavier_uniform_ if self.uniform else nn.init.xavier_normal_
+        draw(weight, generator=random)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Scheme):
+    """A (semi-)orthogonal matrix times `gain` (1312.6120)."""
+
+    gain: float = 1.0
+
+    def fill(self, weight: Tensor, random: torch.Generator) -> None:
+        nn.init.orthogonal_(weight, self.gain, generator=random)
+
+
+@dataclass(frozen=True)
+class Normal(Scheme):
+    std: float = 0.02
+
+    def fill(self, weight: Tensor, random: torch.Generator) -> None:
+        weight.normal_(0, self.std, generator=random)
+
+
+@dataclass(frozen=True)
+class Constant(Scheme):
+    value: float = 0.0
+
+    def fill(self, weight: Tensor, random: torch.Generator) -> None:
+        weight.fill_(self.value)
+
+
+SCHEMES: Mapping[str, Callable[..., Scheme]] = {
+    "constant": Constant,
+    "kaiming": Kaiming,
+    "normal": Normal,
+    "ones": lambda: Constant(1.0),
+    "orthogonal": Orthogonal,
+    "xavier": Xavier,
+    "zeros": Constant,
+}
+
+
+def initialize(module: nn.Module, model: ir.Model, specs: Sequence[str], seed: int) -> None:
+    """Give parameters new values: "fc.*=kaiming" and the like, the last that fits counts.
+
+    Weights that stand [in, out, ...] in the model are filled as their transpose. Each parameter has its own
+    random numbers, of `seed` and its position.
+
+    Raises:
+        UsageError: it cannot be read, fits nothing, or a scheme needs more axes than a parameter has.
+    """
+    rules = []
+    named = dict(module.named_parameters())
+    for spec in specs:
+        pattern, equals, scheme = spec.partition("=")
+        if not equals:
+            raise UsageError(f"init {spec!r}: expected PATTERN=SCHEME, such as fc.*=kaiming")
+        if not fnmatch.filter(named, pattern):
+            raise UsageError(
+                f"init: no parameter is called {pattern!r}; some are {', '.join(list(named)[:4])}"
+            )
+        rules.append((pattern, parse_spelled(scheme, SCHEMES, "scheme")))
+    turned = _turned(model) if rules else set()
+    for number, (name, parameter) in enumerate(named.items()):
+        fitting = [scheme for pattern, scheme in rules if fnmatch.fnmatchcase(name, pattern)]
+        if not fitting:
+            continue
+        random = torch.Generator(parameter.device).manual_seed((seed << 32) + number)
+        weight = parameter.detach()
+        try:
+            fitting[-1].fill(weight.transpose(0, 1) if name in turned else weight, random)
+        except ValueError as error:
+            raise UsageError(f"init: parameter {name!r} of shape {list(parameter.shape)}: {error}") from None
+
+
+def _turned(model: ir.Model) -> set[str]:
+    """Names of weights whose first axis is that of what goes in."""
+    found = set()
+    for node in walk(model.graph):
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        inner = node.op_type in ("MatMul", "ConvTranspose")
+        inner = inner or (node.op_type == "Gemm" and not int_attr(node, "transB", 0))
+        if inner and weight is not None and weight.name:
+            found.add(weight.name)
+    return found

@@ -1,0 +1,60 @@
+"""What happened when: a line of JSON for each event, and the same for TensorBoard where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from onnxopt.errors import UsageError
+
+__all__ = ["Log"]
+
+
+class Log:
+    """The log of a training in its folder; without a folder nothing is written.
+
+    `size` is how much of `log.jsonl` there is: a resumed training goes on from where its checkpoint was.
+    """
+
+    def __init__(self, folder: Path | None, *, keep: int = 0, tensorboard: bool = False) -> None:
+        self._stream = None
+        self._board = _board(folder) if tensorboard and folder is not None else None
+        if folder is not None:
+            self._stream = (folder / "log.jsonl").open("a+b")
+            self._stream.truncate(keep)
+            self._stream.seek(0, 2)
+
+    @property
+    def size(self) -> int:
+        return self._stream.tell() if self._stream is not None else 0
+
+    def __call__(self, step: int, **figures: Any) -> None:
+        """Note the figures of a step."""
+        if self._stream is not None:
+            shown = {name: figure if _finite(figure) else str(figure) for name, figure in figures.items()}
+            self._stream.write(json.dumps({"step": step, **shown}).encode() + b"\n")
+            self._stream.flush()
+        if self._board is not None:
+            for name, figure in figures.items():
+                if isinstance(figure, float) and math.isfinite(figure):
+                    self._board.add_scalar(name, figure, step)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite(figure: Any) -> bool:
+    return not isinstance(figure, float) or math.isfinite(figure)
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard: it is not installed: pip install tensorboard") from None
+    return SummaryWriter(str(folder))

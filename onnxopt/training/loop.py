@@ -1,0 +1,310 @@
+"""The loop: batches in, optimizer steps, an evaluation and a checkpoint after each epoch.
+
+All that is random in a step (dropout, transforms, order) is drawn anew from the seed and the number of the
+step, so that a checkpoint needs no state of generators and a resumed run is the run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from onnxopt.errors import OnnxoptError, UsageError, one_line
+from onnxopt.training.checkpoints import read_checkpoint, write_checkpoint
+from onnxopt.training.dataset import Batch, Dataset, parse_sizes
+from onnxopt.training.divergence import diverged
+from onnxopt.training.hooks import Hook, Judge
+from onnxopt.training.logs import Log
+from onnxopt.training.losses import Objective
+from onnxopt.training.optimizers import frozen, make_optimizer, penalty
+from onnxopt.training.parallel import World
+from onnxopt.training.recipe import Recipe
+from onnxopt.training.schedules import Clock, parse_schedule
+
+__all__ = ["Curves", "Trainer"]
+
+_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Curves:
+    """A number for each epoch: mean loss, score of the written file, learning rate at the end."""
+
+    loss: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> int:
+        """The epoch with the best score, the first of equals; -1 before the first."""
+        return max(range(len(self.score)), key=lambda one: (self.score[one], -one), default=-1)
+
+
+class Trainer:
+    """Trains a module that maps a dict of inputs to a dict of outputs.
+
+    objective: None where hooks give the loss. outputs: of the module, of what the objective calls them.
+    folder: where checkpoint and log go; None: nowhere. made_for: stands for model and recipe in checkpoints.
+
+    `step` counts optimizer steps, `epoch` and `batch` say where in the data it is.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective | None,
+        data: Dataset,
+        recipe: Recipe,
+        judge: Judge,
+        *,
+        world: World,
+        hooks: Sequence[Hook] = (),
+        folder: Path | None = None,
+        made_for: str = "",
+        progress: Callable[[str, float | None], None] = lambda _what, _share: None,
+    ) -> None:
+        self.module, self.objective, self.data, self.recipe, self.judge = (
+            module,
+            objective,
+            data,
+            recipe,
+            judge,
+        )
+        self.world, self.hooks, self.folder, self.made_for, self.progress = (
+            world,
+            hooks,
+            folder,
+            made_for,
+            progress,
+        )
+        self.step = self.epoch = self.batch = 0
+        self.curves = Curves()
+        self._losses: list[float] = [0.0, 0.0]
+        """Sum of the losses of this epoch, and how many samples it has seen."""
+        self._schedule = parse_schedule(recipe.schedule, recipe.warmup)
+        self._sizes = parse_sizes(recipe.batch_size, parse_schedule(recipe.batch_schedule), recipe.seed)
+        steps = data.steps(self._sizes, recipe.epochs)
+        if not steps and not recipe.steps:
+            raise UsageError("steps: a stream has no length: say how many steps to train, with steps=")
+        self.total = min(steps or recipe.steps, recipe.steps or steps)
+        module.to(world.device)
+        for hook in hooks:
+            hook.start(self)
+        named = dict(module.named_parameters())
+        for name in frozen(named, recipe.freeze):
+            named[name].requires_grad_(False)
+        self.trained = {name: one for name, one in named.items() if one.requires_grad}
+        self.optimizer = make_optimizer(
+            self.trained,
+            recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            groups=recipe.groups,
+        )
+        # over the parameters alone: a list that holds them, not copies
+        self._parameters = nn.ParameterList(self.trained.values())
+        average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+        self.ema = AveragedModel(self._parameters, multi_avg_fn=average) if recipe.ema else None
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
+        self._forward: Any = world.wrapped(module)
+        if recipe.compile:
+            self._forward = torch.compile(self._forward)
+
+    @property
+    def clock(self) -> Clock:
+        """Where the training is."""
+        return Clock(self.step, self.total, self.epoch, tuple(self.curves.score))
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made, or the score has not become better for too long."""
+        waited = len(self.curves.score) - 1 - self.curves.best
+        stopped = bool(self.recipe.patience) and waited >= self.recipe.patience
+        return stopped or self.step >= self.total or self.epoch >= self.recipe.epochs
+
+    def fit(self, *, resume: bool = False) -> Curves:
+        """Train to the end; with `resume` from the checkpoint in the folder on, if there is one.
+
+        Raises:
+            DivergedError: the loss or a gradient is no finite number.
+            UsageError: data, labels or a checkpoint that do not fit.
+        """
+        logged = self._restore() if resume else 0
+        log = Log(self.folder if self.world.first else None, keep=logged, tensorboard=self.recipe.tensorboard)
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), contextlib.closing(log):
+            while not self.done:
+                self._run_epoch(log)
+                self._evaluate(log)
+                self._save(log)
+        return self.curves
+
+    def _run_epoch(self, log: Log) -> None:
+        recipe, part = self.recipe, (self.world.rank, self.world.size)
+        for hook in self.hooks:
+            hook.epoch(self, self.epoch)
+        self.module.train()
+        batches = self.data.batches(
+            self._sizes, self.epoch, recipe.epochs, start=self.batch, part=part, pieces=recipe.accumulate
+        )
+        with contextlib.closing(batches):
+            for size, pieces in batches:
+                loss, rate = self._train_on(size, pieces)
+                self.step, self.batch = self.step + 1, self.batch + 1
+                self._losses = [self._losses[0] + loss * size, self._losses[1] + size]
+                log(self.step, epoch=self.epoch + 1, loss=loss, lr=rate)
+                self.progress(
+                    f"epoch {self.epoch + 1}/{recipe.epochs} loss {loss:.4g}", self.step / self.total
+                )
+                if self.step >= self.total:
+                    break
+                if self.step % recipe.interval == 0:
+                    self._save(log)
+        if not self._losses[1]:
+            raise UsageError(
+                f"data: epoch {self.epoch + 1} gives no samples: a source is read anew in each epoch"
+            )
+
+    def _train_on(self, size: int, pieces: Sequence[Batch]) -> tuple[float, float]:
+        """One step of the optimizer; the mean loss over all processes, and the learning rate."""
+        torch.manual_seed((self.recipe.seed << 32) + self.step * self.world.size + self.world.rank)
+        rate = self.recipe.lr * self._schedule(self.clock)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.world.device)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            arrays = {
+                name: torch.from_numpy(_own(a)).to(self.world.device) for name, a in piece.arrays.items()
+            }
+            with contextlib.nullcontext() if last or self.world.size == 1 else self._forward.no_sync():
+                loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
+                if last:
+                    loss = loss + penalty(self.trained.values(), self.recipe.l1, self.recipe.l2)
+                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        norm = self._clip()
+        total = self.world.mean(total)
+        if not (total + norm).isfinite().item():
+            raise diverged(self.module, self.step + 1, float(total), self.trained, arrays)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        with torch.no_grad():
+            for hook in self.hooks:
+                hook.stepped(self)
+        if self.ema is not None:
+            self.ema.update_parameters(self._parameters)
+        return float(total), rate
+
+    def _loss(self, piece: Batch, arrays: dict[str, Tensor]) -> Tensor:
+        """The mean loss of one piece."""
+        shares = None
+        if piece.shares is not None:  # mixup: each sample with the one as far from the other end
+            shares = torch.from_numpy(piece.shares).to(self.world.device)
+            names = [name for name in self.module.input_names if arrays[name].is_floating_point()]  # type: ignore[union-attr]
+            for name in names:
+                own = shares.reshape(-1, *[1] * (arrays[name].ndim - 1))
+                arrays[name] = own * arrays[name] + (1 - own) * arrays[name].flip(0)
+        dtype = _TYPES.get(self.recipe.precision)
+        try:
+            with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
+                outputs = self._forward({name: arrays[name] for name in self.module.input_names})  # type: ignore[union-attr]
+            parts = [] if self.objective is None else [self.objective(outputs, arrays)]
+            if shares is not None and parts:
+                mirrored = {**arrays, **{name: arrays[name].flip(0) for name in self.data.labels}}
+                other = self.objective(outputs, mirrored)  # type: ignore[misc]
+                parts = [shares * parts[0] + (1 - shares) * other]
+            parts += [one for hook in self.hooks if (one := hook.loss(self, outputs, arrays)) is not None]
+            return torch.stack([part.float().mean() for part in parts]).sum()
+        except OnnxoptError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            shown = ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in arrays.items())
+            raise UsageError(f"train: step {self.step + 1} on {shown} failed: {one_line(error)}") from error
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, and give their norm; 0 where the scaler of float16 looks after them."""
+        members = [one for one in self.trained.values() if one.grad is not None]
+        self._scaler.unscale_(self.optimizer)
+        if self.recipe.clip_value:
+            nn.utils.clip_grad_value_(members, self.recipe.clip_value)
+        norm = nn.utils.get_total_norm([one.grad for one in members if one.grad is not None])
+        if self.recipe.clip_norm:
+            nn.utils.clip_grads_with_norm_(members, self.recipe.clip_norm, norm)
+        return torch.zeros_like(norm) if self._scaler.is_enabled() else norm
+
+    def _evaluate(self, log: Log) -> None:
+        """Close the epoch: score what would be written now, and keep it if it is the best."""
+        self.progress(f"epoch {self.epoch + 1}: evaluating in ONNX Runtime", self.step / self.total)
+        self.module.eval()
+        with self._averaged():
+            score = self.world.agreed(self.judge.score(self.module) if self.world.first else None)
+            if score > max(self.curves.score, default=-torch.inf):
+                self.judge.keep(self.module)
+        self.curves.loss.append(self._losses[0] / self._losses[1])
+        self.curves.score.append(score)
+        self.curves.lr.append(
+            self.optimizer.param_groups[0]["lr"] / (self.optimizer.param_groups[0]["factor"] or 1)
+        )
+        log(self.step, epoch=self.epoch + 1, mean_loss=self.curves.loss[-1], score=score)
+        self.epoch, self.batch, self._losses = self.epoch + 1, 0, [0.0, 0.0]
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The module with the moving averages in place of its parameters."""
+        if self.ema is None:
+            yield
+            return
+        own = [one.detach().clone() for one in self._parameters]
+        with torch.no_grad():
+            for one, mean in zip(self._parameters, self.ema.module.parameters(), strict=True):
+                one.copy_(mean)
+            yield
+            for one, mine in zip(self._parameters, own, strict=True):
+                one.copy_(mine)
+
+    def _save(self, log: Log) -> None:
+        if self.folder is None or not self.world.first:
+            return
+        state = {
+            "made_for": self.made_for,
+            "position": [self.step, self.epoch, self.batch],
+            "losses": self._losses,
+            "curves": vars(self.curves),
+            "log": log.size,
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
+            "hooks": [hook.state_dict() for hook in self.hooks],
+        }
+        write_checkpoint(state, self.folder / "checkpoint.pt")
+
+    def _restore(self) -> int:
+        """Go to where the checkpoint was, if there is one; how much of the log there was then."""
+        state = read_checkpoint(self.folder / "checkpoint.pt", self.made_for) if self.folder else None
+        if state is None:
+            return 0
+        self.step, self.epoch, self.batch = state["position"]
+        self._losses, self.curves = state["losses"], Curves(**state["curves"])
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        for hook, own in zip(self.hooks, state["hooks"], strict=True):
+            hook.load_state_dict(own)
+        return int(state["log"])
+
+
+def _own(array: Any) -> Any:
+    """An array that torch may hold: writable and contiguous."""
+    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()

@@ -1,0 +1,223 @@
+"""One training from a model to a model: what finetuning, distillation, pruning and QAT have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from onnxopt.api.common import record, silent, versions
+from onnxopt.data.contract import contract_of
+from onnxopt.errors import ModelError, UsageError
+from onnxopt.job import Progress
+from onnxopt.metric import parse_drop
+from onnxopt.model import ModelLike, fingerprint, load, reusable
+from onnxopt.reporting import measure_size
+from onnxopt.reporting.training import Score, TrainingReport
+from onnxopt.result import Result
+from onnxopt.training.dataset import Dataset
+from onnxopt.training.initialization import initialize
+from onnxopt.training.loop import Hook, Trainer
+from onnxopt.training.losses import Objective, parse_loss
+from onnxopt.training.module import GraphModule, to_torch
+from onnxopt.training.normalization import with_batchnorm
+from onnxopt.training.parallel import World, world
+from onnxopt.training.recipe import Recipe
+from onnxopt.training.scoring import FileJudge, final_activations, find_metric, score
+from onnxopt.training.sources import open_source
+from onnxopt.training.transforms import parse_transforms
+from onnxopt.training.values import FLOATS
+from onnxopt.training.writing import write_back
+
+__all__ = ["train"]
+
+_PROBED = 64
+"""Samples that the statistics of a new BatchNormalization are taken from, at most."""
+_SEEN = "the best epoch was chosen on the samples of the final score: give others with test="
+_SAME = "the metric was measured on the samples that were trained on: give others with validation="
+_NO_MATTER = ("interval", "workers", "tensorboard")
+"""Options that change nothing of the result."""
+
+
+def train(
+    command: str,
+    model: ModelLike,
+    recipe: Recipe,
+    *,
+    start: ir.Model | None = None,
+    hooks: Sequence[Hook] = (),
+    labelled: bool = True,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result[TrainingReport]:
+    """Train a model as a recipe says, and keep the epoch whose file scores best in ONNX Runtime.
+
+    Args:
+        command: the name of the training, for the report.
+        model: what the result is compared with.
+        recipe: how to train.
+        start: the model that is trained, where it is another one.
+        hooks: what they add to the loop.
+        labelled: whether the recipe's loss is part of the objective; else hooks give all of it.
+        folder: keeps log, checkpoint and the best model; None: nothing is kept.
+        resume: go on from the checkpoint in the folder, if there is one.
+        progress: called with what is being done.
+
+    Raises:
+        ModelError, UsageError: input that cannot be used.
+        DivergedError: the loss is no finite number any more.
+    """
+    started = time.perf_counter()
+    if resume and folder is None:
+        raise UsageError("resume: give the folder that the checkpoint is in")
+    model, show = reusable(model), progress or silent
+    show("reading the model", None)
+    original = load(model)
+    data, validation, test = _datasets(recipe, original)
+    with world(recipe.devices) as where, _folder(folder) as place:
+        begun = original if start is None else start
+        plain: Callable[[ir.Model], ir.Model] = lambda trained: trained  # noqa: E731
+        prepared, undo = (
+            with_batchnorm(begun, data.samples()[:_PROBED]) if recipe.batchnorm else (begun, plain)
+        )
+        module = to_torch(prepared, batch_statistics=recipe.batchnorm)
+        initialize(module, prepared, recipe.init, recipe.seed)
+        objective = _objective(recipe, original, data) if labelled else None
+        activations = final_activations(original)
+        metric = find_metric(recipe.metric, objective, activations, validation, test, model)
+        sha256 = fingerprint(model, original)
+
+        def finish(trained: nn.Module) -> ir.Model:
+            done = undo(write_back(trained, prepared))
+            record(done, [command], sha256)
+            return done
+
+        judge = FileJudge(metric, finish, place, writes=where.first)
+        trainer = Trainer(
+            module,
+            _through(objective, module),
+            data,
+            recipe,
+            judge,
+            world=where,
+            hooks=hooks,
+            folder=place if folder is not None else None,
+            made_for=_identity(command, sha256, recipe, where),
+            progress=show,
+        )
+        show("scoring the original", None)
+        before = where.agreed(_both(metric, model) if where.first else None)
+        curves = trainer.fit(resume=resume)
+        best = judge.best if judge.best is not None else load(place / "best.onnx")
+        show("scoring the result", None)
+        after = where.agreed(_both(metric, best) if where.first else None)
+        choice, final = (
+            Score(metric.name, before[i], after[i], unseen=metric.has_split and i == 1) for i in range(2)
+        )
+        within = parse_drop(recipe.max_drop).allows(final.before, final.after)
+        reason = "" if within else f"{final.summary}; max_drop is {recipe.max_drop}"
+        notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
+        parameters = list(module.parameters())
+        report = TrainingReport(
+            command=command,
+            source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
+            input_sha256=sha256,
+            recipe=recipe.to_dict(),
+            seed=recipe.seed,
+            versions={**versions(), "torch": torch.__version__},
+            device=str(where.device),
+            process=(where.rank, where.size),
+            samples=(data.length, validation.length, test.length if test is not None else None),
+            trained=(
+                sum(one.numel() for one in trainer.trained.values()),
+                sum(one.numel() for one in parameters),
+            ),
+            before=measure_size(original),
+            after=measure_size(best),
+            choice=choice,
+            final=final,
+            curves=vars(curves),
+            best_epoch=curves.best + 1,
+            steps=trainer.step,
+            reason=reason,
+            notes=tuple(notes),
+            seconds=time.perf_counter() - started,
+        )
+    return Result(best if within else original, report, model)
+
+
+def _datasets(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Dataset | None]:
+    """The samples to train on, to choose by, and for the last word."""
+    if recipe.data is None:
+        raise UsageError("train: there is nothing to train on: give --data (data=)")
+    contract, transforms = contract_of(model), parse_transforms(recipe.transforms)
+
+    def opened(source: Any) -> Dataset:
+        found = open_source(source, labels=recipe.labels, preprocess=recipe.preprocess)
+        return Dataset(found, contract, recipe.labels, transforms, recipe.seed, recipe.workers)
+
+    data = opened(recipe.data)
+    test = opened(recipe.test) if recipe.test is not None else None
+    if recipe.validation is not None:
+        return data, opened(recipe.validation), test
+    data, held_out = data.split(recipe.holdout)
+    return data, held_out or data, test
+
+
+def _objective(recipe: Recipe, model: ir.Model, data: Dataset) -> Objective:
+    """The recipe's loss, with the names of the model's outputs and the data's arrays."""
+    floats = [
+        value.name or "" for value in model.graph.outputs if value.dtype is None or value.dtype in FLOATS
+    ]
+    known = [*recipe.labels, *(item.name for item in data.contract.required)]
+    return parse_loss(recipe.loss).bound(floats, recipe.labels, known)
+
+
+def _through(objective: Objective | None, module: GraphModule) -> Objective | None:
+    """The objective on what final activations are computed from, for losses that take logits."""
+    if objective is None:
+        return None
+    terms = []
+    for term in objective.terms:
+        found = module.logits_of(term.output) if term.loss.looks_through else None
+        fits = found is not None and found.activation.removeprefix("Log") == term.loss.looks_through
+        terms.append(dataclasses.replace(term, output=found.name) if found is not None and fits else term)
+    return dataclasses.replace(objective, terms=tuple(terms))
+
+
+def _both(metric: Any, model: ModelLike) -> tuple[float, float]:
+    found = score(metric, model)
+    return found, score(metric, model, "final") if metric.has_split else found
+
+
+def _identity(command: str, sha256: str, recipe: Recipe, where: World) -> str:
+    """What a checkpoint is of: model, training, and how many share it."""
+    options = {name: value for name, value in recipe.to_dict().items() if name not in _NO_MATTER}
+    text = json.dumps([command, sha256, options, where.size], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _folder(given: str | os.PathLike[str] | None) -> Iterator[Path]:
+    if given is None:
+        with tempfile.TemporaryDirectory() as own:
+            yield Path(own)
+        return
+    folder = Path(given)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be made: {error.strerror}") from None
+    yield folder
