@@ -100,6 +100,7 @@ def train(
         sha256 = fingerprint(model, original)
 
         def finish(trained: nn.Module) -> ir.Model:
+            assert isinstance(trained, GraphModule)
             done = undo(write_back(trained, prepared))
             record(done, [command], sha256)
             return done

@@ -1,0 +1,196 @@
+"""From the graph of a model to the steps that compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxopt.errors import ModelError
+from onnxopt.graph import NONDETERMINISTIC, constant_of
+from onnxopt.inference import refine
+from onnxopt.training import registry
+from onnxopt.training.functions import FunctionBody, has_function
+from onnxopt.training.graph import Body, Plan, Step
+from onnxopt.training.registry import Context, Operator
+from onnxopt.training.state import State
+from onnxopt.training.values import HOST_LIMIT, host_of, tensor_of
+
+__all__ = ["Builder", "label", "operator_for"]
+
+_SHAPES = ("Shape", "Size")
+_GRAPH = ir.AttributeType.GRAPH
+
+
+def label(node: ir.Node, version: int) -> str:
+    """How messages call a node: operator, domain, version and name."""
+    return f"{node.domain or 'ai.onnx'}::{node.op_type}-{version} (node {node.name!r})"
+
+
+def operator_for(node: ir.Node, version: int) -> Operator | None:
+    """The function of a node's operator: its row, else the body that its schema gives it."""
+    found = registry.find(node.domain, node.op_type, version)
+    if found is None and has_function(node, version):
+        return Operator(FunctionBody(ir.to_proto(node), version), raw=True, host=False)
+    return found
+
+
+class Builder:
+    """Builds the plan of one graph; that of a body knows the builder of the graph around it.
+
+    states: constants that are held by the module, as parameter or buffer, by value; what the plan needs of
+    them is noted in `needed`, in the root's builder.
+    """
+
+    def __init__(
+        self, opsets: Mapping[str, int], states: Mapping[ir.Value, State], outer: Builder | None = None
+    ):
+        self.opsets, self.states, self.outer = opsets, states, outer
+        self.plan = Plan()
+        self.slots: dict[tuple[ir.Value, bool], int] = {}
+        self.needed: dict[ir.Value, int] = {}
+        self.captures: list[tuple[ir.Value, bool]] = []
+        self._host: set[ir.Value] = set()
+        self._skip: set[ir.Node] = set()
+
+    def build(self, graph: ir.Graph | ir.Function) -> Plan:
+        """The plan of a graph; its inputs are given in order.
+
+        Raises:
+            ModelError: an operator that nothing is known of.
+        """
+        body = graph.graph if isinstance(graph, ir.Function) else graph
+        self.plan.inputs = tuple(self._new(value) for value in body.inputs)
+        if self.outer is not None:
+            self._host.update(body.inputs)
+        for node in body:
+            if node.op_type == "Constant" and not node.domain and node.outputs[0] in self.states:
+                continue
+            if node not in self._skip:
+                self._add(node)
+        self.plan.outputs = tuple(self.slot(value, False) for value in body.outputs)
+        self.plan.captured = tuple(self.slots[key] for key in self.captures)
+        self.plan.finish()
+        return self.plan
+
+    def slot(self, value: ir.Value | None, host: bool) -> int:
+        """The number of a value; of a constant there may be two, one on the host."""
+        if value is None:
+            return -1
+        if (value, False) in self.slots and value not in self.states:
+            return self.slots[value, False]
+        constant = constant_of(value)
+        host = host and constant is not None and self._small(value)
+        if (value, host) in self.slots:
+            return self.slots[value, host]
+        if host and constant is not None:
+            number = self.slots[value, True] = self._next()
+            tensor = tensor_of(constant.numpy(), constant.dtype)
+            self.plan.constants.append((number, host_of(tensor)))
+            return number
+        number = self.slots[value, host] = self._next()
+        if self.outer is not None:
+            self.captures.append((value, host))
+        elif value in self.states:
+            self.needed[value] = number
+        else:
+            raise ModelError(f"training: value {value.name!r} is read and nothing computes it")
+        return number
+
+    def _next(self) -> int:
+        self.plan.size += 1
+        return self.plan.size - 1
+
+    def _new(self, value: ir.Value) -> int:
+        number = self.slots[value, False] = self._next()
+        return number
+
+    def _small(self, value: ir.Value) -> bool:
+        tensor = constant_of(value)
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
+            return False
+        return tensor.size <= HOST_LIMIT
+
+    def _is_host(self, value: ir.Value | None) -> bool:
+        """Whether the value may be on the host when the step runs."""
+        if value is None or value in self._host:
+            return True
+        if (value, False) in self.slots and value not in self.states:
+            return False
+        if constant_of(value) is not None:
+            return self._small(value) and not self._root().is_parameter(value)
+        return self.outer is not None and self.outer._is_host(value)
+
+    def is_parameter(self, value: ir.Value) -> bool:
+        """Whether a constant is trained, so that it is no number that stays."""
+        return value in self.states and self.states[value].trainable
+
+    def named(self) -> dict[str, tuple[int, ir.DataType | None]]:
+        """Number and type of what the nodes of the graph give, by name."""
+        made = ((value, slot) for (value, _), slot in self.slots.items() if value not in self.states)
+        return {value.name: (slot, value.dtype) for value, slot in made if value.name}
+
+    def _root(self) -> Builder:
+        return self if self.outer is None else self.outer._root()
+
+    def _add(self, node: ir.Node) -> None:
+        version = self.opsets.get(node.domain, 1)
+        operator = operator_for(node, version)
+        if operator is None:
+            raise ModelError(
+                f"training: no function is known for {label(node, version)}, and it has no body of others"
+            )
+        if any(value.dtype is None for value in node.outputs):
+            refine(node, self.opsets)
+        options, captured = self._options(node, operator)
+        ctx = Context(
+            version,
+            max((i + 1 for i, value in enumerate(node.outputs) if value.name), default=0),
+            tuple(value.dtype if value is not None else None for value in node.inputs),
+            tuple(value.dtype for value in node.outputs),
+        )
+        maybe = [self._is_host(value) for value in node.inputs]
+        all_host = operator.host and all(maybe) and node.op_type not in NONDETERMINISTIC
+        inputs = [
+            self.slot(value, all_host or operator.raw or i in operator.static)
+            for i, value in enumerate(node.inputs)
+        ]
+        outputs = [self._new(value) if value.name else -1 for value in node.outputs]
+        if all_host or operator.raw:
+            self._host.update(node.outputs)
+        computed = any(
+            m and value is not None and value in self._host
+            for m, value in zip(maybe, node.inputs, strict=True)
+        )
+        self.plan.steps.append(
+            Step(operator, options, ctx, inputs, outputs, captured, all_host or computed, node.name or "")
+        )
+
+    def _options(self, node: ir.Node, operator: Operator) -> tuple[dict[str, Any], list[int]]:
+        """Attributes by name, graphs among them as bodies, and what those read of this graph."""
+        options: dict[str, Any] = {}
+        inner: list[Builder] = []
+        known = operator.attributes
+        for name, attr in node.attributes.items():
+            if attr.type == _GRAPH:
+                inner.append(Builder(self.opsets, self.states, self))
+                options[name] = Body(inner[-1].build(attr.as_graph()))
+            elif known is None or name in known:
+                options[name] = _plain(attr)
+        keys = list(dict.fromkeys(key for builder in inner for key in builder.captures))
+        for builder in inner:  # all bodies of a node read the same list
+            builder.captures = keys
+            builder.plan.captured = tuple(
+                builder.slots[key] if key in builder.slots else builder._next() for key in keys
+            )
+        return options, [self.slot(value, host) for value, host in keys]
+
+
+def _plain(attr: ir.Attr) -> Any:
+    if attr.type == ir.AttributeType.TENSOR:
+        tensor = attr.as_tensor()
+        return host_of(tensor_of(tensor.numpy(), tensor.dtype)) if tensor.size <= HOST_LIMIT else tensor
+    if attr.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
+        return tuple(attr.value)
+    return attr.value

@@ -1,0 +1,8 @@
+"""The tables of operators, by theme."""
+
+from __future__ import annotations
+
+from onnxopt.training.ops import index, math, nn, shape
+
+TABLES = (index.TABLE, math.TABLE, nn.TABLE, shape.TABLE)
+"""All tables; no operator is in two."""

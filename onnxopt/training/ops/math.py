@@ -1,0 +1,376 @@
+"""Arithmetic, logic, activations, reductions and products."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch import Tensor
+
+from onnxopt.training.minifloat import round_to
+from onnxopt.training.registry import Context, op, same
+from onnxopt.training.values import CARRIERS
+
+__all__ = ["TABLE", "convert"]
+
+_T = ir.DataType
+_BITS = {_T.INT4: 4, _T.UINT4: 4, _T.INT2: 2, _T.UINT2: 2, _T.UINT16: 16, _T.UINT32: 32}
+
+
+def _legacy(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Before version 7 the second operand was lined up with an axis of the first."""
+
+    def lined_up(a: Tensor, b: Tensor, *, axis: int | None = None, broadcast: int = 0, **_: Any) -> Tensor:
+        if broadcast and axis is not None:
+            b = b.reshape(*b.shape, *[1] * (a.dim() - b.dim() - axis % a.dim()))
+        return run(a, b)
+
+    return lined_up
+
+
+def _binary(run: Callable[..., Tensor]) -> tuple[Any, Any]:
+    return op(_legacy(run)), op(run, since=7)
+
+
+def _div(a: Tensor, b: Tensor) -> Tensor:
+    return a / b if a.dtype.is_floating_point else torch.div(a, b, rounding_mode="trunc")
+
+
+def _mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
+    return torch.fmod(a, b) if fmod else torch.remainder(a, b)
+
+
+def _pow(a: Tensor, b: Tensor) -> Tensor:
+    if not a.dtype.is_floating_point and b.dtype.is_floating_point:
+        return torch.pow(a.double(), b.double()).to(a.dtype)
+    return torch.pow(a, b).to(a.dtype)
+
+
+def _shift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
+    return a << b if direction == "LEFT" else a >> b
+
+
+def _mean(*values: Tensor) -> Tensor:
+    return functools.reduce(torch.add, values) / len(values)
+
+
+def _isinf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
+    if detect_negative and detect_positive:
+        return torch.isinf(x)
+    return torch.isneginf(x) if detect_negative else torch.isposinf(x) & bool(detect_positive)
+
+
+def _clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002 - ONNX's own names
+    if not x.dtype.is_floating_point and isinstance(min, Tensor) and isinstance(max, Tensor):
+        return torch.minimum(torch.maximum(x, min), max)
+    return x if min is None and max is None else torch.clamp(x, min, max)
+
+
+def _softmax(run: Callable[..., Tensor]) -> tuple[Any, Any]:
+    def flat(x: Tensor, *, axis: int = 1) -> Tensor:
+        axis = axis % x.dim() if x.dim() else 0
+        return run(x.reshape(math.prod(x.shape[:axis]), -1), 1).reshape(x.shape)
+
+    def by_axis(x: Tensor, *, axis: int = -1) -> Tensor:
+        return run(x, axis)
+
+    return op(flat), op(by_axis, since=13)
+
+
+def _hardmax(x: Tensor, axis: int) -> Tensor:
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x < 0, x * slope, x)
+
+
+def _prelu_old(x: Tensor, slope: Tensor) -> Tensor:
+    return _prelu(x, slope.reshape(-1, *[1] * (x.dim() - 2)) if slope.dim() == 1 else slope)
+
+
+def _shrink(x: Tensor, *, lambd: float = 0.5, bias: float = 0.0) -> Tensor:
+    low, high = torch.where(x < -lambd, x + bias, 0), torch.where(x > lambd, x - bias, 0)
+    return (low + high).to(x.dtype)
+
+
+_SELU = (1.67326319217681884765625, 1.05070102214813232421875)
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "Celu": lambda x, *, alpha=1.0: F.celu(x, alpha),
+    "Elu": lambda x, *, alpha=1.0: F.elu(x, alpha),
+    "Gelu": _gelu,
+    "HardSigmoid": lambda x, *, alpha=0.2, beta=0.5: torch.clamp(x * alpha + beta, 0, 1),
+    "HardSwish": lambda x: x * torch.clamp(x * (1 / 6) + 0.5, 0, 1),
+    "LeakyRelu": lambda x, *, alpha=0.01: F.leaky_relu(x, alpha),
+    "Mish": F.mish,
+    "Relu": torch.relu,
+    "Selu": lambda x, *, alpha=_SELU[0], gamma=_SELU[1]: gamma * F.elu(x, alpha),
+    "Shrink": _shrink,
+    "Sigmoid": torch.sigmoid,
+    "Softplus": lambda x: F.softplus(x),
+    "Softsign": lambda x: x / (1 + x.abs()),
+    "Swish": lambda x, *, alpha=1.0: x * torch.sigmoid(alpha * x),
+    "Tanh": torch.tanh,
+    "ThresholdedRelu": lambda x, *, alpha=1.0: torch.where(x > alpha, x, 0),
+}
+
+_UNARY: dict[str, Callable[..., Tensor]] = {
+    "Abs": torch.abs,
+    "Acos": torch.acos,
+    "Acosh": torch.acosh,
+    "Asin": torch.asin,
+    "Asinh": torch.asinh,
+    "Atan": torch.atan,
+    "Atanh": torch.atanh,
+    "BitwiseNot": torch.bitwise_not,
+    "Ceil": torch.ceil,
+    "Cos": torch.cos,
+    "Cosh": torch.cosh,
+    "Det": torch.linalg.det,
+    "Erf": torch.erf,
+    "Exp": torch.exp,
+    "Floor": torch.floor,
+    "IsInf": _isinf,
+    "IsNaN": torch.isnan,
+    "Log": torch.log,
+    "Neg": torch.neg,
+    "Not": torch.logical_not,
+    "Reciprocal": torch.reciprocal,
+    "Round": torch.round,
+    "Sign": torch.sign,
+    "Sin": torch.sin,
+    "Sinh": torch.sinh,
+    "Sqrt": torch.sqrt,
+    "Tan": torch.tan,
+}
+
+_BINARY: dict[str, Callable[..., Tensor]] = {
+    "Add": torch.add,
+    "And": torch.logical_and,
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
+    "Div": _div,
+    "Equal": torch.eq,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Mul": torch.mul,
+    "Or": torch.logical_or,
+    "Pow": _pow,
+    "Sub": torch.sub,
+    "Xor": torch.logical_xor,
+}
+
+_VARIADIC: dict[str, Callable[..., Tensor]] = {
+    "Max": lambda *values: functools.reduce(torch.maximum, values),
+    "Mean": _mean,
+    "Min": lambda *values: functools.reduce(torch.minimum, values),
+    "Sum": lambda *values: functools.reduce(torch.add, values),
+}
+
+
+def _reduction(run: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> Any:
+    """A reduction over axes, which are an attribute or, later, the second input."""
+
+    def reduced(
+        x: Tensor,
+        axes: Sequence[int] | None = None,
+        *,
+        keepdims: int = 1,
+        noop_with_empty_axes: int = 0,
+    ) -> Tensor:
+        if not axes and noop_with_empty_axes:
+            return run(x.unsqueeze(0), (0,), False)
+        over = tuple(sorted(axis % x.dim() for axis in axes)) if axes else tuple(range(x.dim()))
+        return run(x, over, bool(keepdims)) if over else run(x.reshape(1), (0,), False)
+
+    return op(reduced, 1)
+
+
+def _extreme(largest: bool) -> Callable[[Tensor, tuple[int, ...], bool], Tensor]:
+    run = torch.amax if largest else torch.amin
+
+    def reduced(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+        if 0 not in [x.shape[axis] for axis in axes]:
+            return run(x.byte(), axes, keep).bool() if x.dtype == torch.bool else run(x, axes, keep)
+        if x.dtype.is_floating_point:
+            return (x.sum(axes, keep) + (-math.inf if largest else math.inf)).to(x.dtype)
+        info = torch.iinfo(x.dtype)
+        return torch.full_like(x.sum(axes, keep), info.min if largest else info.max, dtype=x.dtype)
+
+    return reduced
+
+
+def _prod(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    for axis in axes:
+        x = x.prod(axis, keepdim=True).to(x.dtype)
+    return x if keep else x.reshape([n for i, n in enumerate(x.shape) if i not in axes])
+
+
+def _total(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    return x.sum(axes, keepdim=keep).to(x.dtype)
+
+
+def _reduced_mean(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    if x.dtype.is_floating_point:
+        return x.mean(axes, keepdim=keep)
+    return x.double().mean(axes, keepdim=keep).to(x.dtype)
+
+
+def _norm(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    if not x.dtype.is_floating_point:
+        return x.double().square().sum(axes, keepdim=keep).sqrt().to(x.dtype)
+    return torch.linalg.vector_norm(x, 2, axes, keep)
+
+
+_REDUCTIONS = {
+    "ReduceL1": lambda x, axes, keep: _total(x.abs(), axes, keep),
+    "ReduceL2": _norm,
+    "ReduceLogSum": lambda x, axes, keep: _total(x, axes, keep).log(),
+    "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, axes, keep),
+    "ReduceMax": _extreme(True),
+    "ReduceMean": _reduced_mean,
+    "ReduceMin": _extreme(False),
+    "ReduceProd": _prod,
+    "ReduceSum": _total,
+    "ReduceSumSquare": lambda x, axes, keep: _total(x * x, axes, keep),
+}
+
+
+def _arg(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def found(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+        if not select_last_index:
+            return run(x, axis, keepdim=bool(keepdims))
+        return x.shape[axis] - 1 - run(x.flip(axis), axis, keepdim=bool(keepdims))
+
+    return found
+
+
+def _topk(
+    x: Tensor,
+    k: Sequence[int] | int,
+    *,
+    axis: int = -1,
+    largest: int = 1,
+) -> tuple[Tensor, Tensor]:
+    # ties go to the lower index, which a stable sort keeps and topk does not
+    count = k if isinstance(k, int) else k[0]
+    values, indices = torch.sort(x, dim=axis, descending=bool(largest), stable=True)
+    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
+
+
+def _running(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def over(x: Tensor, axis: Sequence[int], *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+        at = axis[0]
+        x = x.flip(at) if reverse else x
+        found = run(x, at).to(x.dtype)
+        if exclusive:
+            first = torch.full_like(found.narrow(at, 0, 1), 1 if run is torch.cumprod else 0)
+            found = torch.cat((first, found.narrow(at, 0, found.shape[at] - 1)), at)
+        return found.flip(at) if reverse else found
+
+    return over
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - ONNX's own names
+    transB: int = 0,  # noqa: N803
+) -> Tensor:
+    a, b = a.t() if transA else a, b.t() if transB else b
+    if not a.dtype.is_floating_point or c is None:
+        found = alpha * (a @ b) if alpha != 1 else a @ b
+        return found.to(a.dtype) if c is None else (found + beta * c).to(a.dtype)
+    if c.dim() > 2 or alpha == 0:
+        return alpha * (a @ b) + beta * c
+    return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """MatMul by a matrix, then Add of a vector: one product for torch."""
+    return F.linear(x, weight.t(), bias)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype.is_floating_point or not a.dtype.is_signed or a.dtype in (torch.int32, torch.int64):
+        return torch.matmul(a, b)
+    return torch.matmul(a.int(), b.int()).to(a.dtype)
+
+
+def _einsum(*values: Tensor, equation: str) -> Tensor:
+    return torch.einsum(equation.replace(" ", ""), *values)
+
+
+def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(condition, a, b)
+
+
+def convert(x: Tensor, to: int, saturate: bool = True, round_mode: str = "up") -> Tensor:
+    """Cast to the carrier of an ONNX type, with that type's rounding and wrapping."""
+    dtype = _T(to)
+    if dtype == _T.BOOL:
+        return x != 0
+    if dtype in _BITS:
+        bits = _BITS[dtype]
+        whole = x.to(torch.int64) & ((1 << bits) - 1)
+        if dtype in (_T.INT4, _T.INT2):
+            whole = (whole ^ (1 << (bits - 1))) - (1 << (bits - 1))
+        return whole.to(CARRIERS[dtype])
+    if dtype.is_floating_point() and CARRIERS[dtype] == torch.float32 and dtype != _T.FLOAT:
+        return round_to(x.float(), dtype, saturate=saturate, round_mode=round_mode)
+    if x.dtype.is_floating_point and not CARRIERS[dtype].is_floating_point and not dtype.is_signed():
+        return x.to(torch.int64).to(CARRIERS[dtype])
+    return x.to(CARRIERS[dtype])
+
+
+def _cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return convert(x, to, bool(saturate), round_mode)
+
+
+def _cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up", ctx: Context) -> Tensor:
+    to = ctx.inputs[1]
+    return x.to(like.dtype) if to is None else convert(x, to, bool(saturate), round_mode)
+
+
+TABLE = {
+    **same(_UNARY),
+    **same(_ACTIVATIONS),
+    **{name: _binary(run) for name, run in _BINARY.items()},
+    **same(_VARIADIC),
+    **{name: _reduction(run) for name, run in _REDUCTIONS.items()},
+    "ArgMax": op(_arg(torch.argmax)),
+    "ArgMin": op(_arg(torch.argmin)),
+    "BitShift": op(_shift),
+    "Cast": op(_cast),
+    "CastLike": op(_cast_like),
+    "Clip": op(_clip),
+    "CumProd": op(_running(torch.cumprod), 1),
+    "CumSum": op(_running(torch.cumsum), 1),
+    "Einsum": op(_einsum),
+    "Gemm": op(_gemm),
+    "Hardmax": _softmax(_hardmax),
+    "LogSoftmax": _softmax(torch.log_softmax),
+    "MatMul": op(_matmul),
+    "Mod": op(_mod),
+    "PRelu": (op(_prelu_old), op(_prelu, since=7)),
+    "Softmax": _softmax(torch.softmax),
+    "TopK": op(_topk, 1),
+    "Where": op(_where),
+}
