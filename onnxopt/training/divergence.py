@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,12 +31,9 @@ def diverged(
         where = _first(
             {f"gradient of {name}": one.grad for name, one in trained.items() if one.grad is not None}
         )
-    hint = (
-        "take a lower lr, or clip_norm" if where is None or step > 1 else "look at the data and the weights"
-    )
-    return DivergedError(
-        f"train: step {step}: the loss is {loss:g}; first not finite: {where or 'the loss'}; {hint}"
-    )
+    where = where or ("the norm of the gradients" if math.isfinite(loss) else "the loss")
+    hint = "take a lower lr, or clip_norm" if step > 1 else "look at the data and the weights"
+    return DivergedError(f"train: step {step}: the loss is {loss:g}; first not finite: {where}; {hint}")
 
 
 def _hidden(module: nn.Module, arrays: Mapping[str, Tensor]) -> str | None:

@@ -1,93 +1,115 @@
-"""BatchNormalization for the time of training: put in after each Conv, folded back into it at the end."""
+"""BatchNormalization for the time of training: put in after each Conv, folded back into it at the end.
+
+A folded Conv keeps its weights under their own names, which `fold-batchnorm`, made for any graph, does not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_of, value_names
-from onnxopt.ledger import Ledger
+from onnxopt.graph import constant_array, constant_of, value_names
 from onnxopt.model import clone
-from onnxopt.passes.fold.fold_batchnorm import FoldBatchnorm
 from onnxopt.runtimes import open_session
 
-__all__ = ["with_batchnorm"]
+__all__ = ["fold_batchnorm", "with_batchnorm"]
 
 _EPSILON = 1e-5
+_PARTS = ("scale", "bias", "mean", "var")
 
 
-def with_batchnorm(
-    model: ir.Model, samples: Sequence[Feeds]
-) -> tuple[ir.Model, Callable[[ir.Model], ir.Model]]:
-    """A copy with a BatchNormalization after each Conv that has none, and a function that folds them back.
+def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model, tuple[str, ...]]:
+    """A copy with a BatchNormalization after each Conv that has none; the names of what they give.
 
-    Its mean and variance are those of the samples, its scale and bias undo them: the model computes what it
-    did before. A Conv of the main graph counts if its weight is constant and its output no graph output.
+    Mean and variance are those of the samples; scale and bias undo them, so that the model computes what it
+    did before. A Conv of the main graph counts if its weights are its own initializers and its output no
+    graph output.
     """
     model = clone(model)
-    convs = [node for node in model.graph if _lacks(node)]
-    places = dict(zip(convs, _moments(model, convs, samples), strict=True))
-    taken, sites = value_names(model), set()
-    for node, (mean, variance) in places.items():
+    graph, taken = model.graph, value_names(model)
+    convs = [node for node in graph if _lacks(node)]
+    sites = tuple(node.outputs[0].name or "" for node in convs)
+    moments = _moments(model, sites, samples)
+    for node, site, (mean, variance) in zip(convs, sites, moments, strict=True):
         value = node.outputs[0]
-        scale = np.sqrt(variance + _EPSILON)
-        parts = []
-        for part, array in (("scale", scale), ("bias", mean), ("mean", mean), ("var", variance)):
-            name = _unused(f"{value.name}_bn_{part}", taken)
-            tensor = ir.tensor(array.astype(np.float32), name=name)
-            parts.append(
-                ir.Value(
-                    name=name,
-                    type=ir.TensorType(tensor.dtype),
-                    shape=ir.Shape(array.shape),
-                    const_value=tensor,
-                )
-            )
-            model.graph.register_initializer(parts[-1])
-        inner = ir.Value(name=_unused(f"{value.name}_before_bn", taken), type=value.type, shape=value.shape)
+        arrays = (np.sqrt(variance + _EPSILON), mean, mean, variance)
+        parts = [
+            _add(graph, _unused(f"{site}_bn_{part}", taken), array)
+            for part, array in zip(_PARTS, arrays, strict=True)
+        ]
         norm = ir.Node(
             "",
             "BatchNormalization",
-            [inner, *parts],
+            [value, *parts],
             [ir.AttrFloat32("epsilon", _EPSILON)],
-            outputs=[ir.Value(name=value.name, type=value.type, shape=value.shape)],
-            name=_unused(f"{value.name}_bn", taken),
+            outputs=[ir.Value(name=site, type=value.type, shape=value.shape)],
+            name=_unused(f"{site}_bn", taken),
         )
-        value.replace_all_uses_with(norm.outputs[0])
-        value.name = inner.name
-        norm.replace_input_with(0, value)
-        model.graph.insert_after(node, norm)
-        sites.add(norm.outputs[0].name)
+        for user, position in tuple(value.uses()):
+            if user is not norm:
+                user.replace_input_with(position, norm.outputs[0])
+        value.name = _unused(f"{site}_before_bn", taken)
+        graph.insert_after(node, norm)
+    return model, sites
 
-    def folded(trained: ir.Model) -> ir.Model:
-        leave = Ledger(pass_name="fold-batchnorm", veto=lambda _, site: None if site in sites else "not ours")
-        FoldBatchnorm().apply(trained, leave)
-        return trained
 
-    return model, folded
+def fold_batchnorm(model: ir.Model, sites: Sequence[str]) -> None:
+    """Let each Conv do what the BatchNormalization that gives one of `sites` does, and remove that.
+
+    w' = w s, b' = (b - mean) s + bias, where s = scale / sqrt(variance + epsilon).
+    """
+    graph = model.graph
+    norms = {value.name or "": node for node in graph for value in node.outputs}
+    for site in sites:
+        norm = norms[site]
+        inner = norm.inputs[0]
+        conv = inner.producer() if inner is not None else None
+        assert inner is not None
+        assert conv is not None
+        scale, bias, mean, variance = (_array(part) for part in norm.inputs[1:5])
+        factor = scale / np.sqrt(variance + _EPSILON)
+        weight = _array(conv.inputs[1])
+        _store(conv.inputs[1], weight * factor.reshape(-1, *[1] * (weight.ndim - 1)))
+        old = conv.inputs[2] if len(conv.inputs) > 2 else None
+        shift = (-mean if old is None else _array(old) - mean) * factor + bias
+        if old is None:
+            own = _add(graph, _unused(f"{site}_bias", value_names(model)), shift)
+            conv.resize_inputs(3)
+            conv.replace_input_with(2, own)
+        else:
+            _store(old, shift)
+        parts = [part for part in norm.inputs[1:] if part is not None]
+        for user, position in tuple(norm.outputs[0].uses()):
+            user.replace_input_with(position, inner)
+        graph.remove(norm, safe=True)
+        inner.name = site
+        for part in parts:
+            del graph.initializers[part.name or ""]
 
 
 def _lacks(node: ir.Node) -> bool:
     """Whether it is a Conv without a BatchNormalization, where one can be put."""
-    if node.op_type != "Conv" or node.domain or constant_of(node.inputs[1]) is None:
+    if node.op_type != "Conv" or node.domain or node.outputs[0].is_graph_output():
         return False
-    value = node.outputs[0]
-    return not value.is_graph_output() and all(
-        use.node.op_type != "BatchNormalization" for use in value.uses()
+    weights = [one for one in node.inputs[1:] if one is not None]
+    own = all(
+        one.is_initializer() and constant_of(one) is not None and len(tuple(one.uses())) == 1
+        for one in weights
     )
+    floats = weights[0].dtype == ir.DataType.FLOAT
+    return own and floats and all(use.node.op_type != "BatchNormalization" for use in node.outputs[0].uses())
 
 
 def _moments(
-    model: ir.Model, convs: Sequence[ir.Node], samples: Sequence[Feeds]
+    model: ir.Model, names: Sequence[str], samples: Sequence[Feeds]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mean and variance by channel of what each Conv gives."""
-    if not convs:
+    """Mean and variance by channel (axis 1) of tensors."""
+    if not names:
         return []
-    names = [node.outputs[0].name or "" for node in convs]
     sums: dict[str, list[np.ndarray]] = {}
     with open_session(cut(clone(model), names), level="none") as session:
         for feeds in samples:
@@ -97,6 +119,26 @@ def _moments(
                 sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
     means = [(sums[name][1] / sums[name][0], sums[name][2] / sums[name][0]) for name in names]
     return [(mean, np.maximum(square - mean**2, 0)) for mean, square in means]
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    array = constant_array(value)
+    assert array is not None
+    return array.astype(np.float64)
+
+
+def _store(value: ir.Value | None, array: np.ndarray) -> None:
+    assert value is not None
+    value.const_value = ir.tensor(array.astype(np.float32), name=value.name)
+
+
+def _add(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer of floats."""
+    tensor = ir.tensor(array.astype(np.float32), name=name)
+    kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
+    value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _unused(name: str, taken: set[str]) -> str:

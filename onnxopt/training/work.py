@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from onnxopt.reporting import measure_size
 from onnxopt.reporting.training import Score, TrainingReport
 from onnxopt.result import Result
 from onnxopt.training.dataset import Dataset
+from onnxopt.training.hooks import Hook
 from onnxopt.training.initialization import initialize
-from onnxopt.training.loop import Hook, Trainer
+from onnxopt.training.loop import Trainer
 from onnxopt.training.losses import Objective, parse_loss
 from onnxopt.training.module import GraphModule, to_torch
-from onnxopt.training.normalization import with_batchnorm
+from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
 from onnxopt.training.parallel import World, world
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.scoring import FileJudge, final_activations, find_metric, score
@@ -88,10 +89,9 @@ def train(
     data, validation, test = _datasets(recipe, original)
     with world(recipe.devices) as where, _folder(folder) as place:
         begun = original if start is None else start
-        plain: Callable[[ir.Model], ir.Model] = lambda trained: trained  # noqa: E731
-        prepared, undo = (
-            with_batchnorm(begun, data.samples()[:_PROBED]) if recipe.batchnorm else (begun, plain)
-        )
+        prepared, sites = begun, tuple[str, ...]()
+        if recipe.batchnorm:
+            prepared, sites = with_batchnorm(begun, data.samples()[:_PROBED])
         module = to_torch(prepared, batch_statistics=recipe.batchnorm)
         initialize(module, prepared, recipe.init, recipe.seed)
         objective = _objective(recipe, original, data) if labelled else None
@@ -101,7 +101,8 @@ def train(
 
         def finish(trained: nn.Module) -> ir.Model:
             assert isinstance(trained, GraphModule)
-            done = undo(write_back(trained, prepared))
+            done = write_back(trained, prepared)
+            fold_batchnorm(done, sites)
             record(done, [command], sha256)
             return done
 
