@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api import optimize, quantize
+    from onnxopt.api import optimize, prune, quantize
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -62,6 +62,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "optimize": "api",
     "parse_pass": "recipe",
+    "prune": "api",
     "quantize": "api",
     "save": "storage",
     "verify": "verification",
@@ -94,6 +95,7 @@ __all__ = [
     "load_recipe",
     "optimize",
     "parse_pass",
+    "prune",
     "quantize",
     "save",
     "verify",

@@ -22,6 +22,7 @@ _COMMANDS = {
     "optimize": "Rewrite a model, prove it, measure it, save it.",
     "quantize": "Quantize a model, and save it if it keeps its accuracy and gains.",
     "passes": "List passes and recipes.",
+    "prune": "Prune a model: fewer channels, zeros, shared weights, lower rank.",
     "verify": "Prove that two models compute the same.",
 }
 
