@@ -204,7 +204,7 @@ def _merged(job: Job, passes: Passes, samples: Sequence[Feeds]) -> ir.Model:
 
 def _fed(one: ir.passes.PassBase, samples: Sequence[Feeds]) -> ir.passes.PassBase:
     """The pass with samples, where it has a place for them and none yet."""
-    takes = isinstance(one, Pass) and getattr(one, "samples", None) == ()
+    takes = isinstance(one, Pass) and getattr(one, "samples", samples) is None
     return replace(one, samples=samples) if takes and samples else one  # type: ignore[type-var]
 
 
