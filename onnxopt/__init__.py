@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api import optimize, prune, quantize
+    from onnxopt.api import Package, optimize, pack, prune, quantize, unpack
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -43,6 +43,7 @@ _HOMES = {
     "Inspection": "inspection",
     "ModelError": "errors",
     "OnnxoptError": "errors",
+    "Package": "api",
     "Pass": "claims",
     "Pipeline": "pipeline",
     "ProviderError": "errors",
@@ -61,10 +62,12 @@ _HOMES = {
     "load": "model",
     "load_recipe": "recipe",
     "optimize": "api",
+    "pack": "api",
     "parse_pass": "recipe",
     "prune": "api",
     "quantize": "api",
     "save": "storage",
+    "unpack": "api",
     "verify": "verification",
 }
 
@@ -75,6 +78,7 @@ __all__ = [
     "Inspection",
     "ModelError",
     "OnnxoptError",
+    "Package",
     "Pass",
     "Pipeline",
     "ProviderError",
@@ -94,10 +98,12 @@ __all__ = [
     "load",
     "load_recipe",
     "optimize",
+    "pack",
     "parse_pass",
     "prune",
     "quantize",
     "save",
+    "unpack",
     "verify",
 ]
 
