@@ -59,6 +59,7 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.prune.drop_layers import DropLayers
 from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
@@ -131,6 +132,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    DropLayers,
     ShrinkKernels,
     FactorizeWeights,
     QuantizeFloats,

@@ -190,5 +190,7 @@ def test_strong_borders_are_no_pattern() -> None:
 
 @pytest.mark.parametrize("energy", [-0.1, 1.0, float("nan")])
 def test_a_share_is_a_share(energy: float) -> None:
-    with pytest.raises(UsageError, match="shrink-kernels: energy is .*; expected a share, from 0 to below 1"):
+    with pytest.raises(
+        UsageError, match=r"shrink-kernels: energy is .*; expected a share, from 0 to below 1"
+    ):
         ShrinkKernels(energy=energy)
