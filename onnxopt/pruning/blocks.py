@@ -140,7 +140,7 @@ def _read(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def require_flow(graph: ir.Graph, block: Block) -> None:
-    """Raise `Declined` where without the block an output no longer depends on the input, or an input is lost."""
+    """Raise `Declined` where without the block an output would be constant, or an input not read."""
     before = [_inputs_of(value, None) for value in graph.outputs]
     after = [_inputs_of(value, block) for value in graph.outputs]
     if any(bool(old) > bool(new) for old, new in zip(before, after, strict=True)):
@@ -182,9 +182,8 @@ class Influence:
         self._samples, self._count = samples, len(blocks)
         gated = clone(model)
         self._switch = Names(gated).fresh("keep")
-        keep = ir.Value(
-            name=self._switch, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([self._count])
-        )
+        kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([self._count])
+        keep = ir.Value(name=self._switch, type=kind, shape=shape)
         gated.graph.inputs.append(keep)
         ends = {node.outputs[0].name: node for node in walk(gated.graph) if node.op_type == "Add"}
         for number, block in enumerate(blocks):

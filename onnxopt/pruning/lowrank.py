@@ -8,10 +8,11 @@ Deep Convolutional Networks for Classification and Detection", 2016), F of one o
 (Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions", 2014), and a matrix,
 which has no kernel, is the truncated singular value decomposition.
 
-With the second moments M of what the weight is multiplied with, it is the error of the outputs that is least:
-the decomposition is that of L' W, L L' = M (Chen et al., "DRONE: Data-aware Low-rank Compression for Large
-NLP Models", 2021; Wang et al., "SVD-LLM", 2024). That is exact for F of all axes; for others M is averaged
-over the places that are not along F, and what is lost is still counted by M itself.
+With the covariance M of what the weight is multiplied with, it is the error of the outputs that is least, up
+to a constant that the bias makes up for: the decomposition is that of L' W, L L' = M (Zhang et al.; Chen et
+al., "DRONE: Data-aware Low-rank Compression for Large NLP Models", 2021; Wang et al., "SVD-LLM", 2024). That
+is exact for F of all axes; for others M is averaged over the places that are not along F, and what is lost is
+still counted by M itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 __all__ = ["Decomposition", "Factors", "Spread", "best_factors", "decompositions"]
 
 _DAMPING = 0.01
-"""Share of the mean second moment that is added to all: what samples lack may still come."""
+"""Share of the mean variance that is added to all: what samples lack may still come."""
 _TINY = float(np.finfo(np.float32).tiny)
 
 Spread = Sequence[Fraction | None]
@@ -41,13 +42,14 @@ class Factors:
     """A weight as two. The bias goes with the second.
 
     along: of each axis of the kernel, whether it is the first's. first: float64 [rank, inputs, *kernel].
-    second: float64 [outputs, rank, *kernel]. left: of the layer's multiply-adds.
+    second: float64 [outputs, rank, *kernel]. shift: float64 [outputs],
+    what the outputs lose on average; None: not known.
     """
 
     along: tuple[bool, ...]
     first: np.ndarray
     second: np.ndarray
-    left: Fraction
+    shift: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ class Decomposition:
     """A weight, seen as one matrix, with singular vectors.
 
     weight: float64 [outputs, inputs, *kernel]. along: the axes F. spread: as `decompositions` takes it.
-    moments: float64 [summands, summands], in the order of `weight[0]`; None: those of white noise.
+    covariance: float64 [summands, summands], in the order of `weight[0]`; None: that of white noise.
+    mean: float64 [summands]; None: not known.
     """
 
     weight: np.ndarray
     along: tuple[bool, ...]
     spread: Spread
-    moments: np.ndarray | None
+    covariance: np.ndarray | None = None
+    mean: np.ndarray | None = None
     _kept: dict[int, float] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -92,14 +96,12 @@ class Decomposition:
         return wide if wide <= most else rank
 
     def kept(self, rank: int) -> float:
-        """The share of the outputs' energy, or with no moments of the weight's, that a rank keeps."""
-        if self.moments is None or all(self.along):
+        """The share of the outputs' energy, or with no covariance of the weight's, that a rank keeps."""
+        if self.covariance is None or all(self.along):
             return float(self._shares[min(rank, len(self._shares)) - 1])
         if rank not in self._kept:
-            rows, columns, _ = self._parts
-            lost = self.weight - self._from_matrix(rows[:, :rank] @ columns[:rank])
-            whole = _energy(self.weight, self.moments)
-            self._kept[rank] = 1 - _energy(lost, self.moments) / whole if whole else 1.0
+            whole = _energy(self.weight, self.covariance)
+            self._kept[rank] = 1 - _energy(self._lost(rank), self.covariance) / whole if whole else 1.0
         return self._kept[rank]
 
     def factors(self, rank: int) -> Factors:
@@ -110,7 +112,14 @@ class Decomposition:
         late = [1 if one else size for size, one in zip(kernel, self.along, strict=True)]
         first = rows[:, :rank].T.reshape(rank, inputs, *early)
         second = columns[:rank].reshape(rank, outputs, *late).swapaxes(0, 1)
-        return Factors(self.along, first, second, rank * self.share)
+        shift = None if self.mean is None else self._lost(rank).reshape(outputs, -1) @ self.mean
+        return Factors(self.along, first, second, shift)
+
+    def _lost(self, rank: int) -> np.ndarray:
+        rows, columns, _ = self._parts
+        product = (rows[:, :rank] @ columns[:rank]).reshape([self.weight.shape[axis] for axis in self._order])
+        lost: np.ndarray = self.weight - product.transpose(np.argsort(self._order))
+        return lost
 
     @cached_property
     def _order(self) -> tuple[int, ...]:
@@ -127,10 +136,6 @@ class Decomposition:
     @property
     def _matrix(self) -> np.ndarray:
         return self.weight.transpose(self._order).reshape(self._height, -1)
-
-    def _from_matrix(self, matrix: np.ndarray) -> np.ndarray:
-        turned = matrix.reshape([self.weight.shape[axis] for axis in self._order])
-        return turned.transpose(np.argsort(self._order))
 
     @cached_property
     def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,39 +159,40 @@ class Decomposition:
         return sums / sums[-1] if sums[-1] else np.ones(len(sums))
 
     def _root(self) -> np.ndarray | None:
-        """The Cholesky factor of the moments of what the rows are multiplied with."""
-        if self.moments is None:
+        """The Cholesky factor of the covariance of what the rows are multiplied with."""
+        if self.covariance is None:
             return None
         shape = self.weight.shape[1:]
         mine = [0, *(axis for axis, one in enumerate(self.along, 1) if one)]
         places = [axis for axis, one in enumerate(self.along, 1) if not one]
         order = (*mine, *places, *(axis + len(shape) for axis in (*mine, *places)))
         count = math.prod(shape[axis] for axis in mine)
-        pairs = self.moments.reshape(*shape, *shape).transpose(order)
+        pairs = self.covariance.reshape(*shape, *shape).transpose(order)
         blocks = pairs.reshape(count, math.prod(shape) // count, count, -1)
         return np.linalg.cholesky(np.einsum("apbp->ab", blocks))
 
 
 def decompositions(
-    weight: np.ndarray, spread: Spread, moments: np.ndarray | None = None
+    weight: np.ndarray, spread: Spread, covariance: np.ndarray | None = None, mean: np.ndarray | None = None
 ) -> Iterator[Decomposition]:
     """The ways to write a weight as two, whose cost is known.
 
     Args:
         weight: float64 [outputs, inputs, *kernel].
         spread: of each axis of the kernel, the input's extent over the output's; None where it is not known.
-        moments: of what the weight is multiplied with.
+        covariance: of what the weight is multiplied with, times any number.
+        mean: of that.
 
     A stride goes with the first where the kernel does not care.
     """
-    if moments is not None:
-        size = len(moments)
-        moments = moments + (_DAMPING * np.trace(moments) / size + _TINY) * np.eye(size)
+    if covariance is not None:
+        size = len(covariance)
+        covariance = covariance + (_DAMPING * np.trace(covariance) / size + _TINY) * np.eye(size)
     kernel = weight.shape[2:]
     for along in itertools.product((True, False), repeat=len(kernel)):
         sides = zip(along, kernel, spread, strict=True)
         if all(early or (size > 1 and ratio is not None) for early, size, ratio in sides):
-            yield Decomposition(weight, along, spread, moments)
+            yield Decomposition(weight, along, spread, covariance, mean)
 
 
 def best_factors(
@@ -201,6 +207,6 @@ def best_factors(
     return ways[number], rank
 
 
-def _energy(weight: np.ndarray, moments: np.ndarray | None) -> float:
+def _energy(weight: np.ndarray, covariance: np.ndarray | None) -> float:
     rows = weight.reshape(len(weight), -1)
-    return float(np.vdot(rows, rows if moments is None else rows @ moments))
+    return float(np.vdot(rows, rows if covariance is None else rows @ covariance))

@@ -7,8 +7,9 @@ Before: y = Conv<pads = [1, 1, 1, 1]>(x, w, b)   w: [M, C, 3, 3]
 After:  t = Conv<pads = [1, 0, 1, 0]>(x, u)      u: [r, C, 3, 1]
         y = Conv<pads = [0, 1, 0, 1]>(t, v, b)   v: [M, r, 1, 3]
         or 3 x 3 to r channels and then 1 x 1, or 1 x 1 to r channels and then 3 x 3: what is cheapest
-Declines: no rank that keeps the energy takes fewer multiply-adds; the convolution has groups; the layer is a
-    factor already; the weight is a graph input, not finite, or no matrix.
+Declines: no rank that keeps the energy takes fewer multiply-adds; the convolution has groups; the Gemm
+    transposes what it reads; the weight is a graph input, not finite, or no matrix; with samples, the bias is
+    no constant. Layers that are such factors already are passed over.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from onnxopt.calibration.moments import layers_with_moments
 from onnxopt.claims import Kind, Pass, unspelled
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_of, ints_attr, nodes, sole_user, walk
+from onnxopt.graph import constant_of, float_attr, ints_attr, nodes, sole_user, walk
 from onnxopt.inspection.costs import costs, macs_of, sizes_read
 from onnxopt.inspection.sizes import sized
 from onnxopt.ledger import Ledger
@@ -51,11 +52,12 @@ _STEPS, _DECADES = 12, 6.0
 class FactorizeWeights(Pass):
     """Make two small layers of a large one, where its weight is nearly a product of two.
 
-    energy: share that each weight keeps; with samples, that each layer's outputs keep.
+    energy: share that each weight keeps of its squared elements; with samples, its outputs of their variance.
     macs: a budget instead: the share of the model's multiply-adds that stays. The energy is the same for all
         layers, the largest that meets it.
     multiple: ranks are multiples of this where that still saves, as kernels like.
-    samples: complete feeds, for the second moments of what layers are multiplied with.
+    samples: complete feeds; then what counts is what comes out of the layers, and biases make up for the mean
+        of what is lost.
     """
 
     name: ClassVar[str] = "factorize-weights"
@@ -89,9 +91,9 @@ agraph (float[N, 4] x) => (float[N, 4] y)
         layers = {node: layer for node in nodes(model) if (layer := _eligible(node)) is not None}
         known = [node for node in model.graph if node in layers and _is_measurable(layers[node])]
         for one in layers_with_moments(model, known, self.samples) if self.samples else ():
-            yield one.node, _decomposed(layers.pop(one.node), one.moments[0])
+            yield one.node, _decomposed(layers.pop(one.node), one.covariance[0], one.mean[0])
         for node, layer in layers.items():
-            yield node, _decomposed(layer, None)
+            yield node, _decomposed(layer)
 
     def _chosen(self, model: ir.Model) -> dict[ir.Node, Factors | None]:
         """The layers that could be factorized, and how; None: it would not save."""
@@ -182,10 +184,13 @@ def _is_measurable(layer: Layer) -> bool:
     return constant_of(layer.source) is None
 
 
-def _decomposed(layer: Layer, moments: np.ndarray | None) -> list[Decomposition]:
+def _decomposed(
+    layer: Layer, covariance: np.ndarray | None = None, mean: np.ndarray | None = None
+) -> list[Decomposition]:
     weight = layer.weight()
     array = weight.tensor.numpy().astype(np.float64)
-    return list(decompositions(array.T if weight.inputs_first else array, _spread(layer), moments))
+    array = array.T if weight.inputs_first else array
+    return list(decompositions(array, _spread(layer), covariance, mean))
 
 
 def _spread(layer: Layer) -> Spread:
@@ -227,8 +232,23 @@ def _factorized(chosen: Mapping[ir.Node, Factors | None], node: ir.Node, scope: 
     else:
         inner = edit.op("MatMul", [layer.source, first], name=name)
         attributes = dict(node.attributes)
-    output = edit.op(node.op_type, [inner, second, *node.inputs[2:]], attributes)
-    return edit.replace(node.outputs[0], output)
+    bias = list(node.inputs[2:])
+    if factors.shift is not None:
+        attributes.pop("beta", None)
+        bias = [_shifted(layer, factors.shift, edit, scope)]
+    added = bias if node.op_type == "MatMul" else []
+    output = edit.op(node.op_type, [inner, second, *bias[len(added) :]], attributes)
+    return edit.replace(node.outputs[0], edit.op("Add", [output, *added]) if added else output)
+
+
+def _shifted(layer: Layer, shift: np.ndarray, edit: Edit, scope: Scope) -> ir.Value:
+    """The bias of a layer that also makes up for what its product loses on average."""
+    if scope.opset < 7 and layer.node.op_type != "Conv":
+        raise Declined("a bias before opset 7 broadcasts by rules of its own")
+    weight = layer.weight()
+    like = f"{weight.value.name}_bias" if layer.bias is None else layer.bias.name
+    alpha = float_attr(layer.node, "alpha", 1.0)
+    return edit.constant(rounded(layer.bias_array() + alpha * shift, weight.tensor.dtype), like)
 
 
 def _half(node: ir.Node, weight: np.ndarray, along: tuple[bool, ...]) -> dict[str, AttributeValue]:

@@ -2,9 +2,8 @@
 
 Before: y = Add(x, f(x))    where f has a layer: Conv, Gemm, MatMul, Attention, LSTM and such
 After:  y = x
-Declines: a value of the branch is read elsewhere, too; types and shapes are not known to be the same; a graph
-    input would no longer be read; a graph output would be constant; other blocks are missed less; the block is
-    in a function.
+Declines: a value of the branch is read elsewhere, too; type or shapes are not known to be the same; a graph
+    input would no longer be read; a graph output would be constant; others are missed less; it is in a function.
 
 What the outputs lose without a block is measured on samples, with those that were dropped before it dropped;
 the least is dropped, and what is left is measured again.
