@@ -27,8 +27,11 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["Decomposition", "Factors", "Spread", "best_factors", "decompositions"]
+__all__ = ["WORTH", "Decomposition", "Factors", "Spread", "best_factors", "decompositions"]
 
+WORTH = Fraction(9, 10)
+"""What two layers may take of the multiply-adds of one. On a CPU, convolutions with 3 to 116 million of them
+took 0.95 to 1.23 of the time with 0.95 of the multiply-adds, 0.55 to 1.12 with 0.84, 0.47 to 1.1 with 0.5."""
 _DAMPING = 0.01
 """Share of the mean variance that is added to all: what samples lack may still come."""
 _TINY = float(np.finfo(np.float32).tiny)
@@ -83,8 +86,8 @@ class Decomposition:
 
     @property
     def most(self) -> int:
-        """The largest rank that takes fewer multiply-adds than the layer, or that there is."""
-        return min(math.ceil(1 / self.share) - 1, self._height, self.weight.size // self._height)
+        """The largest rank that is worth it, or that there is."""
+        return min(int(WORTH / self.share), self._height, self.weight.size // self._height)
 
     def rank(self, energy: float, multiple: int) -> int | None:
         """The least rank that keeps so much, or a multiple where that still saves; None: none saves."""
@@ -97,7 +100,7 @@ class Decomposition:
 
     def kept(self, rank: int) -> float:
         """The share of the outputs' energy, or with no covariance of the weight's, that a rank keeps."""
-        if self.covariance is None or all(self.along):
+        if self.covariance is None:
             return float(self._shares[min(rank, len(self._shares)) - 1])
         if rank not in self._kept:
             whole = _energy(self.weight, self.covariance)
@@ -169,7 +172,9 @@ class Decomposition:
         count = math.prod(shape[axis] for axis in mine)
         pairs = self.covariance.reshape(*shape, *shape).transpose(order)
         blocks = pairs.reshape(count, math.prod(shape) // count, count, -1)
-        return np.linalg.cholesky(np.einsum("apbp->ab", blocks))
+        seen = np.einsum("apbp->ab", blocks)
+        damping = _DAMPING * np.trace(seen) / count + _TINY
+        return np.linalg.cholesky(seen + damping * np.eye(count))
 
 
 def decompositions(
@@ -185,9 +190,6 @@ def decompositions(
 
     A stride goes with the first where the kernel does not care.
     """
-    if covariance is not None:
-        size = len(covariance)
-        covariance = covariance + (_DAMPING * np.trace(covariance) / size + _TINY) * np.eye(size)
     kernel = weight.shape[2:]
     for along in itertools.product((True, False), repeat=len(kernel)):
         sides = zip(along, kernel, spread, strict=True)

@@ -7,9 +7,9 @@ Before: y = Conv<pads = [1, 1, 1, 1]>(x, w, b)   w: [M, C, 3, 3]
 After:  t = Conv<pads = [1, 0, 1, 0]>(x, u)      u: [r, C, 3, 1]
         y = Conv<pads = [0, 1, 0, 1]>(t, v, b)   v: [M, r, 1, 3]
         or 3 x 3 to r channels and then 1 x 1, or 1 x 1 to r channels and then 3 x 3: what is cheapest
-Declines: no rank that keeps the energy takes fewer multiply-adds; the convolution has groups; the Gemm
-    transposes what it reads; the weight is a graph input, not finite, or no matrix; with samples, the bias is
-    no constant. Layers that are such factors already are passed over.
+Declines: no rank that keeps the energy saves a tenth of the multiply-adds; the convolution has groups; the
+    Gemm transposes what it reads; the weight is a graph input, not finite, or no matrix; with samples, the
+    bias is no constant. Layers that are such factors already are passed over.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from onnxopt.scope import Scope
 
 __all__ = ["FactorizeWeights"]
 
+_RULE = "weight of low rank"
 _OPS = ("Conv", "Gemm", "MatMul")
 _PER_AXIS = {"strides": 1, "dilations": 1, "pads": 0}
 """Attributes of a Conv that have a number for each axis of the kernel, and which does nothing."""
@@ -54,7 +55,7 @@ class FactorizeWeights(Pass):
 
     energy: share that each weight keeps of its squared elements; with samples, its outputs of their variance.
     macs: a budget instead: the share of the model's multiply-adds that stays. The energy is the same for all
-        layers, the largest that meets it.
+        layers, the largest that meets it. A run of a pipeline meets it once.
     multiple: ranks are multiples of this where that still saves, as kernels like.
     samples: complete feeds; then what counts is what comes out of the layers, and biases make up for the mean
         of what is lost.
@@ -83,8 +84,9 @@ agraph (float[N, 4] x) => (float[N, 4] y)
             raise UsageError(f"{self.name}: multiple is {self.multiple}; expected at least 1")
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        rule = Rule("weight of low rank", _OPS, partial(_factorized, self._chosen(model)))
-        drive(model, [rule], ledger)
+        if self.macs is not None and ledger.has_granted(_RULE):
+            return
+        drive(model, [Rule(_RULE, _OPS, partial(_factorized, self._chosen(model)))], ledger)
 
     def _ways(self, model: ir.Model) -> Iterator[tuple[ir.Node, list[Decomposition]]]:
         """The layers that could be factorized, with moments where there are samples for them."""
@@ -100,7 +102,7 @@ agraph (float[N, 4] x) => (float[N, 4] y)
         if self.macs is None:
             return {node: _factors(ways, self.energy, self.multiple) for node, ways in self._ways(model)}
         found = dict(self._ways(model))
-        energy = self._affordable(model, found)
+        energy = self._affordable(model, found) if found else self.energy
         return {node: _factors(ways, energy, self.multiple) for node, ways in found.items()}
 
     def _affordable(self, model: ir.Model, found: Mapping[ir.Node, Sequence[Decomposition]]) -> float:
@@ -218,7 +220,7 @@ def _factorized(chosen: Mapping[ir.Node, Factors | None], node: ir.Node, scope: 
         return None
     factors = chosen[node]
     if factors is None:
-        raise Declined("no fewer multiply-adds")
+        raise Declined("less than a tenth of the multiply-adds would be saved")
     weight, edit, name = layer.weight(), Edit(node, scope), node.name and f"{node.name}/low_rank"
     swaps = (node.op_type != "Conv", weight.inputs_first)
     first, second = (

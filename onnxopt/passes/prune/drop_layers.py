@@ -3,7 +3,7 @@
 Before: y = Add(x, f(x))    where f has a layer: Conv, Gemm, MatMul, Attention, LSTM and such
 After:  y = x
 Declines: a value of the branch is read elsewhere, too; type or shapes are not known to be the same; a graph
-    input would no longer be read; a graph output would be constant; others are missed less; it is in a function.
+    input would not be read any more; a graph output would be constant; others are missed less; a function.
 
 What the outputs lose without a block is measured on samples, with those that were dropped before it dropped;
 the least is dropped, and what is left is measured again.
@@ -66,7 +66,7 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
             raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, from 0 to below 1")
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        if any((rewrite.pass_name, rewrite.rule) == (self.name, _RULE) for rewrite in ledger.granted):
+        if ledger.has_granted(_RULE):
             return
         InferShapes().apply(model, ledger)
         blocks = [block for block in _blocks(model, ledger) if not ledger.leaves_out(_rewrite(block))]
