@@ -6,8 +6,7 @@ it is not the similarity of x and y that counts but what comes out of the model.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -65,19 +64,17 @@ def find_block(add: ir.Node, order: Sequence[ir.Node], places: dict[ir.Node, int
     if len(operands) != 2 or operands[0] is operands[1]:
         return None
     starts = [places.get(p, -1) if (p := value.producer()) is not None else -1 for value in operands]
-    if starts[0] == starts[1]:
-        return None
     side = starts.index(min(starts))
     kept, branch = operands[side], operands[1 - side]
-    computed = _computed_from(kept, order[min(starts) + 1 : places[add]])
-    last = branch.producer()
-    if branch not in computed or last is None:
+    between = _between(kept, branch, order[min(starts) + 1 : max(starts) + 1])
+    members = {one for node in between for one in (node, *_within(node))}
+    if not any(map(multiplies, members)):
         return None
-    inside = _only_for(add, last, places, barrier=kept)
-    if not any(multiplies(one) for node in inside for one in (node, *_within(node))):
-        return None
-    if any(v in computed and v.producer() not in inside for node in inside for v in _read(node)):
-        raise Declined("a value of the branch is read elsewhere, too")
+    for value in (value for node in between for value in node.outputs):
+        users = (use.node for use in value.uses())
+        others = [user for user in users if user not in members and user.op_type not in _SIZES]
+        if value.is_graph_output() or others != [add] * (value is branch):
+            raise Declined("a value of the branch is read elsewhere, too")
     if add.outputs[0].dtype not in _FLOATS:
         raise Declined("the type is not known to be a float")
     if not _alike(kept, add.outputs[0]) and not _alike(kept, branch):
@@ -85,37 +82,17 @@ def find_block(add: ir.Node, order: Sequence[ir.Node], places: dict[ir.Node, int
     return Block(add, side)
 
 
-def _computed_from(value: ir.Value, later: Iterable[ir.Node]) -> set[ir.Value]:
-    """What these nodes compute from a value; its size alone does not count."""
-    found = {value}
-    for node in later:
-        if node.op_type not in _SIZES and any(one in found for one in _read(node)):
-            found.update(node.outputs)
-    found.remove(value)
-    return found
-
-
-def _only_for(
-    reader: ir.Node, last: ir.Node, places: dict[ir.Node, int], barrier: ir.Value
-) -> dict[ir.Node, None]:
-    """The nodes above, from `last` on, whose outputs only these nodes and the reader need."""
-    found: dict[ir.Node, None] = {}
-    heap, seen = [-places[last]], {last, barrier.producer()}
-    order = {place: node for node, place in ((last, places[last]),)}
-    while heap:
-        node = order[-heapq.heappop(heap)]
-        users = [use.node for value in node.outputs for use in value.uses()]
-        if any(user is not reader and user not in found for user in users):
-            continue
-        if any(value.is_graph_output() for value in node.outputs):
-            continue
-        found[node] = None
-        for value in node.inputs:
-            above = value.producer() if value is not None else None
-            if above in places and above not in seen:
-                seen.add(above)
-                order[places[above]] = above
-                heapq.heappush(heap, -places[above])
+def _between(start: ir.Value, end: ir.Value, order: Sequence[ir.Node]) -> list[ir.Node]:
+    """Those of the nodes on the way from one value to another; what only has the size of a value is not."""
+    computed = {start}
+    for node in order:
+        if node.op_type not in _SIZES and any(value in computed for value in _read(node)):
+            computed.update(node.outputs)
+    needed, found = {end} & computed, list[ir.Node]()
+    for node in reversed(order):
+        if not needed.isdisjoint(node.outputs) and not computed.isdisjoint(node.outputs):
+            needed.update(_read(node))
+            found.append(node)
     return found
 
 
