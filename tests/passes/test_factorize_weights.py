@@ -18,7 +18,16 @@ from onnxopt.graph import constant_array, ints_attr, nodes
 from onnxopt.inspection.costs import macs_of, sizes_read
 from onnxopt.inspection.sizes import sized
 from onnxopt.passes.factorize.factorize_weights import FactorizeWeights
-from tests.support import Feeds, Rewritten, assert_equivalent, execute, random_feeds, run_pass, sqnr
+from tests.support import (
+    Feeds,
+    Rewritten,
+    assert_equivalent,
+    execute,
+    random_feeds,
+    run_pass,
+    sqnr,
+    text_model,
+)
 
 RNG = np.random.default_rng(0)
 FLOAT = onnx.TensorProto.FLOAT
@@ -298,3 +307,16 @@ def test_a_layer_in_a_branch_is_factorized_too() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=f"factorize-weights: {message}"):
         FactorizeWeights(**options)
+
+
+def test_a_budget_of_a_model_with_functions() -> None:
+    weight = ", ".join(["1"] * 400)
+    proto = text_model(f"""<ir_version: 10, opset_import: ["" : 17, "my" : 1]>
+        m (float[3, 20] x) => (float[3, 20] y) <float[20, 20] w = {{{weight}}}> {{
+            h = MatMul(x, w)
+            y = my.twice(h)
+        }}
+        <domain: "my", opset_import: ["" : 17]> twice (a) => (b) {{ b = Add(a, a) }}""")
+    assert run_pass(proto, FactorizeWeights()).count("MatMul") == 2
+    with pytest.raises(UsageError, match="inline them first"):
+        run_pass(proto, FactorizeWeights(macs=0.5))

@@ -55,10 +55,12 @@ class FactorizeWeights(Pass):
 
     energy: share that each weight keeps of its squared elements; with samples, its outputs of their variance.
     macs: a budget instead: the share of the model's multiply-adds that stays. The energy is the same for all
-        layers, the largest that meets it. A run of a pipeline meets it once.
+        layers, the largest that meets it.
     multiple: ranks are multiples of this where that still saves, as kernels like.
     samples: complete feeds; then what counts is what comes out of the layers, and biases make up for the mean
-        of what is lost.
+        of what is lost; not so for layers with more than 2048 summands, and those in bodies and functions.
+
+    With samples or a budget, a run of a pipeline factorizes once, however often the pass comes round.
     """
 
     name: ClassVar[str] = "factorize-weights"
@@ -84,8 +86,8 @@ agraph (float[N, 4] x) => (float[N, 4] y)
             raise UsageError(f"{self.name}: multiple is {self.multiple}; expected at least 1")
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        if self.macs is not None and ledger.has_granted(_RULE):
-            return
+        if (self.samples or self.macs is not None) and ledger.has_granted(_RULE):
+            return  # what follows from factors would be measured anew, and lose more
         drive(model, [Rule(_RULE, _OPS, partial(_factorized, self._chosen(model)))], ledger)
 
     def _ways(self, model: ir.Model) -> Iterator[tuple[ir.Node, list[Decomposition]]]:
@@ -107,6 +109,10 @@ agraph (float[N, 4] x) => (float[N, 4] y)
 
     def _affordable(self, model: ir.Model, found: Mapping[ir.Node, Sequence[Decomposition]]) -> float:
         """The largest energy that meets the budget, sought by the order of magnitude of what is lost."""
+        if model.functions:
+            raise UsageError(
+                f"{self.name}: macs of a model with functions are not counted: inline them first"
+            )
         first = self.samples[0] if self.samples else {}
         size = sized(model, {name: np.shape(array) for name, array in first.items()}, sizes_read)
         rows = zip(walk(size.graph), costs(size.graph, size.shapes), strict=True)
