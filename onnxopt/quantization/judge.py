@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,6 +124,13 @@ class Judge:
         return replace(found, elsewhere={isa: self.on(model, isa, split) for isa in self._isas})
 
     @property
+    def here(self) -> Judge:
+        """The same judge, for the CPU here alone."""
+        other = copy.copy(self)
+        other._isas = ()
+        return other
+
+    @property
     def by_outputs(self) -> bool:
         """Whether it judges by how near outputs stay on its samples, not by a metric."""
         return self._metric is None
@@ -146,7 +154,7 @@ class Judge:
         for feeds, expected in zip(self._samples, self._expected, strict=True):
             outputs = run(feeds)
             for name, value in expected.items():
-                found.setdefault(name, Distance()).add(value, outputs[name])
+                found.setdefault(name, Distance(sliced=False)).add(value, outputs[name])
         margins = {name: _margin(one, self._bounds[name]) for name, one in found.items()}
         worst = min(margins, key=lambda name: margins[name])
         told = _told(worst, found[worst], self._bounds[worst])

@@ -85,12 +85,14 @@ class Static:
     """What came of it.
 
     model: in floating point, as the keepers left it. surveyed: what could be quantized, and why the rest
-    could not. noise: of each source alone, where it was measured. keepers: name -> noise before and after,
-    for those kept. kept: sites that the user wants in floating point.
+    could not. statistics: of calibration; none where a plan was given. noise: of each source alone, where it
+    was measured. keepers: name -> noise before and after, for those kept. kept: sites that the user wants in
+    floating point.
     """
 
     model: ir.Model
     surveyed: Survey
+    statistics: Statistics
     plan: Plan
     noise: Noise
     keepers: Mapping[str, tuple[float, float]]
@@ -106,6 +108,7 @@ def quantize_static(
     judge: Judge,
     progress: Progress,
     given: GivenPlan | None = None,
+    statistics: Statistics | None = None,
 ) -> Static | Survey:
     """Quantize a prepared model; its survey alone where there is nothing to quantize.
 
@@ -116,6 +119,7 @@ def quantize_static(
         judge: says whether a candidate keeps the budget.
         progress: called with what is being done.
         given: a plan, whose ranges and choice of nodes are taken; None: they are found.
+        statistics: of the same calibration, where it was done before.
 
     Raises UsageError where the plan does not fit the model.
     """
@@ -125,7 +129,8 @@ def quantize_static(
         return possible
     if given is not None:
         return _as_given(model, samples, settings, judge, progress, possible, given)
-    statistics = _calibrated(model, samples, held_out, settings, possible, progress)
+    if statistics is None:
+        statistics = _calibrated(model, samples, held_out, settings, possible, progress)
     names = tensors_of(possible.units)
     known = [name for name in names if statistics[name].count and not statistics[name].nonfinite]
     surveyed = survey(model, placement, frozenset(known))
@@ -158,7 +163,7 @@ def quantize_static(
         proves=settings.timed,
         progress=lambda what: progress(what, None),
     )
-    return Static(model, surveyed, plan, noise, keepers, kept, searched)
+    return Static(model, surveyed, statistics, plan, noise, keepers, kept, searched)
 
 
 def _calibrated(
@@ -206,7 +211,7 @@ def _as_given(
     searched = judge_plan(model, surveyed.units, placement, plan, judge, proves=settings.timed)
     keepers = dict.fromkeys(given.keepers, (math.nan, math.nan))
     kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
-    return Static(model, surveyed, plan, Noise(), keepers, kept, searched)
+    return Static(model, surveyed, Statistics({}), plan, Noise(), keepers, kept, searched)
 
 
 def _prices(model: ir.Model, sample: Feeds, settings: Settings) -> Prices:
