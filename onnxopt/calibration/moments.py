@@ -32,6 +32,7 @@ class Layer:
 
     weight: float64 [groups, channels of a group, summands]. shape: of the weight as it is stored. moments:
     float64 [groups, summands, summands], the sum of the outer products of what the weight is multiplied with.
+    sums: float64 [groups, summands], the sum of that. positions: int64 [], how many were added up.
     waiting: float32 [groups, positions, summands] of samples, whose moments are still to be added.
     """
 
@@ -39,11 +40,27 @@ class Layer:
     weight: np.ndarray
     shape: tuple[int, ...]
     moments: np.ndarray = field(init=False)
+    sums: np.ndarray = field(init=False)
+    positions: np.ndarray = field(init=False)
     waiting: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups, _, summands = self.weight.shape
         object.__setattr__(self, "moments", np.zeros((groups, summands, summands)))
+        object.__setattr__(self, "sums", np.zeros((groups, summands)))
+        object.__setattr__(self, "positions", np.zeros((), np.int64))
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Of what the weight is multiplied with: float64 [groups, summands]."""
+        mean: np.ndarray = self.sums / max(int(self.positions), 1)
+        return mean
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Of the same, times the positions: float64 [groups, summands, summands]."""
+        covariance: np.ndarray = self.moments - self.sums[:, :, None] * self.mean[:, None]
+        return covariance
 
     @property
     def source(self) -> str:
@@ -134,4 +151,6 @@ def _add_waiting(layer: Layer) -> None:
     if layer.waiting:
         rows = np.concatenate(layer.waiting, axis=1)
         layer.moments[...] += rows.swapaxes(1, 2) @ rows
+        layer.sums[...] += rows.sum(axis=1, dtype=np.float64)
+        layer.positions[...] += rows.shape[1]
         layer.waiting.clear()

@@ -12,7 +12,7 @@ from onnxopt.inspection.amounts import UNKNOWN, ZERO, Amount, product
 from onnxopt.inspection.contents import op_name
 from onnxopt.inspection.sizes import Shapes
 
-__all__ = ["NodeCost", "costs", "has_cost", "macs_of", "sizes_read"]
+__all__ = ["NodeCost", "costs", "has_cost", "macs_of", "multiplies", "sizes_read"]
 
 Cost = Callable[[ir.Node, Shapes], Amount]
 
@@ -114,6 +114,11 @@ class NodeCost:
 def has_cost(node: ir.Node) -> bool:
     """Whether the node's MACs are counted; standard ops without an entry have none to speak of."""
     return op_name(node) in _COSTS or node.domain in ("", "ai.onnx")
+
+
+def multiplies(node: ir.Node) -> bool:
+    """Whether it is an operator whose multiply-accumulates are counted."""
+    return op_name(node) in _COSTS
 
 
 def sizes_read(node: ir.Node) -> Iterator[ir.Value]:

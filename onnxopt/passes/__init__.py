@@ -14,6 +14,7 @@ from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate.eliminate_noop import EliminateNoop
 from onnxopt.passes.eliminate.eliminate_pairs import EliminatePairs
 from onnxopt.passes.eliminate.eliminate_zero_bias import EliminateZeroBias
+from onnxopt.passes.factorize.factorize_weights import FactorizeWeights
 from onnxopt.passes.fold.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold.fold_constants import FoldConstants
 from onnxopt.passes.fold.fold_shapes import FoldShapes
@@ -58,6 +59,8 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.prune.drop_layers import DropLayers
+from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_floats import QuantizeFloats
@@ -129,6 +132,9 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    DropLayers,
+    ShrinkKernels,
+    FactorizeWeights,
     QuantizeFloats,
     EliminateCommonSubexpressions,
     EliminateDead,
