@@ -35,12 +35,14 @@ def lamp(_name: str, numbers: np.ndarray) -> np.ndarray:
 
     The order within a layer is that of |w|; between layers, each keeps its largest elements.
     """
-    squares = np.square(numbers.reshape(-1), dtype=np.float64)
-    order = np.argsort(squares, kind="stable")
-    ascending = squares[order]
-    left = np.cumsum(ascending[::-1])[::-1]
-    scores = np.empty(squares.shape, np.float32)
-    scores[order] = ascending / np.maximum(left, np.finfo(np.float64).tiny)
+    sizes = np.abs(numbers.reshape(-1))
+    order = np.argsort(sizes)
+    ascending = sizes[order]
+    squares = np.square(ascending, dtype=np.float64)
+    left = np.cumsum(squares[::-1])[::-1]
+    first = np.searchsorted(ascending, ascending)  # of equal ones
+    scores = np.empty(sizes.shape, np.float32)
+    scores[order] = squares / np.maximum(left[first], np.finfo(np.float64).tiny)
     return scores.reshape(numbers.shape)
 
 

@@ -19,16 +19,13 @@ from onnxopt.evaluation import CannotEvaluateError, evaluate
 from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, nested, roots, sizes_of
 from onnxopt.index import operator_of
 from onnxopt.ledger import site_of
-from onnxopt.pruning.levels import INTEGERS, Levels, Reader, levels_of
+from onnxopt.pruning.levels import FLOATS, INTEGERS, Levels, Reader, levels_of, passes_on
 from onnxopt.pruning.masks import Mask
 from onnxopt.quantization.operands import MOVES
 from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis
 from onnxopt.streamed import Streamed, is_on_disk, read, sources
 
 __all__ = ["LayerSparsity", "StoredWeight", "find_weights", "kept_elements", "sparsity"]
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-_KEEPS_ZERO = MOVES | {"Cast", "DequantizeLinear", "QuantizeLinear"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +34,7 @@ class StoredWeight:
 
     name: of the constant, with a number where several graphs have one of that name. readers: at least one.
     reason: why its elements cannot be changed, in words that follow "the weight"; empty where they can.
-    levels: of stored integers.
+    levels: where they do not stand for themselves.
     """
 
     name: str
@@ -87,8 +84,9 @@ class StoredWeight:
         if self.levels is None:
             with np.errstate(over="ignore"):
                 return stored.astype(np.float32, copy=False)
-        steps = stored.astype(np.float32) - self.levels.zero.astype(np.float32)
-        return steps if self.levels.scale is None else steps * self.levels.scale
+        scale, zero = self.levels
+        steps = stored.astype(np.float32) - zero.astype(np.float32)
+        return steps if scale is None else np.asarray(steps * scale)
 
     def lines(self, along: Literal["inputs", "summands"]) -> np.ndarray:
         """Places of the elements in the flat stored array: int64 [lines, elements of a line].
@@ -196,7 +194,7 @@ def _weight(value: ir.Value, opset: int) -> StoredWeight | None:
     tensor = value.const_value if value.is_initializer() else constant_of(value)
     if tensor is None or tensor.size < 2 or tensor.dtype == ir.DataType.STRING:
         return None
-    readers, others = _read_by(value)
+    readers, others = _read_by(value, tensor)
     flat = len(sizes_of(tensor)) < 2 and not any(reader.between for reader in readers)
     if not readers or flat:
         return None
@@ -207,18 +205,19 @@ def _weight(value: ir.Value, opset: int) -> StoredWeight | None:
         return replace(one, reason=others[0])
     if any(has_reference(reader.node) for reader in readers):
         return replace(one, reason="is read with an attribute that the caller of the function sets")
-    if tensor.dtype in _FLOATS:
-        return one
-    first, *rest = (levels_of(reader, sizes_of(tensor)) for reader in readers)
-    if first is None:  # plain integers
-        return None
+    first, *rest = (levels_of(reader, tensor) for reader in readers)
     if isinstance(first, str):
         return replace(one, reason=first)
-    same = all(isinstance(other, Levels) and np.array_equal(other.zero, first.zero) for other in rest)
-    return replace(one, levels=first) if same else replace(one, reason="has several zero points")
+    if first is None:
+        return one if tensor.dtype in FLOATS else None  # plain integers
+    zeros = [other.zero for other in rest if isinstance(other, Levels)]
+    if len(zeros) < len(rest) or not all(np.array_equal(zero, first.zero) for zero in zeros):
+        return replace(one, reason="has several zero points")
+    whole = tensor.dtype in FLOATS or np.array_equal(first.zero, np.rint(first.zero))
+    return replace(one, levels=first) if whole else replace(one, reason="has a zero point between integers")
 
 
-def _read_by(value: ir.Value) -> tuple[list[Reader], list[str]]:
+def _read_by(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[list[Reader], list[str]]:
     """The readers that multiply with a value, and what else is done with it."""
     readers, others = list[Reader](), list[str]()
     work: list[tuple[ir.Value, tuple[ir.Node, ...]]] = [(value, ())]
@@ -228,7 +227,7 @@ def _read_by(value: ir.Value) -> tuple[list[Reader], list[str]]:
             others.append("is a graph output, too")
         for node, position in value.uses():
             operator = operator_of(node)
-            if position == 0 and operator in _KEEPS_ZERO:
+            if passes_on(node, position, tensor.size, tensor.dtype):
                 work.append((node.outputs[0], (*between, node)))
             elif position in OPERANDS.get(operator, INTEGERS.get(operator, ())):
                 readers.append(Reader(node, position, between))
