@@ -6,6 +6,7 @@ if __name__ != "onnxopt.passes":
     raise ImportError(f"import onnxopt.passes, not {__name__!r}: the passes would exist twice")
 
 from onnxopt.claims import Pass
+from onnxopt.passes.cluster.cluster_weights import ClusterWeights
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
@@ -138,5 +139,6 @@ BUILTIN: tuple[type[Pass], ...] = (
     PruneWeights,
     QuantizeDynamic,
     QuantizeWeights,
+    ClusterWeights,
 )
 """In the order in which they run best."""
