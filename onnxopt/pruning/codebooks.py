@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["codebook_of"]
 
-_TURNS = 100
+_TURNS = 1000
 
 
 def codebook_of(numbers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,4 +54,4 @@ def _centers(ordered: np.ndarray, count: int) -> np.ndarray:
 
 def _borders(centers: np.ndarray) -> np.ndarray:
     """Halfway between neighbours; elements at a border belong to the lower one."""
-    return np.asarray((centers[1:] + centers[:-1]) / 2)
+    return np.asarray((centers[1:] + centers[:-1]) / 2, np.float32)

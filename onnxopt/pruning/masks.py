@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxopt.boxes import Box, gathered
-from onnxopt.errors import UsageError
+from onnxopt.errors import UsageError, one_line
 
 __all__ = ["Mask", "read_masks", "write_masks"]
 
@@ -67,23 +65,15 @@ def write_masks(masks: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -
 def read_masks(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The masks of a file that `write_masks` wrote. Raises UsageError where it is none."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {
                 str(name): _unpacked(file[f"{number}.bits"], file[f"{number}.shape"])
                 for number, name in enumerate(file["names"])
             }
     except OSError as error:
         raise UsageError(f"masks {path}: cannot be read: {error.strerror or error}") from error
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        EOFError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UsageError(f"masks {path}: not a file of masks: {type(error).__name__}: {error}") from error
+    except Exception as error:  # archives that are broken fail in many ways
+        raise UsageError(f"masks {path}: not a file of masks: {one_line(error)}") from error
 
 
 def _unpacked(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:

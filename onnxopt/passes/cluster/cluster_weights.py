@@ -100,14 +100,13 @@ class ClusterWeights(Pass):
             return None
         tensor = constant_of(weight.source)
         if tensor is None:
-            raise Declined("the weight is unpacked already when the model is loaded")
+            raise Declined("the weight is unpacked from a constant of another type")
         if len(sizes_of(tensor)) < 2:
             return None
         if tensor.size < self.small:
             raise Declined(f"the weight has fewer than {self.small} elements")
-        stored = Stored.of(weight, scope)
+        dtype, stored = self._type(scope), Stored.of(weight, scope)
         numbers, codes = self._shared(stored)
-        dtype = self._type(len(numbers), scope)
         if codes.size * dtype.bitwidth + numbers.size * stored.dtype.bitwidth >= nbytes(tensor) * 8:
             raise Declined("the weight would not become smaller")
         edit, like = Edit(stored.anchor, scope), stored.value.name or "weight"
@@ -137,8 +136,9 @@ class ClusterWeights(Pass):
             taken += len(numbers)
         return np.concatenate(books), np.concatenate(codes, axes[0])
 
-    def _type(self, count: int, scope: Scope) -> ir.DataType:
-        """That of codes for so many numbers."""
+    def _type(self, scope: Scope) -> ir.DataType:
+        """That of the codes."""
+        count = self.groups << self.bits
         if not self.packed or count > _OF_4_BITS:
             return ir.DataType.UINT8
         if scope.opset < _FIRST_4_BITS:
