@@ -13,7 +13,7 @@ from onnxopt.evaluation import CannotEvaluateError
 from onnxopt.pruning.saliency import Cut, Score, keys_of, least_of_lines
 from onnxopt.pruning.weights import StoredWeight
 
-__all__ = ["Choice", "given"]
+__all__ = ["Choice", "require_fit"]
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,12 @@ class Choice:
         return least_of_lines(keys, weight.lines("inputs"), length - kept, length)
 
 
-def given(
-    weights: Sequence[StoredWeight], masks: Mapping[str, np.ndarray]
-) -> Iterator[tuple[StoredWeight, np.ndarray]]:
-    """The weights that masks are given for (name -> bool array, True: kept), and what of them goes.
-
-    Raises:
-        UsageError: a mask for no weight of the model, or of another shape.
-    """
+def require_fit(weights: Sequence[StoredWeight], masks: Mapping[str, np.ndarray]) -> None:
+    """Raises UsageError: a mask for none of the weights, or of another shape."""
     known = {one.name: one for one in weights}
     for name, mask in masks.items():
         if name not in known:
-            raise UsageError(f"masks: no weight {name!r} that may be pruned{did_you_mean(name, known)}")
+            raise UsageError(f"masks: the model has no weight {name!r}{did_you_mean(name, known)}")
         if np.shape(mask) != known[name].shape:
             found = f"mask of shape {list(np.shape(mask))}"
             raise UsageError(f"masks: {name!r} has the shape {list(known[name].shape)}; found a {found}")
-    for name, one in known.items():
-        if name in masks:
-            yield one, ~np.asarray(masks[name], bool)

@@ -89,11 +89,12 @@ def _swept(
 ) -> np.ndarray:
     """The rows pruned: at the start of each stretch its elements that go are chosen by their scores."""
     gone = np.zeros(rows.shape, bool)
+    alive = np.diagonal(moments, axis1=1, axis2=2)[:, None] > 0
 
     def change(i: int, left: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
         stop = stops.get(i)
         if stop is not None:
-            scores = np.square(left[..., i:stop] / diagonal[:, None, i:stop])
+            scores = np.square(left[..., i:stop] / diagonal[:, None, i:stop]) * alive[..., i:stop]
             gone[..., i:stop] = choose(i, scores)
         return np.where(gone[..., i], 0, left[..., i])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +53,8 @@ def test_what_is_no_file_of_masks_is_refused_in_one_line(tmp_path: Path) -> None
     write_masks({"w": np.ones((100, 10), bool)}, good)
     data = good.read_bytes()
     np.savez(tmp_path / "other.npz", w=np.ones(3))
-    np.savez(tmp_path / "short.npz", names=["w"], **{"0.bits": np.zeros(2, np.uint8), "0.shape": [100, 10]})
+    short: dict[str, Any] = {"names": ["w"], "0.bits": np.zeros(2, np.uint8), "0.shape": [100, 10]}
+    np.savez(tmp_path / "short.npz", **short)
     (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.npz").write_text("no masks")
     for name in ("other", "short", "cut", "text"):
@@ -71,9 +74,5 @@ def test_a_flipped_bit_is_refused_or_changes_no_shape(tmp_path: Path, place: int
     data = bytearray(good.read_bytes())
     data[place % len(data)] ^= 0x10
     good.write_bytes(data)
-    try:
-        back = read_masks(good)
-    except UsageError as error:
-        assert "not a file of masks" in str(error) or "cannot be read" in str(error)
-    else:
-        assert all(mask.dtype == bool for mask in back.values())
+    with contextlib.suppress(UsageError):  # whatever is wrong, there is no other error
+        assert all(mask.dtype == bool for mask in read_masks(good).values())

@@ -27,7 +27,7 @@ from onnxopt.claims import Kind, Pass, unspelled
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.ledger import Ledger, site_of
-from onnxopt.pruning.choice import Choice, given
+from onnxopt.pruning.choice import Choice, require_fit
 from onnxopt.pruning.ends import first_layers, last_layers
 from onnxopt.pruning.informed import by_input_norm, made_up_for, why_unseen
 from onnxopt.pruning.masks import Mask
@@ -58,7 +58,7 @@ class PruneWeights(Pass):
     embeddings: tables that rows are taken of may be pruned, too.
     keep: patterns of nodes whose weights stay: by first output, name or operator.
     samples: for wanda and obs, complete feeds.
-    masks: name of a weight -> bool array, True where an element is kept; then nothing is scored.
+    masks: name of a weight -> bool array, True where an element is kept; then nothing is scored or protected.
     saliency: from the name of a weight and its numbers (float32) to scores of the same shape; the least go.
     """
 
@@ -112,6 +112,8 @@ class PruneWeights(Pass):
                 f"{self.name}: {self.score} looks at what weights are multiplied with: give samples"
             )
         weights, found = [], find_weights(model)
+        if self.masks is not None:
+            require_fit(found, self.masks)
         for one, reason in zip(found, self._reasons(model, found), strict=True):
             if reason:
                 ledger.decline(_rule(one), one.site, f"the weight {reason}")
@@ -148,10 +150,18 @@ class PruneWeights(Pass):
         first = first_layers(model, layers) if "first" in self.protect else frozenset()
         last = last_layers(model, layers) if "last" in self.protect else frozenset()
         for one in found:
-            yield one.reason or self._protection(one, kept, first, last) or self._why_not(model, one)
+            nodes = [reader.node for reader in one.readers]
+            reason = one.reason or ("is kept" if any(site_of(node) in kept for node in nodes) else "")
+            if self.masks is None:
+                reason = reason or self._protection(one, nodes, first, last) or self._why_not(model, one)
+            yield reason
 
     def _protection(
-        self, one: StoredWeight, kept: Container[str], first: Container[ir.Node], last: Container[ir.Node]
+        self,
+        one: StoredWeight,
+        nodes: Sequence[ir.Node],
+        first: Container[ir.Node],
+        last: Container[ir.Node],
     ) -> str:
         if one.is_embedding and not self.embeddings:
             return "is an embedding"
@@ -159,15 +169,12 @@ class PruneWeights(Pass):
             return f"has fewer than {self.small} elements"
         if one.is_depthwise and "depthwise" in self.protect:
             return "is depthwise"
-        nodes = [reader.node for reader in one.readers]
         for which, ends in (("first", first), ("last", last)):
             if any(node in ends for node in nodes):
                 return f"is of a {which} layer"
-        return "is kept" if any(site_of(node) in kept for node in nodes) else ""
+        return ""
 
     def _why_not(self, model: ir.Model, one: StoredWeight) -> str:
-        if self.masks is not None:
-            return ""
         reason = why_unseen(model, one, whole=self.score == "obs") if self._looks else ""
         reason = reason or self._choice.why_not(one)
         return reason or ("" if np.isfinite(one.numbers(one.stored())).all() else "is not finite")
@@ -177,7 +184,10 @@ class PruneWeights(Pass):
     ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
         """The weights of which elements go that are not zero yet, and their new tensors."""
         if self.masks is not None:
-            chosen = given(weights, self.masks)
+            masks = self.masks
+            chosen: Iterator[tuple[StoredWeight, np.ndarray]] = (
+                (one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks
+            )
         elif not self._looks:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
             chosen = self._choice.gone(weights, self.saliency or scores[self.score])
