@@ -16,7 +16,7 @@ TensorRT has kernels for 2:4 along the input channels.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -183,26 +183,32 @@ class PruneWeights(Pass):
         self, model: ir.Model, weights: Sequence[StoredWeight]
     ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
         """The weights of which elements go that are not zero yet, and their new tensors."""
-        if self.masks is not None:
-            masks = self.masks
-            chosen: Iterator[tuple[StoredWeight, np.ndarray]] = (
-                (one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks
-            )
-        elif not self._looks:
+        if self._looks:
+            return self._informed(model, weights)
+        if self.masks is None:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
-            chosen = self._choice.gone(weights, self.saliency or scores[self.score])
-        else:
-            plain = {one: gone for one, gone in self._choice.gone(weights, magnitude) if _costs(one, gone)}
-            assert self.samples is not None  # it looks at them
-            if self.score == "obs":
-                for one, array in made_up_for(model, plain, self.samples, self._pattern):
-                    yield one, ir.Tensor(array, dtype=one.tensor.dtype, name=one.tensor.name)
-                return
-            left = list(plain)
-            chosen = self._choice.gone(left, by_input_norm(model, left, self.samples) if left else magnitude)
-        for one, gone in chosen:
-            if _costs(one, gone):
-                yield one, one.pruned(Mask.of(~gone))
+            return _zeroed(self._choice.gone(weights, self.saliency or scores[self.score]))
+        masks = self.masks
+        return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
+
+    def _informed(
+        self, model: ir.Model, weights: Sequence[StoredWeight]
+    ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
+        """With the samples; these run only where anything is left to prune, by magnitude to begin with."""
+        plain = ((one, gone) for one, gone in self._choice.gone(weights, magnitude) if _costs(one, gone))
+        assert self.samples is not None  # `apply` asks for them
+        if self.score == "obs":
+            for one, array in tuple(made_up_for(model, dict(plain), self.samples, self._pattern)):
+                yield one, ir.Tensor(array, dtype=one.tensor.dtype, name=one.tensor.name)
+        elif any(plain):
+            score = by_input_norm(model, weights, self.samples)
+            yield from _zeroed(self._choice.gone(weights, score))
+
+
+def _zeroed(
+    chosen: Iterable[tuple[StoredWeight, np.ndarray]],
+) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
+    return ((one, one.pruned(Mask.of(~gone))) for one, gone in chosen if _costs(one, gone))
 
 
 def _costs(one: StoredWeight, gone: np.ndarray) -> bool:
