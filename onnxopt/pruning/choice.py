@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,10 @@ from onnxopt.pruning.saliency import Cut, Score, keys_of, least_of_lines
 from onnxopt.pruning.weights import StoredWeight
 
 __all__ = ["Choice", "require_fit"]
+
+
+_HELD = 1 << 25
+"""Scores that are held at once, 4 bytes each; of more they are computed anew, one weight after the other."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,10 @@ class Choice:
             for one in weights:
                 yield one, self._in_lines(one, score)
         elif self.scope == "global":
-            cut = self._cut(weights, score)
-            for one in weights:
-                yield one, cut.take(keys_of(one, score))
+            yield from self._below(weights, score)
         else:
             for one in weights:
-                yield one, self._cut([one], score).take(keys_of(one, score))
+                yield from self._below([one], score)
 
     def why_not(self, weight: StoredWeight) -> str:
         """Why a weight cannot be pruned so, in words that follow "the weight"; empty where it can."""
@@ -69,10 +72,20 @@ class Choice:
         """Whether elements are compared with others than those of their own weight."""
         return self.threshold is not None or (self.scope == "global" and self.pattern is None)
 
-    def _cut(self, weights: Sequence[StoredWeight], score: Score) -> Cut:
-        count, every = round(self.share * sum(one.size for one in weights)), weights
-        cut = Cut.at(lambda: (keys_of(one, score) for one in every), count + (not self.exact))
-        return cut if self.exact else Cut(cut.key, 0)
+    def _below(
+        self, weights: Sequence[StoredWeight], score: Score
+    ) -> Iterator[tuple[StoredWeight, np.ndarray]]:
+        """The least of all these weights together."""
+
+        def scored(one: StoredWeight) -> np.ndarray:
+            return keys_of(one, score)
+
+        total = sum(one.size for one in weights)
+        keys = functools.cache(scored) if total <= _HELD or len(weights) == 1 else scored
+        cut = Cut.at(lambda: map(keys, weights), round(self.share * total) + (not self.exact))
+        if not self.exact:
+            cut.ties = 0
+        return ((one, cut.take(keys(one))) for one in weights)
 
     def _in_lines(self, weight: StoredWeight, score: Score) -> np.ndarray:
         keys = keys_of(weight, score)

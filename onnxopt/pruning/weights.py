@@ -71,7 +71,9 @@ class StoredWeight:
         return any(_is_depthwise(reader.node, self.shape) for reader in self.readers)
 
     def stored(self) -> np.ndarray:
-        """The elements as they are stored."""
+        """The elements as they are stored; those of a file are read, and do not stay in memory."""
+        if is_on_disk(self.tensor):
+            return read(self.tensor, tuple(slice(0, size) for size in self.shape))
         array: np.ndarray = self.tensor.numpy()
         return array
 

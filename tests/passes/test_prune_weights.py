@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from onnx import helper, numpy_helper
 
 from onnxopt.errors import UsageError
 from onnxopt.graph import walk
+from onnxopt.model import load
 from onnxopt.passes.prune.prune_weights import PruneWeights
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pruning.weights import StoredWeight, find_weights, kept_elements, sparsity
 from onnxopt.recipe import parse_pass
+from onnxopt.storage import save
+from onnxopt.streamed import Streamed
 from tests.passes.weighted import LAYERS, layer, weight_of
 from tests.support import Rewritten, execute, random_feeds, run_pass, sqnr, text_model
 
@@ -525,3 +529,17 @@ def test_a_recipe_spells_all_but_data() -> None:
     assert str(one) == "prune-weights{sparsity=0.9,scope=global,protect=first+last,keep=head*}"
     assert parse_pass(str(one)) == one
     assert parse_pass("prune-weights{protect=}") == PruneWeights(protect=())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "row"])
+def test_large_weights_of_files_are_pruned_when_they_are_written(tmp_path: Path, scope: Any) -> None:
+    array = weight_of((600, 500))
+    save(ir.from_proto(product(array=array)), tmp_path / "in.onnx", external_data=True)
+    model = load(tmp_path / "in.onnx")
+    PruneWeights(0.75, scope=scope)(model)
+    assert isinstance(model.graph.initializers["w"].const_value, Streamed)
+    save(model, tmp_path / "out.onnx")
+    want = numbers(run_pass(product(array=array), PruneWeights(0.75, scope=scope)))
+    have = only(load(tmp_path / "out.onnx")).stored()
+    assert np.count_nonzero(have == 0) == 225_000
+    np.testing.assert_array_equal(have, want)
