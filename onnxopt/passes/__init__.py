@@ -6,6 +6,7 @@ if __name__ != "onnxopt.passes":
     raise ImportError(f"import onnxopt.passes, not {__name__!r}: the passes would exist twice")
 
 from onnxopt.claims import Pass
+from onnxopt.passes.cluster.cluster_weights import ClusterWeights
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
@@ -61,6 +62,7 @@ from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
 from onnxopt.passes.prune.drop_layers import DropLayers
 from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
+from onnxopt.passes.prune.prune_weights import PruneWeights
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_floats import QuantizeFloats
@@ -140,7 +142,9 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateDead,
     DedupeInitializers,
     ReorderNodes,
+    PruneWeights,
     QuantizeDynamic,
     QuantizeWeights,
+    ClusterWeights,
 )
 """In the order in which they run best."""
