@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation import Dims
-from onnxopt.graph import constant_of, has_reference, nested, sizes_of, walk
+from onnxopt.graph import constant_of, has_reference, nested, walk
 from onnxopt.index import operator_of
+from onnxopt.inspection.costs import layer_macs, sizes_read
+from onnxopt.inspection.sizes import sized
 from onnxopt.ledger import site_of
 from onnxopt.pruning.elements import Elements, Layer, Pin, Solution
 from onnxopt.pruning.movement import Unrelated
 from onnxopt.pruning.relations import RELATIONS
-from onnxopt.scope import Scope
+from onnxopt.scope import Scope, scopes
 
 __all__ = ["Group", "Structure", "Term", "survey"]
+
+_USUAL = 128
+"""The size of an axis that nothing is known of, but for the first one."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Structure:
     """What can be cut of a model's main graph.
 
     pinned: the site of each layer that keeps all its channels -> why, and where that is.
-    macs, parameters: of the layers, by the axes they grow with; `fixed`: multiply-accumulates of the rest.
+    layers, constants: multiply-accumulates and elements, by the axes they grow with; fixed: those of the rest.
     """
 
     scope: Scope
@@ -54,28 +60,75 @@ class Structure:
     solution: Solution
     groups: tuple[Group, ...]
     pinned: Mapping[str, Pin]
-    macs: tuple[Term, ...]
-    parameters: tuple[Term, ...]
+    layers: tuple[Term, ...]
+    constants: tuple[Term, ...]
     fixed: float
 
-    def channels_of(self, value: ir.Value, axis: int) -> np.ndarray | None:
-        """The channel that each element of an axis belongs to."""
-        axes = self.elements.known().get(value)
+    def channels_of(self, value: ir.Value | None, axis: int) -> np.ndarray:
+        """The channel that each element of an axis belongs to; none where the axis is not known."""
+        axes = self.elements.known().get(value) if value is not None else None
         ids = axes[axis] if axes else None
-        return None if ids is None else self.solution.channel[ids]
+        return np.arange(0) if ids is None else self.solution.channel[ids]
+
+    def macs(self, gone: np.ndarray | None = None) -> float:
+        """Multiply-accumulates without the channels that are gone; bool [channels]."""
+        return self.fixed + self._amount(self.layers, gone)
+
+    def parameters(self, gone: np.ndarray | None = None) -> float:
+        """Elements of constants."""
+        return self._amount(self.constants, gone)
+
+    def _amount(self, terms: Sequence[Term], gone: np.ndarray | None) -> float:
+        if gone is None:
+            return sum(term.amount for term in terms)
+        kept = ~gone[self.solution.channel]
+        return sum(term.amount * math.prod(float(kept[ids].mean()) for ids in term.axes if len(ids)) for term in terms)
 
 
-def survey(scope: Scope, shapes: Mapping[str, Sequence[int]] | None = None) -> Structure:
-    """Find the channels that can be cut in a graph and those nested in it.
+def survey(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Structure:
+    """Find the channels that can be cut in the main graph of a model and the graphs nested in it.
 
     Args:
-        scope: the main graph of a model.
-        shapes: sizes of graph inputs at which multiply-accumulates are counted.
+        model: without calls of functions, which keep all that they read and write.
+        shapes: of graph inputs, at which multiply-accumulates are counted; where one has a size that is not
+            known, the first is taken for 1, any other for 128.
     """
-    elements = _related(scope)
-    solution = elements.solve()
-    groups = _grouped(elements, solution)
-    return Structure(scope, elements, solution, groups, _pinned(elements, solution), (), (), 0.0)
+    scope = next(iter(scopes(model)))
+    e = _related(scope)
+    solution = e.solve()
+    costs = layer_macs(scope.graph, sized(model, _sizes(model, shapes or {}), sizes_read).shapes)
+    macs = {node: float(amount.weight) for node, amount in costs}
+    terms = [Term(macs[term.node] * term.share, term.axes) for term in e.terms if term.node in macs]
+    fixed = sum(macs.values()) - sum(term.amount for term in terms)
+    return Structure(
+        scope, e, solution, _grouped(e, solution), _pinned(e, solution), tuple(terms), tuple(_parameters(e)), fixed
+    )
+
+
+def _sizes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """A shape for each graph input whose rank is known; one name has one size."""
+    named: dict[str, int] = {}
+    found: dict[str, Sequence[int]] = {}
+    for value in model.graph.inputs:
+        if value.shape is None or value.is_initializer():
+            continue
+        given = shapes.get(value.name or "")
+        sizes = []
+        for axis, size in enumerate(value.shape.dims):
+            usual = size if isinstance(size, int) and size >= 0 else 1 if axis == 0 else _USUAL
+            one = usual if given is None else given[axis]
+            name = None if isinstance(size, int) else size.value
+            sizes.append(one if not name else named.setdefault(name, one))
+        found[value.name or ""] = sizes
+    return found
+
+
+def _parameters(e: Elements) -> Iterator[Term]:
+    """What constants hold, each once."""
+    for value, axes in e.known().items():
+        tensor = constant_of(value)
+        if tensor is not None and axes:
+            yield Term(float(tensor.size), tuple(ids for ids in axes if ids is not None))
 
 
 def _related(scope: Scope) -> Elements:
