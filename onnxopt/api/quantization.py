@@ -5,61 +5,36 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx_ir as ir
-
-from onnxopt.api.checks import lint_findings, new_error, not_here, saturation_notes
+from onnxopt.api.candidates import find_candidate
+from onnxopt.api.checks import not_here, saturation_notes
 from onnxopt.api.common import record, silent, sizes_of, versions
-from onnxopt.api.finishing import (
-    TRIAL_S,
-    best_of,
-    best_without_data,
-    comparison,
-    left_in_float,
-    nearest_of,
-)
-from onnxopt.api.preparation import (
-    prepare,
-    prepared,
-    require_opset,
-    require_use,
-    samples_of,
-    settings_for,
-)
-from onnxopt.benchmarking import Timing
+from onnxopt.api.preparation import prepare, prepared, require_use, samples_of, settings_for
+from onnxopt.api.proving import prove
+from onnxopt.api.work import Candidate, Proved, Work
 from onnxopt.benchmarking.profits import Guard
-from onnxopt.benchmarking.settings import Setting, session_config
 from onnxopt.calibration import split
-from onnxopt.data import Feeds, FeedSource
+from onnxopt.data import FeedSource
 from onnxopt.emulation import find_isa
-from onnxopt.graph import tensor_bytes
-from onnxopt.inspection.lints import Finding
 from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Outcome
-from onnxopt.quantization.finish import Finished
+from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.fusion import kernels_of
-from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.keep import kept_sites
 from onnxopt.quantization.planfile import PlanSource, read_plan
-from onnxopt.quantization.schemes import Scheme, find_scheme
-from onnxopt.quantization.static import Goal, Static, quantize_static
-from onnxopt.quantization.units import Survey
+from onnxopt.quantization.schemes import find_scheme
+from onnxopt.quantization.static import Goal, Static
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
-from onnxopt.targets import find_target
+from onnxopt.targets import Target, find_target
 
 __all__ = ["quantize"]
 
-_SMALLER = 0.99
-"""Less than this share of the bytes is smaller."""
-_TIMED_S = (3.0, 10.0)
-"""Seconds of measurement: the second where the first cannot tell the two apart."""
 _SEEN = (
     "the last check was on the samples that the search chose by, not on unseen ones; a metric with a "
     'parameter split can keep some for split="final"'
@@ -154,153 +129,114 @@ def quantize(
     }
     require_use(chosen, {**asked, "plan": plan})
     settings = settings_for(chosen, where, goal=goal, saturates=bool(also_isa), **asked)
-    model = reusable(model)
-    say = progress or silent
-    say("reading the model", None)
     pipeline = prepare(chosen, settings, where, freeze_initializers)
-    guard = Guard((), where.provider, measure=False)
-    open_model = opener(model)
-    job = Job(
-        model, open_model(), open_model, pipeline, where, guard, shapes, seed, say, frozen=freeze_initializers
-    )
-    sha256 = fingerprint(model, job.original)
+    job = _opened(model, pipeline, where, shapes, seed, progress or silent, frozen=freeze_initializers)
+    sha256 = fingerprint(job.model, job.original)
     if given is not None:
         given.require(sha256)
     samples = samples_of(job, data)
     fitted, held_out = split(samples)
+    job.progress("running the original", None)
     config = settings.session_config if settings is not None else {}
-    say("running the original", None)
-    if metric is None and budget is not None:
-        metric = "agreement"
-    judge = Judge(model, held_out, metric, budget, also_isa, config)
+    metric = "agreement" if metric is None and budget is not None else metric
+    judge = Judge(job.model, held_out, metric, budget, also_isa, config)
     outcome = prepared(job, held_out)
-    kept = kept_sites(outcome.model, keep)
-    found: Static | Survey | None = None
-    pays = comparison(job, goal, samples, measure=bench)
-    if settings is not None:
-        require_opset(outcome, settings)
-        settings = replace(settings, keep=kept)
-        found = quantize_static(outcome.model, fitted, held_out, settings, judge, say, given)
-        made = best_of(found, outcome.model, chosen, where, settings, judge, pays)
-        quantized, judgement = (made.model, made.judgement) if made.judgement else nearest_of(found, where)
-        left = left_in_float(found, made.rewritten)
-    else:
-        options = {"per_channel": per_channel, "power_of_two": power_of_two, "reduce_range": bool(also_isa)}
-        options |= {"contrib": where.contrib, "even": where.placement == "tensorrt"}
-        made, left = best_without_data(outcome.model, chosen, options, kept, judge)
-        quantized, judgement = (made.model, made.judgement) if made.judgement else (None, None)
-    timing: Timing | None = None
-    proposed: tuple[Setting, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    elsewhere = not_here(where)
-    job.notes.extend(note for note in (chosen.note, elsewhere) if note)
-    reason = _why_not(found, made, judgement, chosen, left)
-    if not reason and quantized is not None:
-        findings = lint_findings(quantized, where)
-        reason = new_error(findings, model, where)
-    if not reason and quantized is not None:
-        proposed = job.settle(quantized, "lossy", samples, measure=bench and not elsewhere)
-        more = session_config(proposed)
-        say("judging the result", None)
-        judgement = judge(quantized, "final", more)
-        reason = "" if judgement.ok else f"the result does not keep the budget: {judgement.reason}"
-    if not reason and quantized is not None:
-        timing = _timed(job, quantized, samples, more) if bench and not elsewhere else None
-        reason = _why_not_worth_it(goal, timing, job.original, quantized)
-        reason = reason or _why_plain_does(job, timing, goal, outcome, quantized, samples, more)
-    if judgement is not None and not judgement.unseen:
-        job.notes.append(_SEEN)
-    result = job.open_model() if reason or quantized is None else quantized
-    if metadata and not reason:
-        record(result, [*(s.name for s in outcome.steps if s.changes), chosen.name], sha256)
-    sizes = {**(shapes or {}), **sizes_of(samples)}
-    after = measure_size(quantized if quantized is not None else job.original, sizes)
-    kernels: Mapping[str, int] = {}
-    if quantized is not None and judgement is not None and where.provider == "cpu" and not elsewhere:
-        kernels = kernels_of(quantized)
-        if not also_isa and (settings is None or settings.timed):
-            job.notes += saturation_notes(quantized, judge, after.macs, len(held_out), measure=bench)
-    report = QuantizationReport(
-        source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
-        input_sha256=sha256,
-        target=where.name,
-        scheme=chosen.name,
+    work = Work(
+        job=job,
+        scheme=chosen,
+        settings=settings,
+        options={
+            "per_channel": per_channel,
+            "power_of_two": power_of_two,
+            "reduce_range": bool(also_isa),
+            "contrib": where.contrib,
+            "even": where.placement == "tensorrt",
+        },
         goal=goal,
-        seed=seed,
+        measure=bench and not not_here(where),
+        samples=samples,
+        fitted=fitted,
+        held_out=held_out,
+        judge=judge,
+        prepared=outcome,
+        kept=kept_sites(outcome.model, keep),
+        isas=tuple(also_isa),
+    )
+    candidate = find_candidate(work, given)
+    proved = prove(work, candidate)
+    result = job.open_model() if proved.reason or candidate.model is None else candidate.model
+    if metadata and not proved.reason:
+        record(result, [*(step.name for step in outcome.steps if step.changes), chosen.name], sha256)
+    report = _report(work, candidate, proved, sha256, synthetic=data is None, started=started)
+    return Result(result, report, job.model)
+
+
+def _opened(
+    model: ModelLike,
+    pipeline: Pipeline,
+    target: Target,
+    shapes: Mapping[str, Sequence[int]] | None,
+    seed: int,
+    progress: Progress,
+    *,
+    frozen: bool,
+) -> Job:
+    model = reusable(model)
+    progress("reading the model", None)
+    open_model = opener(model)
+    guard = Guard((), target.provider, measure=False)
+    return Job(
+        model, open_model(), open_model, pipeline, target, guard, shapes, seed, progress, frozen=frozen
+    )
+
+
+def _report(
+    work: Work, candidate: Candidate, proved: Proved, sha256: str, *, synthetic: bool, started: float
+) -> QuantizationReport:
+    """The report; `started` is when the work began, of `time.perf_counter`."""
+    job, found = work.job, candidate.found
+    sizes = {**(job.shapes or {}), **sizes_of(work.samples)}
+    after = measure_size(candidate.model if candidate.model is not None else job.original, sizes)
+    kernels, notes = _as_run(work, candidate, proved, after.macs)
+    return QuantizationReport(
+        source=os.fspath(job.model)
+        if isinstance(job.model, str | os.PathLike)
+        else f"({type(job.model).__name__})",
+        input_sha256=sha256,
+        target=work.target.name,
+        scheme=work.scheme.name,
+        goal=work.goal,
+        seed=job.seed,
         versions=versions(),
-        samples=(len(fitted), len(held_out)),
-        synthetic=data is None,
+        samples=(len(work.fitted), len(work.held_out)),
+        synthetic=synthetic,
         before=measure_size(job.original, sizes),
         after=after,
-        steps=outcome.steps,
+        steps=work.prepared.steps,
         static=found if isinstance(found, Static) else None,
-        finished=made,
-        left=left,
-        kernels=dict(kernels),
-        findings=findings,
-        judgement=judgement,
-        settings=proposed,
-        timing=timing,
-        reason=reason,
-        notes=tuple(job.notes),
+        finished=candidate.made,
+        left=candidate.left,
+        kernels=kernels,
+        findings=proved.findings,
+        judgement=proved.judgement,
+        settings=proved.settings,
+        timing=proved.timing,
+        reason=proved.reason,
+        notes=(*job.notes, *notes),
         seconds=time.perf_counter() - started,
     )
-    return Result(result, report, model)
 
 
-def _timed(
-    job: Job, quantized: ir.Model, samples: Sequence[Feeds], config: Mapping[str, str]
-) -> Timing | None:
-    for seconds in _TIMED_S:
-        timing = job.time(job.model, quantized, samples, config, seconds=seconds)
-        if timing is None or timing.verdict != "no measurable difference":
-            break
-    return timing
-
-
-def _why_not(
-    found: Static | Survey | None,
-    made: Finished,
-    judgement: Judgement | None,
-    scheme: Scheme,
-    left: Mapping[str, Sequence[str]],
-) -> str:
-    """Why there is no result, before speed is looked at; empty where there is one."""
-    if judgement is not None:
-        return "" if judgement.ok else f"no candidate keeps the budget; the nearest: {judgement.reason}"
-    why = [f"{len(sites)} {reason}" for reason, sites in left.items()]
-    why += [f"{one.name} is left out: {one.why}" for one in made.tried if one.sites]
-    if isinstance(found, Static) and found.searched.unfused:
-        why.append(f"{len(found.searched.unfused)} nodes that the runtime does not fuse")
-    if not why:
-        otherwise = "integers would not make it faster" if isinstance(found, Static) else ""
-        why = [otherwise or f"there is nothing that {scheme.name} applies to"]
-    return f"nothing was quantized: {'; '.join(why)}"
-
-
-def _why_not_worth_it(goal: Goal, timing: Timing | None, before: ir.Model, after: ir.Model) -> str:
-    if goal == "size":
-        was, now = tensor_bytes(before), tensor_bytes(after)
-        smaller = now < _SMALLER * was
-        return "" if smaller else f"the result is not smaller: {now:,} bytes of tensors, it had {was:,}"
-    if timing is None or timing.verdict == "faster":
-        return ""
-    return f"it is not faster: {timing.summary}"
-
-
-def _why_plain_does(
-    job: Job,
-    timing: Timing | None,
-    goal: Goal,
-    prepared: Outcome,
-    quantized: ir.Model,
-    samples: Sequence[Feeds],
-    config: Mapping[str, str],
-) -> str:
-    """What says that the gain in speed is that of the preparation alone; empty where nothing does."""
-    if goal == "size" or timing is None or not prepared.changes:
-        return ""
-    gain = job.time(prepared.model, quantized, samples, config, seconds=TRIAL_S)
-    if gain is None or gain.verdict == "faster":
-        return ""
-    return f"it is not faster than the float model is once it is optimized: {gain.summary}"
+def _as_run(
+    work: Work, candidate: Candidate, proved: Proved, macs: int | str
+) -> tuple[dict[str, int], list[str]]:
+    """What the runtime here executes of a candidate, by operator, and what there is to note."""
+    target, elsewhere = work.target, not_here(work.target)
+    notes = [note for note in (work.scheme.note, elsewhere) if note]
+    if proved.judgement is not None and not proved.judgement.unseen:
+        notes.append(_SEEN)
+    if candidate.model is None or target.provider != "cpu" or elsewhere:
+        return {}, notes
+    if not work.isas and (work.settings is None or work.settings.timed):
+        notes += saturation_notes(candidate.model, work.judge, macs, len(work.held_out), measure=work.measure)
+    return dict(kernels_of(candidate.model)), notes

@@ -8,56 +8,23 @@ second moments of the input tell. Scales stay; a row for which plain rounding is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from onnxopt.calibration.exposing import Slices
+from onnxopt.calibration.moments import Layer, layers_with_moments
+from onnxopt.calibration.windows import from_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_of, sizes_of
-from onnxopt.model import reusable
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import QuantParams, dequantize, quantize
 from onnxopt.quantization.saturation import can_saturate
-from onnxopt.quantization.units import Unit
-from onnxopt.quantization.windows import from_rows, has_rows, operand_rows, weight_rows
 
 __all__ = ["round_rows", "round_weights"]
 
-_SUMMANDS = 2048
-"""Layers that add up more are rounded to nearest: the time grows with the third power."""
-_MEMORY = 256 << 20
-"""Bytes of moments that are gathered in one run of the samples, and of tensors exposed at once."""
-_PER_SUMMAND, _LEAST = 4, 4096
-"""Positions of a layer that are looked at, in all samples together."""
-_TOGETHER = 256
-"""Positions whose moments are added up in float32."""
 _DAMPING = 0.01
 _BLOCK = 64
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """weight: [groups, channels of a group, summands]. moments: [groups, summands, summands].
-
-    waiting: [groups, positions, summands] of samples, float32, whose moments are still to be added.
-    """
-
-    unit: Unit
-    weight: np.ndarray
-    shape: tuple[int, ...]
-    moments: np.ndarray = field(init=False)
-    waiting: list[np.ndarray] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        groups, _, summands = self.weight.shape
-        object.__setattr__(self, "moments", np.zeros((groups, summands, summands)))
-
-    @property
-    def source(self) -> str:
-        return self.unit.sources[0].name or ""
 
 
 def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
@@ -68,15 +35,19 @@ def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     """
     if draft.plan.weight.is_float:
         return None
+    units = {unit.node: unit for unit in draft.units() if unit.weight == 1}
+
+    def as_quantized(name: str, rows: np.ndarray) -> np.ndarray:
+        params = draft.plan.params[name]
+        return dequantize(quantize(rows, params), params)
+
     rounded = {}
-    for units in _batches(draft):
-        layers = [_layer(unit) for unit in units]
-        _add_moments(draft, layers, samples)
-        for layer in layers:
-            ints, params = quantized_weight(layer.unit, draft.plan, draft.plan.params[layer.source])
-            found = _rounded(layer, ints, params, params.format.high)
-            if not (draft.plan.saturates and can_saturate(layer.unit.node, found)):
-                rounded[layer.unit.site] = (found, params)
+    for layer in layers_with_moments(draft.model, list(units), samples, as_quantized):
+        unit = units[layer.node]
+        ints, params = quantized_weight(unit, draft.plan, draft.plan.params[layer.source])
+        found = _rounded(layer, ints, params, params.format.high)
+        if not (draft.plan.saturates and can_saturate(layer.node, found)):
+            rounded[unit.site] = (found, params)
     return replace(draft, plan=replace(draft.plan, rounded=rounded)) if rounded else None
 
 
@@ -118,67 +89,9 @@ def _loss(error: np.ndarray, moments: np.ndarray) -> np.ndarray:
     return np.asarray(((error @ moments) * error).sum(-1, keepdims=True))
 
 
-def _rounded(layer: _Layer, ints: np.ndarray, params: QuantParams, limit: float) -> np.ndarray:
+def _rounded(layer: Layer, ints: np.ndarray, params: QuantParams, limit: float) -> np.ndarray:
     zero = int(params.zero_point.reshape(-1)[0])
     scale = np.broadcast_to(params.scale.reshape(-1), layer.weight[..., 0].size)
     target = layer.weight / scale.reshape(*layer.weight.shape[:2], 1).astype(np.float64)
     whole = round_rows(target, layer.moments, -limit, limit) + zero
-    return from_rows(layer.unit.node, whole, layer.shape).astype(ints.dtype)
-
-
-def _batches(draft: Draft) -> list[list[Unit]]:
-    """The layers to round, in batches whose moments fit the memory."""
-    batches: list[list[Unit]] = [[]]
-    filled = 0
-    for unit in draft.units():
-        weight = constant_of(unit.node.inputs[1]) if has_rows(unit) else None
-        if weight is None:
-            continue
-        groups, _, summands = weight_rows(unit.node, np.broadcast_to(np.float32(0), sizes_of(weight))).shape
-        if summands > _SUMMANDS:
-            continue
-        size = groups * summands**2 * 8
-        if batches[-1] and filled + size > _MEMORY:
-            batches.append([])
-            filled = 0
-        batches[-1].append(unit)
-        filled += size
-    return [batch for batch in batches if batch]
-
-
-def _layer(unit: Unit) -> _Layer:
-    tensor = constant_of(unit.node.inputs[1])
-    assert tensor is not None  # it has a weight
-    array = tensor.numpy().astype(np.float64)
-    return _Layer(unit, weight_rows(unit.node, array), array.shape)
-
-
-def _add_moments(draft: Draft, layers: Sequence[_Layer], samples: Sequence[Feeds]) -> None:
-    readers: dict[str, list[_Layer]] = {}
-    for layer in layers:
-        readers.setdefault(layer.source, []).append(layer)
-    slices = Slices(reusable(draft.model), list(readers))
-    for group in slices.groups(samples[0], _MEMORY):
-        with slices.runner(group) as run:
-            for feeds in samples:
-                for name, array in run(feeds):
-                    for layer in readers[name]:
-                        _add(layer, array, draft.plan.params[name], len(samples))
-    for layer in layers:
-        _add_waiting(layer)
-
-
-def _add(layer: _Layer, array: np.ndarray, params: QuantParams, samples: int) -> None:
-    most = -(-max(_LEAST, _PER_SUMMAND * layer.weight.shape[2]) // samples)
-    rows = operand_rows(layer.unit.node, array, layer.shape[2:], most)
-    layer.waiting.append(dequantize(quantize(rows, params), params).swapaxes(0, 1))
-    if sum(one.shape[1] for one in layer.waiting) >= _TOGETHER:
-        _add_waiting(layer)
-
-
-def _add_waiting(layer: _Layer) -> None:
-    """Many rows at once take a fraction of the time of a sample's few."""
-    if layer.waiting:
-        rows = np.concatenate(layer.waiting, axis=1)
-        layer.moments[...] += rows.swapaxes(1, 2) @ rows
-        layer.waiting.clear()
+    return from_rows(layer.node, whole, layer.shape).astype(ints.dtype)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.calibration import ChannelStatistics
+from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, int_attr, sizes_of, sole_user, use_count
 from onnxopt.model import clone
@@ -23,7 +24,6 @@ from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.units import Unit
 from onnxopt.quantization.weights import weight_axis
-from onnxopt.quantization.windows import from_rows, has_rows, weight_rows
 from onnxopt.scope import Names
 
 __all__ = ["equalize_layers", "smooth_activations"]
@@ -91,7 +91,7 @@ def _scaled(draft: Draft, samples: Sequence[Feeds], operators: Sequence[str], ax
 def _spans(units: Sequence[Unit], operators: Sequence[str], axis: int) -> list[_Span]:
     readers: dict[ir.Value, list[Unit]] = {}
     for unit in units:
-        if unit.node.op_type in operators and has_rows(unit):
+        if unit.node.op_type in operators and unit.weight == 1 and has_rows(unit.node):
             readers.setdefault(unit.sources[0], []).append(unit)
     found = []
     for value, layers in readers.items():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onnxopt.calibration.windows import from_rows, operand_rows, weight_rows
 from onnxopt.graph import nodes
-from onnxopt.quantization.windows import from_rows, operand_rows, weight_rows
 from tests.support import execute, random_feeds, sqnr, text_model
 
 

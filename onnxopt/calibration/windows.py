@@ -9,17 +9,16 @@ import onnx_ir as ir
 from numpy.lib.stride_tricks import sliding_window_view
 
 from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
-from onnxopt.quantization.units import Unit
 
 __all__ = ["from_rows", "has_rows", "operand_rows", "weight_rows"]
 
 
-def has_rows(unit: Unit) -> bool:
-    """Whether a unit is a Conv, Gemm or MatMul whose second operand is a constant; of MatMul, a matrix."""
-    tensor = constant_of(unit.node.inputs[1]) if unit.weight == 1 else None
-    if tensor is None or unit.node.op_type not in ("Conv", "Gemm", "MatMul"):
+def has_rows(node: ir.Node) -> bool:
+    """Whether this is a Conv, Gemm or MatMul whose second operand is a constant; of MatMul, a matrix."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
         return False
-    return unit.node.op_type == "Conv" or len(sizes_of(tensor)) == 2
+    tensor = constant_of(node.inputs[1])
+    return tensor is not None and (node.op_type == "Conv" or len(sizes_of(tensor)) == 2)
 
 
 def weight_rows(node: ir.Node, weight: np.ndarray) -> np.ndarray:
