@@ -133,13 +133,28 @@ class _Cut:
             return
         old = node.inputs[index] if index < len(node.inputs) else None
         dtype = np.int32 if old is not None and old.dtype == ir.DataType.INT32 else np.int64
-        new = self.constant(node, np.array(numbers, dtype), (old.name if old else None) or name)
+        self.replace(node, index, np.array(numbers, dtype), name)
+
+    def replace(self, node: ir.Node, index: int, array: np.ndarray, name: str) -> None:
+        """Give a node a new constant; `name` is for one that had none."""
+        old = node.inputs[index] if index < len(node.inputs) else None
+        new = self.constant(node, array, (old.name if old else None) or name)
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
         node.replace_input_with(index, new)
-        if old is not None and old.is_initializer() and not use_count(old) and not old.is_graph_output():
-            if old.graph is not None and not old.is_graph_input():
-                old.graph.initializers.pop(old.name or "")
+        if old is not None and constant_of(old) is not None and not use_count(old):
+            _remove(old)
+
+
+def _remove(constant: ir.Value) -> None:
+    """Take out a constant that nobody reads any more."""
+    producer, graph = constant.producer(), constant.graph
+    if constant.is_graph_output() or graph is None:
+        return
+    if producer is None:
+        graph.initializers.pop(constant.name or "")
+    else:
+        graph.remove(producer)
 
 
 Adapter = Callable[[_Cut, ir.Node], None]
@@ -150,14 +165,24 @@ def _reshape(at: _Cut, node: ir.Node) -> None:
     axes = at.axes(node.outputs[0])
     if target is not None and any(map(at.is_shorter, axes)):
         pairs = zip(target, axes, strict=True)
-        at.write(node, "shape", 1, [at.count(ids) if size > 0 and at.is_shorter(ids) else size for size, ids in pairs])
+        at.write(
+            node,
+            "shape",
+            1,
+            [at.count(ids) if size > 0 and at.is_shorter(ids) else size for size, ids in pairs],
+        )
 
 
 def _expand(at: _Cut, node: ir.Node) -> None:
     target, axes = at.structure.elements.dims.ints(node, "shape", 1), at.axes(node.outputs[0])
     if target is not None and any(map(at.is_shorter, axes)):
         sizes = zip(target, axes[len(axes) - len(target) :], strict=True)
-        at.write(node, "shape", 1, [at.count(ids) if size > 1 and at.is_shorter(ids) else size for size, ids in sizes])
+        at.write(
+            node,
+            "shape",
+            1,
+            [at.count(ids) if size > 1 and at.is_shorter(ids) else size for size, ids in sizes],
+        )
 
 
 def _split(at: _Cut, node: ir.Node) -> None:
@@ -194,8 +219,7 @@ def _gather(at: _Cut, node: ir.Node) -> None:
     kept, indices = at.kept(ids), tensor.numpy() % len(ids)
     rank = (np.cumsum(kept) - 1)[indices]
     found = rank[kept[indices]] if rank.ndim else rank
-    new = at.constant(node, found.astype(indices.dtype), node.inputs[1].name or "indices")
-    node.replace_input_with(1, new)
+    at.replace(node, 1, found.astype(indices.dtype), "indices")
 
 
 def _pad(at: _Cut, node: ir.Node) -> None:

@@ -37,7 +37,7 @@ class Pin:
 
 @dataclass(frozen=True)
 class Layer:
-    """A node that multiplies with a weight: which input that is, and its axes that write and read channels."""
+    """A node that multiplies with a weight: which input that is, and its axes that write and read."""
 
     node: ir.Node
     weight: int
@@ -182,7 +182,11 @@ class Elements:
         choices = {n: self._open_factors(product, base) for n, product in enumerate(self._products)}
         while True:
             found = self._united({n: options[0] for n, options in choices.items()})
-            stuck = (n for n, options in choices.items() if len(options) > 1 and self._is_stuck(n, options[0], found))
+            stuck = (
+                n
+                for n, options in choices.items()
+                if len(options) > 1 and self._is_stuck(n, options[0], found)
+            )
             first = next(stuck, None)
             if first is None:
                 return found

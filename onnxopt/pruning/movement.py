@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,27 +13,27 @@ from onnxopt.evaluation import Dim
 from onnxopt.graph import constant_of, int_attr, ints_attr, str_attr
 from onnxopt.pruning.elements import Elements, Ids
 
-__all__ = ["MOVEMENT", "Rule", "Unrelated", "output_axes", "reshape_target"]
+__all__ = ["MOVEMENT", "Rule", "UnrelatedError", "output_axes", "reshape_target"]
 
 Rule = Callable[[Elements, ir.Node], None]
 
 
-class Unrelated(Exception):
+class UnrelatedError(Exception):
     """Nothing can be said of a node's axes: they all stay."""
 
 
 def output_axes(e: Elements, node: ir.Node, index: int = 0) -> list[Ids]:
-    """The axes of an output; raises `Unrelated` where their number is not known."""
+    """The axes of an output; raises `UnrelatedError` where their number is not known."""
     axes = e.axes(node.outputs[index])
     if axes is None:
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     return axes
 
 
 def _source(e: Elements, node: ir.Node) -> list[Ids]:
     axes = e.axes(node.inputs[0])
     if axes is None:
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     return axes
 
 
@@ -49,20 +50,20 @@ def _squeeze(e: Elements, node: ir.Node) -> None:
         fewer, more = more, fewer
     axes = e.dims.ints(node, "axes", 1)
     if axes is None:
-        raise Unrelated("the axes are not known")
+        raise UnrelatedError("the axes are not known")
     if not axes:
         axes = [axis for axis, ids in enumerate(more) if ids is not None and len(ids) == 1]
     gone = {axis % len(more) for axis in axes}
     left = [ids for axis, ids in enumerate(more) if axis not in gone]
     if len(left) != len(fewer):
-        raise Unrelated("the axes are not known")
+        raise UnrelatedError("the axes are not known")
     for a, b in zip(fewer, left, strict=True):
         e.same(a, b)
 
 
 def _reshape(e: Elements, node: ir.Node) -> None:
     if node.op_type == "Reshape" and reshape_target(e, node) is None:
-        raise Unrelated("a shape is computed at run time")
+        raise UnrelatedError("a shape is computed at run time")
     _regroup(e, _source(e, node), output_axes(e, node), _dims(e, node.inputs[0]), _dims(e, node.outputs[0]))
 
 
@@ -129,26 +130,28 @@ def _relate_block(e: Elements, a: list[Ids], b: list[Ids]) -> None:
         return e.pin("the size of an axis is not known", *a, *b)
     sizes = [[len(ids) for ids in side if ids is not None] for side in (a, b)]
     marks = sorted({math.prod(side[n:]) for side in sizes for n in range(len(side) + 1)})
-    if any(more % less for less, more in zip(marks, marks[1:], strict=False)):
+    if any(more % less for less, more in itertools.pairwise(marks)):
         return e.pin("are laid out anew", *a, *b)
-    factors: dict[tuple[int, int], Ids] = {}
-    for side, lengths in zip((a, b), sizes, strict=True):
-        for n, ids in enumerate(side):
-            ends = math.prod(lengths[n + 1 :]), math.prod(lengths[n:])
-            if marks.index(ends[1]) - marks.index(ends[0]) == 1:
-                if ends in factors:
-                    e.same(ids, factors[ends])
-                factors.setdefault(ends, ids)
-    for side, lengths in zip((a, b), sizes, strict=True):
-        for n, ids in enumerate(side):
-            low, high = marks.index(math.prod(lengths[n + 1 :])), marks.index(math.prod(lengths[n:]))
-            if high - low > 1:
-                ends_of = [(marks[m - 1], marks[m]) for m in range(high, low, -1)]
-                for ends in ends_of:
-                    if ends not in factors:
-                        factors[ends] = e.numbered(ends[1] // ends[0])
-                e.product(ids, [factors[ends] for ends in ends_of], "are laid out with another axis")
+    factors: dict[int, Ids] = {}  # by the product of those behind them
+    whole: list[tuple[Ids, list[int]]] = []
+    for ids, behind, upto in _spans(a, b, sizes):
+        between = [mark for mark in reversed(marks) if behind <= mark < upto]
+        if len(between) == 1 and behind not in factors:
+            factors[behind] = ids
+        else:
+            whole.append((ids, between))
+    for low, high in itertools.pairwise(marks):
+        factors.setdefault(low, e.numbered(high // low))
+    for ids, between in whole:
+        e.product(ids, [factors[mark] for mark in between], "are laid out with another axis")
     return None
+
+
+def _spans(a: list[Ids], b: list[Ids], sizes: list[list[int]]) -> Iterator[tuple[Ids, int, int]]:
+    """Of each axis of both sides, how many elements lie behind one of it, and behind all of it."""
+    for side, lengths in zip((a, b), sizes, strict=True):
+        for n, ids in enumerate(side):
+            yield ids, math.prod(lengths[n + 1 :]), math.prod(lengths[n:])
 
 
 def _depth_to_space(e: Elements, node: ir.Node) -> None:
@@ -167,7 +170,7 @@ def _concat(e: Elements, node: ir.Node) -> None:
     target = output_axes(e, node)
     sources = [e.axes(value) for value in node.inputs]
     if any(source is None or len(source) != len(target) for source in sources):
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     along = int_attr(node, "axis", 1) % len(target)
     known = [source for source in sources if source is not None]
     for axis, ids in enumerate(target):
@@ -202,7 +205,7 @@ def _slice(e: Elements, node: ir.Node) -> None:
     names = ("starts", "ends", "axes", "steps")
     starts, ends, axes, steps = (e.dims.ints(node, name, n) for n, name in enumerate(names, 1))
     if axes is None:
-        raise Unrelated("the axes are not known")
+        raise UnrelatedError("the axes are not known")
     order = axes or range(len(starts)) if starts is not None else axes or range(len(source))
     cut = {axis % len(source): n for n, axis in enumerate(order)}
     for axis, (a, b) in enumerate(zip(source, target, strict=True)):
@@ -219,7 +222,7 @@ def _gather(e: Elements, node: ir.Node) -> None:
     source, target = _source(e, node), output_axes(e, node)
     indices, along = e.axes(node.inputs[1]), int_attr(node, "axis", 0) % len(source)
     if indices is None:
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     for a, b in zip(source[:along], target[:along], strict=True):
         e.same(a, b)
     for a, b in zip(source[along + 1 :], target[along + len(indices) :], strict=True):
@@ -240,14 +243,19 @@ def _pad(e: Elements, node: ir.Node) -> None:
     source, target = _source(e, node), output_axes(e, node)
     pads, axes = e.dims.ints(node, "pads", 1), e.dims.ints(node, "axes", 3)
     if pads is None or axes is None:
-        raise Unrelated("a Pad is computed at run time")
+        raise UnrelatedError("a Pad is computed at run time")
     order = [axis % len(source) for axis in axes] or list(range(len(source)))
     edges = dict(zip(order, zip(pads[: len(order)], pads[len(order) :], strict=True), strict=True))
     for axis, (a, b) in enumerate(zip(source, target, strict=True)):
         before, after = edges.get(axis, (0, 0))
         if before == after == 0:
             e.same(a, b)
-        elif a is None or b is None or min(before, after) < 0 or str_attr(node, "mode", "constant") != "constant":
+        elif (
+            a is None
+            or b is None
+            or min(before, after) < 0
+            or str_attr(node, "mode", "constant") != "constant"
+        ):
             e.pin("are padded", a, b)
         else:
             e.same(a, b[before : before + len(a)])
@@ -256,7 +264,7 @@ def _pad(e: Elements, node: ir.Node) -> None:
 def _expand(e: Elements, node: ir.Node) -> None:
     target = output_axes(e, node)
     if constant_of(node.inputs[1]) is None:
-        raise Unrelated("a shape is computed at run time")
+        raise UnrelatedError("a shape is computed at run time")
     for a, b in zip(reversed(_source(e, node)), reversed(target), strict=False):
         if a is None or len(a) != 1:
             e.same(a, b)
@@ -272,10 +280,15 @@ def _tile(e: Elements, node: ir.Node) -> None:
 
 def _resize(e: Elements, node: ir.Node) -> None:
     if str_attr(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
-        raise Unrelated("is cropped and resized")
+        raise UnrelatedError("is cropped and resized")
     sizes = node.inputs[3] if len(node.inputs) > 3 else None
     for a, b in zip(_source(e, node), output_axes(e, node), strict=True):
-        if a is not None and b is not None and len(a) == len(b) and (sizes is None or constant_of(sizes) is not None):
+        if (
+            a is not None
+            and b is not None
+            and len(a) == len(b)
+            and (sizes is None or constant_of(sizes) is not None)
+        ):
             e.same(a, b)
         else:
             e.pin("are resized", a, b)

@@ -1,4 +1,4 @@
-"""How the operators of layers, and those that work element by element, relate the axes they read and write."""
+"""How the operators that compute relate the axes they read and write."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import onnx_ir as ir
 from onnxopt.evaluation import BROADCAST
 from onnxopt.graph import int_attr
 from onnxopt.pruning.elements import Contraction, Elements, Ids, Layer, Term
-from onnxopt.pruning.movement import MOVEMENT, Rule, Unrelated, output_axes
+from onnxopt.pruning.movement import MOVEMENT, Rule, UnrelatedError, output_axes
 
 __all__ = ["RELATIONS"]
 
 _POINTWISE = str.split(
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp"
-    " Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round"
-    " Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh Dropout Elu Erf"
+    " Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu"
+    " Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )
 _ADDS_UP = ("ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare")
 """Reductions to which a zero adds nothing, however many elements there are."""
@@ -35,7 +35,7 @@ def _both(e: Elements, node: ir.Node) -> tuple[list[Ids], list[Ids]]:
     """The axes of the first input and of the first output, which are as many."""
     source, target = e.axes(node.inputs[0]), e.axes(node.outputs[0])
     if source is None or target is None or len(source) != len(target):
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     return source, target
 
 
@@ -44,7 +44,7 @@ def _broadcast(e: Elements, node: ir.Node) -> None:
     for value in node.inputs:
         source = e.axes(value)
         if source is None or len(source) > len(target):
-            raise Unrelated("the number of axes is not known")
+            raise UnrelatedError("the number of axes is not known")
         _align(e, source, target)
 
 
@@ -77,7 +77,7 @@ def _layernorm(e: Elements, node: ir.Node) -> None:
 
 def _batchnorm(e: Elements, node: ir.Node) -> None:
     if int_attr(node, "training_mode", 0):
-        raise Unrelated("BatchNormalization is in training mode")
+        raise UnrelatedError("BatchNormalization is in training mode")
     _pointwise(e, node)
     _vectors(e, node, 1, node.inputs[1:])
 
@@ -91,7 +91,7 @@ def _groupnorm(e: Elements, node: ir.Node) -> None:
     _along(e, node, "are normalised together", 2, None)
     channels, groups = _both(e, node)[0][1], e.set_groups(node, int_attr(node, "num_groups", 1))
     if channels is None:
-        raise Unrelated("the number of channels is not known")
+        raise UnrelatedError("the number of channels is not known")
     inner = e.numbered(len(channels) // len(groups))
     e.pin("are normalised together", inner)
     e.product(channels, (groups, inner), "are normalised together")
@@ -110,7 +110,7 @@ def _vectors(e: Elements, node: ir.Node, axis: int, values: Sequence[ir.Value | 
 
 def _quantization(e: Elements, node: ir.Node) -> None:
     if int_attr(node, "block_size", 0):
-        raise Unrelated("is quantized in blocks")
+        raise UnrelatedError("is quantized in blocks")
     _pointwise(e, node)
     source = _both(e, node)[0]
     for value in node.inputs[1:]:
@@ -123,7 +123,7 @@ def _conv(e: Elements, node: ir.Node) -> None:
     source, target = _both(e, node)
     weight = e.axes(node.inputs[1])
     if weight is None or weight[0] is None or weight[1] is None:
-        raise Unrelated("the shape of the weight is not known")
+        raise UnrelatedError("the shape of the weight is not known")
     count = int_attr(node, "group", 1)
     e.same(source[0], target[0])
     e.pin("are the places of a convolution", *source[2:], *target[2:], *weight[2:])
@@ -148,7 +148,7 @@ def _matmul(e: Elements, node: ir.Node) -> None:
     a, b = e.axes(node.inputs[0]), e.axes(node.inputs[1])
     target = output_axes(e, node)
     if not a or not b:
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     summed = b[-2] if len(b) > 1 else b[-1]
     e.same(a[-1], summed)
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else []
@@ -173,7 +173,7 @@ def _product_cost(e: Elements, node: ir.Node, target: Sequence[Ids], summed: Ids
 def _gemm(e: Elements, node: ir.Node) -> None:
     a, b, target = e.axes(node.inputs[0]), e.axes(node.inputs[1]), output_axes(e, node)
     if a is None or b is None or len(a) != 2 or len(b) != 2:
-        raise Unrelated("the number of axes is not known")
+        raise UnrelatedError("the number of axes is not known")
     turned_a, turned_b = int_attr(node, "transA", 0), int_attr(node, "transB", 0)
     e.same(a[turned_a], target[0])
     e.same(b[1 - turned_b], target[1])
@@ -188,7 +188,7 @@ def _recurrent(e: Elements, node: ir.Node) -> None:
     """X [.., in], W [directions, gates * hidden, in], R [directions, gates * hidden, hidden]."""
     x, w, r = (e.axes(value) for value in node.inputs[:3])
     if x is None or w is None or r is None or r[2] is None:
-        raise Unrelated("the shapes of the weights are not known")
+        raise UnrelatedError("the shapes of the weights are not known")
     hidden = r[2]
     for index, value in enumerate(node.inputs[1:8], 1):
         axes = e.axes(value)
@@ -218,7 +218,7 @@ def _reduce(e: Elements, node: ir.Node) -> None:
     by_argument = node.op_type.startswith("Arg")
     axes = [int_attr(node, "axis", 0)] if by_argument else e.dims.ints(node, "axes", 1)
     if source is None or target is None or axes is None:
-        raise Unrelated("the axes are not known")
+        raise UnrelatedError("the axes are not known")
     if not axes and int_attr(node, "noop_with_empty_axes", 0):
         return _pointwise(e, node)
     gone = {axis % len(source) for axis in axes or range(len(source))}
@@ -241,7 +241,7 @@ def _pool(e: Elements, node: ir.Node) -> None:
     e.pin("are the places of a pooling", *source[2:], *target[2:])
     for value in node.outputs[1:]:
         if value.name:
-            raise Unrelated("the indices of a pooling are used")
+            raise UnrelatedError("the indices of a pooling are used")
 
 
 def _shape(e: Elements, node: ir.Node) -> None:
@@ -263,11 +263,17 @@ def _elements_read(e: Elements, reader: ir.Node, index: int, read: list[int]) ->
         if chosen is not None and all(isinstance(one, int) for one in chosen.ravel()):
             return [read[int(one)] for one in chosen.ravel() if -len(read) <= one < len(read)]
     if reader.op_type == "Slice" and index == 0:
-        numbers = [e.dims.ints(reader, name, n) for n, name in enumerate(("starts", "ends", "axes", "steps"), 1)]
+        numbers = [
+            e.dims.ints(reader, name, n) for n, name in enumerate(("starts", "ends", "axes", "steps"), 1)
+        ]
         if all(one is not None and len(one) < 2 for one in numbers) and numbers[0] and numbers[1]:
             step = numbers[3][0] if numbers[3] else 1
             return read[slice(numbers[0][0], numbers[1][0], step)]
     return read
+
+
+def _nothing(_: Elements, __: ir.Node) -> None:
+    """Reads nothing, and its value is known."""
 
 
 RELATIONS: dict[str, Rule] = {
@@ -276,12 +282,14 @@ RELATIONS: dict[str, Rule] = {
     **dict.fromkeys((*_ADDS_UP, *_REDUCTIONS, "ArgMax", "ArgMin"), _reduce),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _softmax),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _layernorm),
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"), _pool),
+    **dict.fromkeys(
+        ("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"), _pool
+    ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _quantization),
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
     "BatchNormalization": _batchnorm,
-    "Constant": lambda e, node: None,
+    "Constant": _nothing,
     "Gemm": _gemm,
     "GroupNormalization": _groupnorm,
     "InstanceNormalization": _instancenorm,

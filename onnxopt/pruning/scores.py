@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,8 +37,8 @@ def score_channels(structure: Structure, score: str | Score, seed: int = 0) -> t
         numbers = np.asarray(of(group), np.float64)
         if numbers.shape != group.channels.shape or not np.isfinite(numbers).all():
             raise UsageError(
-                f"prune-channels: group {group.name!r}: {len(group.channels)} finite scores expected, found an "
-                f"array of shape {numbers.shape}" + (" with others" if np.isfinite(numbers).all() else "")
+                f"prune-channels: group {group.name!r}: expected {len(group.channels)} finite scores, "
+                f"found shape {numbers.shape}, {int(np.isfinite(numbers).sum())} of them finite"
             )
         found.append(_relative(numbers))
     return tuple(found)
@@ -46,7 +46,7 @@ def score_channels(structure: Structure, score: str | Score, seed: int = 0) -> t
 
 def _relative(numbers: np.ndarray) -> np.ndarray:
     mean = numbers.mean() if numbers.size else 0.0
-    return numbers / mean if mean > 0 else np.ones_like(numbers)
+    return np.asarray(numbers / mean if mean > 0 else np.ones_like(numbers))
 
 
 def _by_norm(order: int) -> Callable[[Structure, int], Callable[[Group], np.ndarray]]:
@@ -84,10 +84,10 @@ def _by_gamma(structure: Structure, _: int) -> Callable[[Group], np.ndarray]:
         found = total[group.channels]
         if not found.any():
             raise UsageError(
-                f"prune-channels: group {group.name!r} has no BatchNormalization to score by; take another score, "
-                "or prune before they are folded"
+                f"prune-channels: group {group.name!r} has no BatchNormalization to score by; "
+                "take another score, or prune before they are folded"
             )
-        return found
+        return np.asarray(found)
 
     return of
 

@@ -16,7 +16,7 @@ from onnxopt.inspection.costs import layer_macs, sizes_read
 from onnxopt.inspection.sizes import sized
 from onnxopt.ledger import site_of
 from onnxopt.pruning.elements import Elements, Layer, Pin, Solution
-from onnxopt.pruning.movement import Unrelated
+from onnxopt.pruning.movement import UnrelatedError
 from onnxopt.pruning.relations import RELATIONS
 from onnxopt.scope import Scope, scopes
 
@@ -31,12 +31,14 @@ class Group:
     """Channels that can be cut one by one, and lie in the same axes.
 
     name: where the first of their layers stands. channels: their numbers, int64 [size].
-    layers: the sites of the layers that write them.
+    layers: the sites of the layers that write them. width: elements of a channel along an axis of a weight:
+    1, or as wide as a head.
     """
 
     name: str
     channels: np.ndarray
     layers: tuple[str, ...]
+    width: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Structure:
     """What can be cut of a model's main graph.
 
     pinned: the site of each layer that keeps all its channels -> why, and where that is.
-    layers, constants: multiply-accumulates and elements, by the axes they grow with; fixed: those of the rest.
+    layers, constants: multiply-accumulates and elements, by the axes that they grow with.
+    fixed: multiply-accumulates of the rest.
     """
 
     scope: Scope
@@ -82,7 +85,10 @@ class Structure:
         if gone is None:
             return sum(term.amount for term in terms)
         kept = ~gone[self.solution.channel]
-        return sum(term.amount * math.prod(float(kept[ids].mean()) for ids in term.axes if len(ids)) for term in terms)
+        return sum(
+            term.amount * math.prod(float(kept[ids].mean()) for ids in term.axes if len(ids))
+            for term in terms
+        )
 
 
 def survey(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Structure:
@@ -101,7 +107,14 @@ def survey(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -
     terms = [Term(macs[term.node] * term.share, term.axes) for term in e.terms if term.node in macs]
     fixed = sum(macs.values()) - sum(term.amount for term in terms)
     return Structure(
-        scope, e, solution, _grouped(e, solution), _pinned(e, solution), tuple(terms), tuple(_parameters(e)), fixed
+        scope,
+        e,
+        solution,
+        _grouped(e, solution),
+        _pinned(e, solution),
+        tuple(terms),
+        tuple(_parameters(e)),
+        fixed,
     )
 
 
@@ -147,7 +160,7 @@ def _related(scope: Scope) -> Elements:
             continue
         try:
             rule(e, node)
-        except Unrelated as reason:
+        except UnrelatedError as reason:
             e.pin_node(f"{node.op_type}: {reason}", node)
         except (ArithmeticError, LookupError, ValueError):  # malformed
             e.pin_node(f"{node.op_type} does not fit its inputs", node)
@@ -170,13 +183,19 @@ def _grouped(e: Elements, solution: Solution) -> tuple[Group, ...]:
     number = np.full(len(solution.pinned), -1)
     for n, members_of in enumerate(alike.values()):
         number[members_of] = n
-    written: dict[int, dict[str, None]] = {}
+    written: dict[int, dict[str, int]] = {}
     for layer in e.layers:
-        for n in np.unique(number[_written(e, solution, layer)]):
+        found, members = np.unique(number[_written(e, solution, layer)], return_counts=True)
+        for n, size in zip(found.tolist(), members.tolist(), strict=True):
             if n >= 0:
-                written.setdefault(int(n), {})[site_of(layer.node)] = None
+                written.setdefault(n, {})[site_of(layer.node)] = size
     return tuple(
-        Group(next(iter(written[n])), np.array(channels), tuple(written[n]))
+        Group(
+            next(iter(written[n])),
+            np.array(channels),
+            tuple(written[n]),
+            min(written[n].values()) // len(channels),
+        )
         for n, channels in enumerate(alike.values())
         if n in written
     )

@@ -1,0 +1,1 @@
+"""Passes that take out weights, channels and layers that a model can do without."""
