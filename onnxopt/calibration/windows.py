@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
 
-__all__ = ["from_rows", "has_rows", "operand_rows", "pads_of", "weight_rows"]
+__all__ = ["from_rows", "has_rows", "operand_rows", "pads_of", "result_rows", "weight_rows"]
 
 
 def has_rows(node: ir.Node) -> bool:
@@ -52,6 +52,13 @@ def operand_rows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...], most
     which: tuple[np.ndarray, ...] = np.unravel_index(_some(batch * math.prod(places), most), (batch, *places))
     found = np.moveaxis(windows, 1, -1 - len(kernel))[which]
     return np.asarray(found).reshape(len(found), int_attr(node, "group", 1), -1)
+
+
+def result_rows(node: ir.Node, array: np.ndarray, most: int) -> np.ndarray:
+    """What a node writes, at the positions where `operand_rows` takes what it reads: [positions, channels]."""
+    rows = np.moveaxis(array, 1, -1) if node.op_type == "Conv" else array
+    rows = rows.reshape(-1, rows.shape[-1])
+    return np.asarray(rows[_some(len(rows), most)])
 
 
 def _some(count: int, most: int) -> np.ndarray:
