@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnxopt.pruning.weights import sparsity
 
 import onnxopt
 from benchmarks.peers import ENVIRONMENTS, ORT, Peer, run
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
 from onnxopt.inspection import macs
+from onnxopt.pruning.weights import sparsity
 
 SAMPLES = 4
 """Calibration samples that latency is measured on, in turn."""

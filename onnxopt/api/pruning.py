@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxopt.api.common import record, silent, sizes_of, versions
 from onnxopt.api.optimization import optimize
+from onnxopt.api.packing import packed_sizes
 from onnxopt.api.preparation import samples_of
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import session_config
@@ -24,6 +25,7 @@ from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, clone, fingerprint, opener, reusable
 from onnxopt.pipeline import Outcome, Pipeline
 from onnxopt.pruning.search import Candidate, Passes, Searched, strongest
+from onnxopt.pruning.weights import sparsity
 from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.sensitivity import noise_between
 from onnxopt.recipe import parse_pass, parse_passes
@@ -129,8 +131,8 @@ def prune(
         before=measure_size(job.original, sizes),
         after=measure_size(best.model, sizes),
         searched=replace(searched, best=best),
-        layers=(),
-        packed=None,
+        layers=sparsity(best.model),
+        packed=None if reason else packed_sizes(model, best.model),
         settings=settings,
         timing=timing,
         reason=reason,

@@ -61,8 +61,8 @@ from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
 from onnxopt.passes.prune.drop_layers import DropLayers
-from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
 from onnxopt.passes.prune.prune_weights import PruneWeights
+from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_floats import QuantizeFloats

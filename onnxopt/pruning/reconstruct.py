@@ -7,7 +7,7 @@ instead of from zero are those of ridge regression with a mean that is not zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxopt.calibration.exposing import Slices
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, constant_of, int_attr, use_count
+from onnxopt.graph import constant_array, int_attr, use_count
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 
@@ -27,7 +27,9 @@ _MEMORY = 256 << 20
 _RIDGE = 0.01
 
 
-def reconstruct(model: ir.Model, whole: ir.Model, kept: Mapping[str, np.ndarray], samples: Sequence[Feeds]) -> None:
+def reconstruct(
+    model: ir.Model, whole: ir.Model, kept: Mapping[str, np.ndarray], samples: Sequence[Feeds]
+) -> None:
     """Change weights and biases in place, so that layers write what they wrote before, as well as they can.
 
     Args:
@@ -53,7 +55,9 @@ def reconstruct(model: ir.Model, whole: ir.Model, kept: Mapping[str, np.ndarray]
             with open_session(piece, level="none") as session:
                 written = [session.run(state) for state in states]
             kept_states = [{key: state[key] for key in needed if key not in made} for state in states]
-            states = [{**one, **old, **new} for one, old, new in zip(samples, kept_states, written, strict=True)]
+            states = [
+                {**one, **old, **new} for one, old, new in zip(samples, kept_states, written, strict=True)
+            ]
             start = end
         _learn(node, [state[name] for state in states], targets[node.outputs[0].name])
 
@@ -88,7 +92,11 @@ def _learn(node: ir.Node, operands, targets) -> None:
     array = constant_array(node.inputs[1])
     weight = weight_rows(node, array).astype(np.float64)
     most = _most(node, len(operands))
-    x = np.concatenate([operand_rows(node, one, array.shape[2:], most) for one in operands]).swapaxes(0, 1).astype(np.float64)
+    x = (
+        np.concatenate([operand_rows(node, one, array.shape[2:], most) for one in operands])
+        .swapaxes(0, 1)
+        .astype(np.float64)
+    )
     y = np.concatenate(targets).astype(np.float64)
     groups, outs, summands = weight.shape
     y = y.reshape(len(y), groups, outs).swapaxes(0, 1)
@@ -99,7 +107,9 @@ def _learn(node: ir.Node, operands, targets) -> None:
     xc, rc = x - mx, rest - mr
     gram = xc.swapaxes(1, 2) @ xc
     damp = _RIDGE * np.diagonal(gram, axis1=1, axis2=2).mean(1) + 1e-12
-    delta = np.linalg.solve(gram + damp[:, None, None] * np.eye(summands), xc.swapaxes(1, 2) @ rc).swapaxes(1, 2)
+    delta = np.linalg.solve(gram + damp[:, None, None] * np.eye(summands), xc.swapaxes(1, 2) @ rc).swapaxes(
+        1, 2
+    )
     new = from_rows(node, weight + delta, array.shape).astype(array.dtype)
     shift = (mr - mx @ delta.swapaxes(1, 2)).reshape(-1)
     node.inputs[1].const_value = ir.Tensor(new, name=node.inputs[1].name)

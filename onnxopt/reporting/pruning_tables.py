@@ -44,7 +44,7 @@ def print_pruning(
     if list_layers:
         layers = plain_table("weight", ">elements", ">zeros")
         for layer in report.layers:
-            layers.add_row(layer.name, amount(layer.elements), f"{layer.zeros / max(layer.elements, 1):.1%}")
+            layers.add_row(layer.weight, amount(layer.elements), f"{layer.share:.1%}")
         console.print(layers)
     for trial in report.searched.trials if len(report.searched.trials) > 1 else ():
         style = "green" if trial.ok else "red"
