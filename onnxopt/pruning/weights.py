@@ -25,7 +25,7 @@ from onnxopt.quantization.operands import MOVES
 from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis
 from onnxopt.streamed import Streamed, is_on_disk, read, sources
 
-__all__ = ["LayerSparsity", "StoredWeight", "find_weights", "kept_elements", "sparsity"]
+__all__ = ["LayerSparsity", "StoredWeight", "convolves_alone", "find_weights", "kept_elements", "sparsity"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class StoredWeight:
     @property
     def is_depthwise(self) -> bool:
         """Whether each channel is convolved by itself."""
-        return any(_is_depthwise(reader.node, self.shape) for reader in self.readers)
+        return any(convolves_alone(reader.node, self.shape) for reader in self.readers)
 
     def stored(self) -> np.ndarray:
         """The elements as they are stored; those of a file are read, and do not stay in memory."""
@@ -265,7 +265,8 @@ def _axes(reader: Reader, shape: Sequence[int]) -> tuple[int | None, int | None]
     return len(shape) - 1, len(shape) - 2
 
 
-def _is_depthwise(node: ir.Node, shape: Sequence[int]) -> bool:
+def convolves_alone(node: ir.Node, shape: Sequence[int]) -> bool:
+    """Whether a node with a weight of this shape convolves each channel by itself."""
     groups = int_attr(node, "group", 1) if not has_reference(node) else 1
     if groups < 2 or len(shape) < 3:
         return False

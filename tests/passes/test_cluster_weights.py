@@ -50,7 +50,7 @@ def assert_same(want: onnx.ModelProto, have: Rewritten) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_computes_with_the_shared_numbers(name: str, bits: int) -> None:
     model = layer(name)
-    done = run_pass(model, ClusterWeights(bits, small=1))
+    done = run_pass(model, ClusterWeights(bits, small=1, depthwise=True))
     assert done.changes == done.count("Gather") == len(model.graph.initializer)
     assert_same(with_codebooks(model, bits), done)
 
@@ -113,7 +113,7 @@ def test_the_file_takes_a_quarter_and_packed_an_eighth() -> None:
 @pytest.mark.parametrize("name", ["Conv2D", "Gemm", "MatMul", "depthwise"])
 def test_groups_of_output_channels_have_numbers_of_their_own(name: str) -> None:
     model, axis = layer(name), LAYERS[name][3]
-    done = run_pass(model, ClusterWeights(3, groups=2, small=1))
+    done = run_pass(model, ClusterWeights(3, groups=2, small=1, depthwise=True))
     array = numpy_helper.to_array(model.graph.initializer[0])
     parts = []
     for part in np.split(array, 2, axis or 0):
@@ -221,6 +221,11 @@ def test_weights_that_stay_say_why(change: Any, how: dict[str, Any], reason: str
     change(model)
     done = run_pass(model, ClusterWeights(**how))
     assert (done.changes, done.declined) == (0, (reason,))
+
+
+def test_depthwise_weights_stay_unless_they_are_wanted() -> None:
+    done = run_pass(layer("depthwise"), ClusterWeights(2))
+    assert (done.changes, done.declined) == (0, ("the weight is depthwise",))
 
 
 def test_only_the_wanted_operators() -> None:

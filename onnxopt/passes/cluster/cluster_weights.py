@@ -3,8 +3,8 @@
 Before: y = MatMul(x, w)
 After:  y = MatMul(x, Gather(codebook, Cast<to = INT32>(codes)))
 Declines: the weight is a graph input, a graph output, computed at run time, quantized already, or not finite;
-    something else reads it, too; it is too small to gain; its readers disagree on the axis of its groups, or
-    that is no multiple of them; the opset has no type of so few bits.
+    something else reads it, too; it is depthwise, or too small to gain; its readers disagree on the axis of
+    output channels, or these are no multiple of the groups; the opset has no type of so few bits.
 
 Codes take a byte; packed, 4 bits where 16 numbers or fewer are shared (opset 21) and 2 bits for 4 (opset 25).
 ONNX Runtime computes the weight once, as it loads the model: the file becomes smaller, time and memory stay.
@@ -27,6 +27,7 @@ from onnxopt.index import operator_of
 from onnxopt.passes.shared.stored import Stored, operand
 from onnxopt.pruning.codebooks import codebook_of
 from onnxopt.pruning.levels import INTEGERS
+from onnxopt.pruning.weights import convolves_alone
 from onnxopt.quantization.operands import QUANTIZED, find_weight
 from onnxopt.quantization.weights import OPERANDS, weight_axis
 from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
@@ -49,6 +50,8 @@ class ClusterWeights(Pass):
         numbers at most (16 and 4 for codes of 4 and 2 bits).
     packed: codes of 4 or 2 bits where that is enough, two or four a byte.
     small: weights of fewer elements stay.
+    depthwise: weights of depthwise convolutions, too: their channels differ much, and few of all elements are
+        theirs.
     layers: only weights of these operators, such as Gemm+MatMul; all where empty.
     """
 
@@ -66,6 +69,7 @@ class ClusterWeights(Pass):
     groups: int = 1
     packed: bool = False
     small: int = 64
+    depthwise: bool = False
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -105,6 +109,8 @@ class ClusterWeights(Pass):
             return None
         if tensor.size < self.small:
             raise Declined(f"the weight has fewer than {self.small} elements")
+        if convolves_alone(node, sizes_of(tensor)) and not self.depthwise:
+            raise Declined("the weight is depthwise")
         dtype, stored = self._type(scope), Stored.of(weight, scope)
         numbers, codes = self._shared(stored)
         if codes.size * dtype.bitwidth + numbers.size * stored.dtype.bitwidth >= nbytes(tensor) * 8:
