@@ -139,7 +139,7 @@ def _inputs_of(output: ir.Value, without: Block | None) -> set[ir.Value]:
         node = value.producer()
         if node is not None:
             work.extend(_read(node))
-        elif value.is_graph_input() and value.graph is output.graph:
+        elif value.is_graph_input() and not value.is_initializer() and value.graph is output.graph:
             found.add(value)
     return found
 

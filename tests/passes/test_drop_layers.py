@@ -266,3 +266,28 @@ def test_blocks_of_functions_are_declined() -> None:
 def test_options_out_of_range(options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=f"drop-layers: {message}"):
         DropLayers(**options)
+
+
+def test_what_cannot_go_leaves_the_next_one() -> None:
+    """The first block is missed least, but is the only one that reads m."""
+    inputs, weights = "float[2, 4] x, float[2, 4] m", f"{WEIGHT[:-1]}, float t = {{0.01}}>"
+    proto = text_model(f"""m ({inputs}) => (float[2, 4] y) {weights} {{
+        h = Abs(x)
+        g = MatMul(h, w)
+        n = Sigmoid(m)
+        p = Mul(g, n)
+        f = Mul(p, t)
+        a = Add(h, f)
+        k = MatMul(a, w)
+        b = Add(a, k)
+        c = MatMul(b, w)
+        d = MatMul(c, w)
+        e = Add(d, b)
+        y = Relu(e)
+    }}""")
+    _, dropped, declined = drop(proto, DropLayers(samples=samples_of(proto)))
+    assert len(dropped) == 1
+    assert declined == ["a graph input would no longer be read", "other blocks are missed less"]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((2, 4), np.float32), "m"))
+    _, dropped, _ = drop(proto, DropLayers(samples=[{"x": random_feeds(proto)["x"]}]))
+    assert dropped == ["a"]

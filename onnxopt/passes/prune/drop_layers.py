@@ -81,12 +81,13 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
     def _measured(self, blocks: Sequence[Block], model: ir.Model, ledger: Ledger) -> None:
         left, dropped = dict(enumerate(blocks)), list[int]()
         with Influence(model, blocks, self.samples) as noise:
-            while left and len(dropped) < self.number and not ledger.exhausted:
-                best, number = min((noise([*dropped, one]), one) for one in left)
-                if 1 - best < self.energy:
+            while len(dropped) < self.number and not ledger.exhausted:
+                missed = sorted((noise([*dropped, one]), one) for one in left)
+                wanted = (one for lost, one in missed if 1 - lost >= self.energy)
+                number = next((one for one in wanted if _drop(left.pop(one), model, ledger)), None)
+                if number is None:
                     break
-                if _drop(left.pop(number), model, ledger):
-                    dropped.append(number)
+                dropped.append(number)
                 left = {one: block for one, block in left.items() if block.add.graph is not None}
         for block in left.values():
             ledger.decline(_RULE, site_of(block.add), "other blocks are missed less")
