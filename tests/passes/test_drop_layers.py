@@ -291,3 +291,21 @@ def test_what_cannot_go_leaves_the_next_one() -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((2, 4), np.float32), "m"))
     _, dropped, _ = drop(proto, DropLayers(samples=[{"x": random_feeds(proto)["x"]}]))
     assert dropped == ["a"]
+
+
+def test_sizes_that_nobody_named_are_followed_or_seen() -> None:
+    """Of an unnamed batch it is known that it stays; of h / 2 only samples tell, and not where that is 1."""
+    proto = text_model("""m (float[?,2,h,w] x) => (float[] y) <float[2,2,1,1] w = {0.1, 0, 0, 0.1}> {
+        p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        f = Conv(p, w)
+        a = Add(p, f)
+        y = Relu(a)
+    }""")
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    for size, declined in ((6, []), (3, [SHAPES])):
+        sample = {"x": np.ones((3, 2, size, 6), np.float32)}
+        assert drop(proto, DropLayers(samples=[sample]))[2] == declined
+    for size in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
+        size.Clear()
+        size.dim_value = 6
+    assert drop(proto, DropLayers())[1] == ["a"]
