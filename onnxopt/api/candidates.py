@@ -17,8 +17,9 @@ from onnxopt.quantization.expected import TABLE, expect
 from onnxopt.quantization.finish import Finished, Finisher
 from onnxopt.quantization.planfile import GivenPlan
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.quantization.static import Settings, Static, quantize_static
+from onnxopt.quantization.static import Settings, Static
 from onnxopt.quantization.units import Survey
+from onnxopt.quantization.whole import idle_sites, quantize_whole
 from onnxopt.recipe import parse_pass
 
 __all__ = ["TRIAL_S", "find_candidate"]
@@ -77,7 +78,7 @@ def _with_data(
 ) -> Candidate:
     """By static quantization, and on the CPU by quantization at run time, whichever is better."""
     plain, say = work.prepared.model, work.job.progress
-    found = quantize_static(plain, work.fitted, work.held_out, settings, work.judge, say, given, statistics)
+    found = quantize_whole(plain, work.fitted, work.held_out, settings, work.judge, say, given, statistics)
     made = _best_of(work, settings, found)
     if made.tried and work.goal == "speed" and not work.measure:
         work.job.notes.append(f"speed not measured: {TABLE} decided what is quantized at run time")
@@ -119,9 +120,10 @@ def _best_of(work: Work, settings: Settings, found: Static | Survey) -> Finished
         return static or nothing
     tidy = partial(_cleaned, placement=target.placement)
     passes = passes_of(work.scheme.finishing, {"reduce_range": settings.saturates})
+    kept = settings.keep | idle_sites(found)
     noise = partial(_noise_of, found)
     pays = partial(_pays, work)
-    return Finisher(passes, tidy, settings.keep, noise, work.judge, pays).best(nothing, static)
+    return Finisher(passes, tidy, kept, noise, work.judge, pays).best(nothing, static)
 
 
 def _pays(work: Work, before: ir.Model, after: ir.Model) -> tuple[bool, str]:
