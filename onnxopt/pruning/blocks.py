@@ -17,13 +17,14 @@ import onnx_ir as ir
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, subgraphs_of, walk
 from onnxopt.inspection.costs import multiplies
+from onnxopt.inspection.sizes import Shapes, sized
 from onnxopt.model import clone
 from onnxopt.quantization.sensitivity import noise_between
 from onnxopt.rewrite import Declined
 from onnxopt.runtimes import open_session
 from onnxopt.scope import Names
 
-__all__ = ["Block", "Influence", "find_block", "require_flow"]
+__all__ = ["Block", "Influence", "Sizes", "find_block", "require_flow"]
 
 _SIZES = frozenset({"Shape", "Size"})
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
@@ -49,13 +50,16 @@ class Block:
         return self.add.outputs[0]
 
 
-def find_block(add: ir.Node, order: Sequence[ir.Node], places: dict[ir.Node, int]) -> Block | None:
+def find_block(
+    add: ir.Node, order: Sequence[ir.Node], places: dict[ir.Node, int], sizes: Sizes
+) -> Block | None:
     """The block that ends in this Add; None where neither operand is computed from the other by a layer.
 
     Args:
         add: the node.
         order: the nodes of its graph, as they run.
         places: node -> its index in `order`.
+        sizes: of the values.
 
     Raises:
         Declined: there is one, but it cannot be dropped.
@@ -77,7 +81,7 @@ def find_block(add: ir.Node, order: Sequence[ir.Node], places: dict[ir.Node, int
             raise Declined("a value of the branch is read elsewhere, too")
     if add.outputs[0].dtype not in _FLOATS:
         raise Declined("the type is not known to be a float")
-    if not _alike(kept, add.outputs[0]) and not _alike(kept, branch):
+    if not sizes.alike(kept, add.outputs[0]) and not sizes.alike(kept, branch):
         raise Declined("the shapes of the block's input and output are not known to be the same")
     return Block(add, side)
 
@@ -96,12 +100,37 @@ def _between(start: ir.Value, end: ir.Value, order: Sequence[ir.Node]) -> list[i
     return found
 
 
-def _alike(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two values surely have the same shape."""
-    if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
-        return False
-    pairs = zip(one.shape.dims, other.shape.dims, strict=True)
-    return all(a == b and (isinstance(a, int) or a.value not in (None, "", "?")) for a, b in pairs)
+@dataclass(frozen=True)
+class Sizes:
+    """Which values of a model have the same shape.
+
+    symbolic: in the symbols of the graph inputs. sampled: at the sizes of a sample, or None; what has one
+    element along an axis there may have more elsewhere.
+    """
+
+    symbolic: Shapes
+    sampled: Shapes | None
+
+    @classmethod
+    def of(cls, model: ir.Model, samples: Sequence[Feeds]) -> Sizes:
+        """Those of a model, which is not changed."""
+        fed = {name: np.shape(array) for name, array in samples[0].items()} if samples else None
+        return cls(sized(model).shapes, sized(model, fed).shapes if fed else None)
+
+    def alike(self, one: ir.Value, other: ir.Value) -> bool:
+        """Whether two values have the same shape, as far as known."""
+        pairs = [self._pairs(self.symbolic, one, other)]
+        pairs += [self._pairs(self.sampled, one, other)] if self.sampled is not None else []
+        if not all(pairs) or len(set(map(len, pairs))) > 1:
+            return False
+        named = [a == b and a is not None for a, b in pairs[0]]
+        seen = [a == b and isinstance(a, int) and a > 1 for a, b in pairs[-1]]
+        return all(a or b for a, b in zip(named, seen, strict=True))
+
+    @staticmethod
+    def _pairs(at: Shapes, one: ir.Value, other: ir.Value) -> list[tuple[int | str | None, int | str | None]]:
+        a, b = at.sizes(one), at.sizes(other)
+        return list(zip(a, b, strict=True)) if a is not None and b is not None and len(a) == len(b) else []
 
 
 def _within(node: ir.Node) -> Iterator[ir.Node]:
@@ -139,7 +168,7 @@ def _inputs_of(output: ir.Value, without: Block | None) -> set[ir.Value]:
         node = value.producer()
         if node is not None:
             work.extend(_read(node))
-        elif value.is_graph_input() and value.graph is output.graph:
+        elif value.is_graph_input() and not value.is_initializer() and value.graph is output.graph:
             found.add(value)
     return found
 

@@ -266,3 +266,46 @@ def test_blocks_of_functions_are_declined() -> None:
 def test_options_out_of_range(options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=f"drop-layers: {message}"):
         DropLayers(**options)
+
+
+def test_what_cannot_go_leaves_the_next_one() -> None:
+    """The first block is missed least, but is the only one that reads m."""
+    inputs, weights = "float[2, 4] x, float[2, 4] m", f"{WEIGHT[:-1]}, float t = {{0.01}}>"
+    proto = text_model(f"""m ({inputs}) => (float[2, 4] y) {weights} {{
+        h = Abs(x)
+        g = MatMul(h, w)
+        n = Sigmoid(m)
+        p = Mul(g, n)
+        f = Mul(p, t)
+        a = Add(h, f)
+        k = MatMul(a, w)
+        b = Add(a, k)
+        c = MatMul(b, w)
+        d = MatMul(c, w)
+        e = Add(d, b)
+        y = Relu(e)
+    }}""")
+    _, dropped, declined = drop(proto, DropLayers(samples=samples_of(proto)))
+    assert len(dropped) == 1
+    assert declined == ["a graph input would no longer be read", "other blocks are missed less"]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((2, 4), np.float32), "m"))
+    _, dropped, _ = drop(proto, DropLayers(samples=[{"x": random_feeds(proto)["x"]}]))
+    assert dropped == ["a"]
+
+
+def test_sizes_that_nobody_named_are_followed_or_seen() -> None:
+    """Of an unnamed batch it is known that it stays; of h / 2 only samples tell, and not where that is 1."""
+    proto = text_model("""m (float[?,2,h,w] x) => (float[] y) <float[2,2,1,1] w = {0.1, 0, 0, 0.1}> {
+        p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        f = Conv(p, w)
+        a = Add(p, f)
+        y = Relu(a)
+    }""")
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    for size, declined in ((6, []), (3, [SHAPES])):
+        sample = {"x": np.ones((3, 2, size, 6), np.float32)}
+        assert drop(proto, DropLayers(samples=[sample]))[2] == declined
+    for size in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
+        size.Clear()
+        size.dim_value = 6
+    assert drop(proto, DropLayers())[1] == ["a"]

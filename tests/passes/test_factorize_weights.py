@@ -320,3 +320,14 @@ def test_a_budget_of_a_model_with_functions() -> None:
     assert run_pass(proto, FactorizeWeights()).count("MatMul") == 2
     with pytest.raises(UsageError, match="inline them first"):
         run_pass(proto, FactorizeWeights(macs=0.5))
+
+
+def test_a_budget_of_sizes_that_are_not_known() -> None:
+    proto = layer("MatMul", low_rank(40, 40, 40), (3, 40), (3, 40))
+    proto.graph.input.append(helper.make_tensor_value_info("s", onnx.TensorProto.INT64, (None,)))
+    proto.graph.node.insert(0, helper.make_node("Reshape", ["x", "s"], ["r"]))
+    proto.graph.node[1].input[0] = "r"
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(UsageError, match="sizes are not known: give an energy instead"):
+        run_pass(proto, FactorizeWeights(macs=0.5))

@@ -117,7 +117,12 @@ agraph (float[N, 4] x) => (float[N, 4] y)
         size = sized(model, {name: np.shape(array) for name, array in first.items()}, sizes_read)
         rows = zip(walk(size.graph), costs(size.graph, size.shapes), strict=True)
         work = {node: row.macs.weight for node, row in rows}
-        total = macs_of(size.graph, size.shapes).weight
+        counted = macs_of(size.graph, size.shapes)
+        if any("?" in symbols for symbols in counted.terms):
+            raise UsageError(
+                f"{self.name}: macs cannot be counted, as sizes are not known: give an energy instead"
+            )
+        total = counted.weight
 
         def left(energy: float) -> Fraction:
             saved = Fraction(0)

@@ -23,7 +23,7 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import nested
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.passes.infer_shapes import InferShapes
-from onnxopt.pruning.blocks import Block, Influence, find_block, require_flow
+from onnxopt.pruning.blocks import Block, Influence, Sizes, find_block, require_flow
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import scopes
 
@@ -69,7 +69,9 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
         if ledger.has_granted(_RULE):
             return
         InferShapes().apply(model, ledger)
-        blocks = [block for block in _blocks(model, ledger) if not ledger.leaves_out(_rewrite(block))]
+        blocks = [
+            block for block in _blocks(model, self.samples, ledger) if not ledger.leaves_out(_rewrite(block))
+        ]
         if len(blocks) <= self.number and not self.energy:
             for block in blocks:
                 _drop(block, model, ledger)
@@ -81,12 +83,13 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
     def _measured(self, blocks: Sequence[Block], model: ir.Model, ledger: Ledger) -> None:
         left, dropped = dict(enumerate(blocks)), list[int]()
         with Influence(model, blocks, self.samples) as noise:
-            while left and len(dropped) < self.number and not ledger.exhausted:
-                best, number = min((noise([*dropped, one]), one) for one in left)
-                if 1 - best < self.energy:
+            while len(dropped) < self.number and not ledger.exhausted:
+                missed = sorted((noise([*dropped, one]), one) for one in left)
+                wanted = (one for lost, one in missed if 1 - lost >= self.energy)
+                number = next((one for one in wanted if _drop(left.pop(one), model, ledger)), None)
+                if number is None:
                     break
-                if _drop(left.pop(number), model, ledger):
-                    dropped.append(number)
+                dropped.append(number)
                 left = {one: block for one, block in left.items() if block.add.graph is not None}
         for block in left.values():
             ledger.decline(_RULE, site_of(block.add), "other blocks are missed less")
@@ -96,9 +99,9 @@ def _rewrite(block: Block) -> Rewrite:
     return Rewrite(DropLayers.name, _RULE, site_of(block.add))
 
 
-def _blocks(model: ir.Model, ledger: Ledger) -> list[Block]:
+def _blocks(model: ir.Model, samples: Sequence[Feeds], ledger: Ledger) -> list[Block]:
     """The blocks that can be dropped; those of functions are declined."""
-    found = []
+    found, sizes = [], Sizes.of(model, samples)
     for scope in scopes(model):
         for graph in (scope.graph, *nested(scope.graph)):
             order = list(graph)
@@ -107,7 +110,7 @@ def _blocks(model: ir.Model, ledger: Ledger) -> list[Block]:
                 if add.op_type != "Add" or add.domain:
                     continue
                 try:
-                    block = find_block(add, order, places)
+                    block = find_block(add, order, places, sizes)
                     if block is not None and scope.graph is not model.graph:
                         raise Declined("it is in a function, where it cannot be measured: inline that first")
                 except Declined as reason:
