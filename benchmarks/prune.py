@@ -98,8 +98,8 @@ class Bench:
     def sizes(self, target: Path) -> tuple[str, ...]:
         before, after = onnxopt.load(self.model), onnxopt.load(target)
         feeds = {name: array.shape for name, array in self.evaluation.calib[0].items()}
-        work = [macs(one, feeds) for one in (before, after)]
-        kept = f"{work[1] / work[0]:.2f}" if all(isinstance(one, int) for one in work) else ""
+        was, now = (macs(one, feeds) for one in (before, after))
+        kept = f"{now / was:.2f}" if isinstance(was, int) and isinstance(now, int) else ""
         layers = sparsity(after)
         zeros = sum(one.zeros for one in layers) / max(sum(one.elements for one in layers), 1)
         packed = target.with_suffix(".onnxpack")

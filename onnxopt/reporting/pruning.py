@@ -80,7 +80,7 @@ class PruningReport:
                 "" if self.packed is None else f"; packed {self.packed[1] / self.packed[0]:.0%} of the bytes"
             )
             said.append(
-                f"{self.zeros:.0%} of the weights are zero: no faster, since ONNX Runtime multiplies by zeros, "
+                f"{self.zeros:.0%} of the weights are zero: no faster, as ONNX Runtime multiplies by zeros, "
                 f"and no smaller as a file{shipped}"
             )
         if self.after.bytes < self.before.bytes:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -59,6 +59,8 @@ class PruneWeights(Pass):
     keep: patterns of nodes whose weights stay: by first output, name or operator.
     samples: for wanda and obs, complete feeds.
     masks: name of a weight -> bool array, True where an element is kept; then nothing is scored or protected.
+    importance: name of a weight -> what its scores are multiplied with, where all layers are compared.
+    only: names of weights that may be pruned; None: all.
     saliency: from the name of a weight and its numbers (float32) to scores of the same shape; the least go.
     """
 
@@ -85,6 +87,8 @@ class PruneWeights(Pass):
     samples: Sequence[Feeds] | None = unspelled(None)
     masks: Mapping[str, np.ndarray] | None = unspelled(None)
     saliency: Score | None = unspelled(None)
+    importance: Mapping[str, float] | None = unspelled(None)
+    only: tuple[str, ...] | None = unspelled(None)
 
     def __post_init__(self) -> None:
         for name, most in (("sparsity", 1), ("percentile", 100), ("threshold", np.inf)):
@@ -124,6 +128,15 @@ class PruneWeights(Pass):
                 one.write(pruned)
                 ledger.touch(reader.node for reader in one.readers)
 
+    def parts(self, model: ir.Model) -> Mapping[str, PruneWeights]:
+        """Name of a weight -> a pass that prunes it alone; none where layers are not compared."""
+        if self.scope != "global" or self.masks is not None:
+            return {}
+        found = find_weights(model)
+        reasons = self._reasons(model, found)
+        names = (one.name for one, reason in zip(found, reasons, strict=True) if not reason)
+        return {name: replace(self, only=(name,)) for name in names}
+
     @property
     def _looks(self) -> bool:
         return self.score in ("wanda", "obs") and self.masks is None and self.saliency is None
@@ -152,6 +165,8 @@ class PruneWeights(Pass):
         for one in found:
             nodes = [reader.node for reader in one.readers]
             reason = one.reason or ("is kept" if any(site_of(node) in kept for node in nodes) else "")
+            if self.only is not None and one.name not in self.only:
+                reason = reason or "is not asked for"
             if self.masks is None:
                 reason = reason or self._protection(one, nodes, first, last) or self._why_not(model, one)
             yield reason
@@ -187,7 +202,12 @@ class PruneWeights(Pass):
             return self._informed(model, weights)
         if self.masks is None:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
-            return _zeroed(self._choice.gone(weights, self.saliency or scores[self.score]))
+            score, importance = self.saliency or scores[self.score], self.importance or {}
+
+            def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
+                return score(name, numbers) * np.float32(importance.get(name, 1.0))
+
+            return _zeroed(self._choice.gone(weights, weighted if importance else score))
         masks = self.masks
         return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
 
