@@ -154,9 +154,13 @@ def test_the_search_bisects_five_times() -> None:
         assert isinstance(one, Loses)
         shares.append(one.ratio or 0.0)
         ok = (one.ratio or 0.0) <= 0.4
-        return Candidate(passes, ir.Model(ir.Graph([], [], nodes=[]), ir_version=8), (), Judgement(ok, 0, None, ""))
+        return Candidate(
+            passes, ir.Model(ir.Graph([], [], nodes=[]), ir_version=8), (), Judgement(ok, 0, None, "")
+        )
 
-    found = strongest((Loses(),), ir.Model(ir.Graph([], [], nodes=[]), ir_version=8), make, lambda _: 0.0, guarded=True)
+    found = strongest(
+        (Loses(),), ir.Model(ir.Graph([], [], nodes=[]), ir_version=8), make, lambda _: 0.0, guarded=True
+    )
     assert shares == [1.0, 0.5, 0.25, 0.375, 0.4375, 0.40625]
     assert found.best.passes == (Loses(0.375),)
 
