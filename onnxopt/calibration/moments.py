@@ -32,6 +32,7 @@ class Layer:
 
     weight: float64 [groups, channels of a group, summands]. shape: of the weight as it is stored. moments:
     float64 [groups, summands, summands], the sum of the outer products of what the weight is multiplied with.
+    sums: float64 [groups, summands] of it; count: int64, over how many positions.
     waiting: float32 [groups, positions, summands] of samples, whose moments are still to be added.
     """
 
@@ -39,11 +40,20 @@ class Layer:
     weight: np.ndarray
     shape: tuple[int, ...]
     moments: np.ndarray = field(init=False)
+    sums: np.ndarray = field(init=False)
+    count: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
     waiting: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups, _, summands = self.weight.shape
         object.__setattr__(self, "moments", np.zeros((groups, summands, summands)))
+        object.__setattr__(self, "sums", np.zeros((groups, summands)))
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """float64 [groups, summands, summands]."""
+        mean = self.sums / max(int(self.count), 1)
+        return np.asarray(self.moments / max(int(self.count), 1) - mean[:, :, None] * mean[:, None, :])
 
     @property
     def source(self) -> str:
@@ -134,4 +144,6 @@ def _add_waiting(layer: Layer) -> None:
     if layer.waiting:
         rows = np.concatenate(layer.waiting, axis=1)
         layer.moments[...] += rows.swapaxes(1, 2) @ rows
+        layer.sums[...] += rows.sum(1, dtype=np.float64)
+        layer.count[...] += rows.shape[1]
         layer.waiting.clear()

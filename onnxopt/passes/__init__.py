@@ -58,6 +58,7 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.prune.prune_channels import PruneChannels
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_floats import QuantizeFloats
@@ -129,6 +130,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    PruneChannels,
     QuantizeFloats,
     EliminateCommonSubexpressions,
     EliminateDead,
