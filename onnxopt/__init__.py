@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api import optimize, quantize
+    from onnxopt.api import Package, optimize, pack, quantize, unpack
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -43,6 +43,7 @@ _HOMES = {
     "Inspection": "inspection",
     "ModelError": "errors",
     "OnnxoptError": "errors",
+    "Package": "api",
     "Pass": "claims",
     "Pipeline": "pipeline",
     "ProviderError": "errors",
@@ -61,9 +62,11 @@ _HOMES = {
     "load": "model",
     "load_recipe": "recipe",
     "optimize": "api",
+    "pack": "api",
     "parse_pass": "recipe",
     "quantize": "api",
     "save": "storage",
+    "unpack": "api",
     "verify": "verification",
 }
 
@@ -74,6 +77,7 @@ __all__ = [
     "Inspection",
     "ModelError",
     "OnnxoptError",
+    "Package",
     "Pass",
     "Pipeline",
     "ProviderError",
@@ -93,9 +97,11 @@ __all__ = [
     "load",
     "load_recipe",
     "optimize",
+    "pack",
     "parse_pass",
     "quantize",
     "save",
+    "unpack",
     "verify",
 ]
 

@@ -120,6 +120,9 @@ class Job:
         if not for_speed:
             return tuple(settings)
         if not measure:
+            unknown = [one for one in for_speed if not one.known]
+            if unknown:
+                self.notes.append(f"not proposed, {_listed(unknown)}: whether it helps was not measured")
             return (*settings, *(one for one in for_speed if one.known))
         timing = self.time(model, model, samples, both, seconds=_TRIAL_S)
         if timing is None or timing.verdict != "faster":

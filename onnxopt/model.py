@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -21,12 +22,14 @@ from google.protobuf.message import DecodeError
 from onnxopt.admission import admit
 from onnxopt.errors import ModelError, one_line
 from onnxopt.graph import graphs, roots, subgraphs_of, tensors, walk
+from onnxopt.packing import is_packed
 from onnxopt.protobuf import in_memory, skeleton
 from onnxopt.streamed import pieces, sample
 
 __all__ = [
     "ModelLike",
     "clone",
+    "data_file",
     "fingerprint",
     "load",
     "opener",
@@ -41,7 +44,7 @@ _CHUNK = 1 << 24
 def opener(source: ModelLike) -> Callable[[], ir.Model]:
     """A function that gives a fresh, independent `ir.Model` of `source` at each call.
 
-    A file object is read once, here; weights are shared between the models it gives.
+    A file object is read once, here, and so is a pack; weights are shared between the models it gives.
     """
     if isinstance(source, ir.Model):
         return lambda: clone(source)
@@ -52,7 +55,7 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
         return lambda: _from_proto(_parse(data, "model"), "model", None)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return lambda: _load_file(path)
+        return opener(_load_pack(path)) if is_packed(path) else lambda: _load_file(path)
     if hasattr(source, "read"):
         return opener(reusable(source))
     raise ModelError(
@@ -63,11 +66,12 @@ def opener(source: ModelLike) -> Callable[[], ir.Model]:
 def load(source: ModelLike) -> ir.Model:
     """Load a model from a path, bytes, a binary file object, a `ModelProto` or an `ir.Model`.
 
-    An `ir.Model` is cloned (weights shared), so the caller's model is never changed.
+    An `ir.Model` is cloned (weights shared), so the caller's model is never changed. A path may be that of
+    a pack, see `onnxopt.pack`; its weights are then read into memory.
 
     Raises:
-        ModelError: not a file, not ONNX, no opset import, an IR version or opset newer than the
-            installed onnx knows, or external data that is missing, too short or outside the folder.
+        ModelError: not a file, not ONNX, a damaged pack, no opset import, an IR version or opset newer than
+            the installed onnx knows, or external data that is missing, too short or outside the folder.
     """
     return opener(source)()
 
@@ -142,6 +146,20 @@ def _load_file(path: Path) -> ir.Model:
     return _from_proto(_parse(data, str(path)), str(path), path)
 
 
+def _load_pack(path: Path) -> ir.Model:
+    from onnxopt.packing.unpacker import unpacked
+
+    def read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor
+        return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+
+    with unpacked(path) as file:
+        model = _from_proto(_parse(file.read_bytes(), str(path)), str(path), file)
+        _replace_tensors(model, read, read)
+    return model
+
+
 def _parse(data: bytes, who: str) -> onnx.ModelProto:
     if not data:
         raise ModelError(f"{who}: the file is empty")
@@ -212,21 +230,15 @@ def _bound(tensor: ir.TensorProtocol, who: str, path: Path | None) -> ir.TensorP
 
 
 def _bound_to_file(tensor: ir.ExternalTensor, where: str, path: Path | None) -> ir.ExternalTensor:
-    """The tensor with its file's own path; the file must lie in the model's folder and be long enough.
+    """The tensor with its file's own path; the file must be long enough.
 
-    Download caches keep a model and its data as links to two files in one other folder: that is allowed.
     onnx_ir holds a path against a folder by itself only where it is told one, and then refuses hard links,
     which package managers make: it is told none.
     """
     if path is None:
         raise ModelError(f"{where} needs a folder: load the model from its path")
     location = os.fspath(tensor.location)
-    file = (path.parent / location).resolve()
-    inside = file.is_relative_to(path.parent.resolve()) or file.parent == path.resolve().parent
-    if os.path.isabs(location) or os.path.normpath(location).startswith("..") or not inside:
-        raise ModelError(f"{where} lies outside the model's folder: {location!r}")
-    if not file.is_file():
-        raise ModelError(f"{where} is missing: no file {location!r} beside the model")
+    file = data_file(path, location, where)
     if tensor.length not in (None, tensor.nbytes):
         raise ModelError(f"{where} has {tensor.length} bytes on record, its type and shape {tensor.nbytes}")
     size, end = file.stat().st_size, (tensor.offset or 0) + tensor.nbytes
@@ -242,6 +254,23 @@ def _bound_to_file(tensor: ir.ExternalTensor, where: str, path: Path | None) -> 
         doc_string=tensor.doc_string,
         metadata_props=tensor.metadata_props,
     )
+
+
+def data_file(model: Path, location: str, where: str) -> Path:
+    """The file of external data that a model calls `location`; it must lie in the model's folder.
+
+    Download caches keep a model and its data as links to two files in one other folder: that is allowed.
+
+    Raises:
+        ModelError: it lies elsewhere, or is not there; the message starts with `where`.
+    """
+    file = (model.parent / location).resolve()
+    inside = file.is_relative_to(model.parent.resolve()) or file.parent == model.resolve().parent
+    if os.path.isabs(location) or os.path.normpath(location).startswith("..") or not inside:
+        raise ModelError(f"{where} lies outside the model's folder: {location!r}")
+    if not file.is_file():
+        raise ModelError(f"{where} is missing: no file {location!r} beside the model")
+    return file
 
 
 def _is_sorted(graph: ir.Graph) -> bool:

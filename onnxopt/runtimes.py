@@ -31,6 +31,7 @@ from onnxopt.errors import (
     one_line,
 )
 from onnxopt.ortvalues import TensorInfo, array_from, describe, is_foreign, value_for
+from onnxopt.packing import is_packed
 
 if TYPE_CHECKING:
     from onnxopt.model import ModelLike
@@ -262,8 +263,8 @@ def open_session(
 
 
 def _source(model: ModelLike) -> contextlib.AbstractContextManager[Path | bytes]:
-    """What is neither file nor bytes needs ONNX, whose import an emulated CPU would feel."""
-    if isinstance(model, str | os.PathLike):
+    """What is neither a model's file nor bytes needs ONNX, whose import an emulated CPU would feel."""
+    if isinstance(model, str | os.PathLike) and not is_packed(model):
         return contextlib.nullcontext(Path(model))
     from onnxopt.storage import materialize
 

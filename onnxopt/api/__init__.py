@@ -1,6 +1,7 @@
 """The workflows behind the public functions."""
 
 from onnxopt.api.optimization import optimize
+from onnxopt.api.packing import Package, pack, unpack
 from onnxopt.api.quantization import quantize
 
-__all__ = ["optimize", "quantize"]
+__all__ = ["Package", "optimize", "pack", "quantize", "unpack"]

@@ -10,13 +10,16 @@ import onnx_ir as ir
 
 from onnxopt.api.preparation import passes_of, require_opset
 from onnxopt.api.work import Candidate, Work
+from onnxopt.calibration import Statistics
 from onnxopt.graph import tensor_bytes
 from onnxopt.pipeline import Pipeline
+from onnxopt.quantization.expected import TABLE, expect
 from onnxopt.quantization.finish import Finished, Finisher
 from onnxopt.quantization.planfile import GivenPlan
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.quantization.static import Settings, Static, quantize_static
+from onnxopt.quantization.static import Settings, Static
 from onnxopt.quantization.units import Survey
+from onnxopt.quantization.whole import idle_sites, quantize_whole
 from onnxopt.recipe import parse_pass
 
 __all__ = ["TRIAL_S", "find_candidate"]
@@ -26,18 +29,59 @@ TRIAL_S = 4.0
 
 
 def find_candidate(work: Work, given: GivenPlan | None) -> Candidate:
-    """The best candidate; `given` is a plan to take instead of a search. Raises UsageError: see there."""
+    """The best candidate; where the budget has to be kept on other CPUs, too, one that keeps it there.
+
+    Weights are scaled for the sums of those only where the candidate for the CPU here does not do.
+
+    Args:
+        work: what is asked for.
+        given: a plan to take instead of a search.
+
+    Raises UsageError where the model, prepared, cannot hold what is asked for, or the plan does not fit.
+    """
+    if not work.isas:
+        return _candidate(work, given)
+    plain = _candidate(_for_here(work), given)
+    if plain.model is None or plain.judgement is None or not plain.judgement.ok:
+        return plain
+    where = " and ".join(work.isas)
+    work.job.progress(f"judging on {where}", None)
+    judgement = work.judge(plain.model)
+    if judgement.ok:
+        work.job.notes.append(f"the budget holds on {where}, too, with weights as they are best here")
+        return replace(plain, judgement=judgement)
+    work.job.notes.append(
+        f"weights are scaled so that no sum saturates; as they are best here, {judgement.reason}"
+    )
+    return _candidate(work, given, plain.found)
+
+
+def _for_here(work: Work) -> Work:
+    """The same work for the CPU here alone."""
+    settings = replace(work.settings, saturates=False) if work.settings is not None else None
+    options = {**work.options, "reduce_range": False}
+    return replace(work, settings=settings, options=options, judge=work.judge.here, isas=())
+
+
+def _candidate(work: Work, given: GivenPlan | None, before: Static | Survey | None = None) -> Candidate:
+    """`before`: what was found for other weights; it was calibrated as this is to be."""
     if work.settings is None:
         return _without_data(work)
     require_opset(work.prepared, work.settings)
-    return _with_data(work, replace(work.settings, keep=work.kept), given)
+    settings = replace(work.settings, keep=work.kept)
+    statistics = before.statistics if isinstance(before, Static) else None
+    return _with_data(work, settings, given, statistics)
 
 
-def _with_data(work: Work, settings: Settings, given: GivenPlan | None) -> Candidate:
+def _with_data(
+    work: Work, settings: Settings, given: GivenPlan | None, statistics: Statistics | None
+) -> Candidate:
     """By static quantization, and on the CPU by quantization at run time, whichever is better."""
     plain, say = work.prepared.model, work.job.progress
-    found = quantize_static(plain, work.fitted, work.held_out, settings, work.judge, say, given)
+    found = quantize_whole(plain, work.fitted, work.held_out, settings, work.judge, say, given, statistics)
     made = _best_of(work, settings, found)
+    if made.tried and work.goal == "speed" and not work.measure:
+        work.job.notes.append(f"speed not measured: {TABLE} decided what is quantized at run time")
     left = _left_in_float(found, made.rewritten)
     if made.judgement is not None:
         return Candidate(made.model, made.judgement, found, made, left)
@@ -76,19 +120,22 @@ def _best_of(work: Work, settings: Settings, found: Static | Survey) -> Finished
         return static or nothing
     tidy = partial(_cleaned, placement=target.placement)
     passes = passes_of(work.scheme.finishing, {"reduce_range": settings.saturates})
+    kept = settings.keep | idle_sites(found)
     noise = partial(_noise_of, found)
     pays = partial(_pays, work)
-    return Finisher(passes, tidy, settings.keep, noise, work.judge, pays).best(nothing, static)
+    return Finisher(passes, tidy, kept, noise, work.judge, pays).best(nothing, static)
 
 
 def _pays(work: Work, before: ir.Model, after: ir.Model) -> tuple[bool, str]:
-    """Whether a model is smaller, or faster, than another; taken for granted where speed is not measured."""
+    """Whether a model is smaller, or faster, than another; by a table where speed is not measured."""
     if work.goal == "size":
         sizes = tensor_bytes(before), tensor_bytes(after)
         return sizes[1] < sizes[0], "from {:,} to {:,} bytes".format(*sizes)
-    timing = work.job.time(before, after, work.samples, {}, seconds=TRIAL_S) if work.measure else None
+    if not work.measure:
+        return expect(before, after, work.samples[0])
+    timing = work.job.time(before, after, work.samples, {}, seconds=TRIAL_S)
     if timing is None:
-        return not work.measure, "speed not measured"
+        return False, "speed not measured"
     return timing.verdict == "faster", timing.summary
 
 

@@ -22,6 +22,7 @@ from onnxopt.job import Job, Progress
 from onnxopt.metric import Budget, Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, opener, reusable
 from onnxopt.pipeline import Pipeline
+from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.keep import kept_sites
@@ -141,6 +142,7 @@ def quantize(
     metric = "agreement" if metric is None and budget is not None else metric
     judge = Judge(job.model, held_out, metric, budget, also_isa, config)
     outcome = prepared(job, held_out)
+    name_values_apart(outcome.model)  # names tell nodes apart in reports and plans
     work = Work(
         job=job,
         scheme=chosen,

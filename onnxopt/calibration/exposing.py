@@ -16,7 +16,7 @@ from onnxopt.inference import refine
 from onnxopt.model import ModelLike, load, opener
 from onnxopt.runtimes import open_session
 
-__all__ = ["Slices", "exposable"]
+__all__ = ["Slices", "cut", "exposable"]
 
 Runner = Callable[[Feeds], Iterable[tuple[str, np.ndarray]]]
 
@@ -49,7 +49,7 @@ def _tensors(model: ir.Model) -> dict[str, ir.DataType | None]:
 
 def _asked(model: ir.Model, names: Sequence[str]) -> dict[str, ir.DataType]:
     """The types of tensors, as the runtime tells them."""
-    with open_session(_cut(model.clone(), names), level="none", arena=False) as session:
+    with open_session(cut(model.clone(), names), level="none", arena=False) as session:
         return {
             info.name: ir.DataType.from_numpy(info.dtype)
             for info in session.outputs
@@ -57,7 +57,7 @@ def _asked(model: ir.Model, names: Sequence[str]) -> dict[str, ir.DataType]:
         }
 
 
-def _cut(model: ir.Model, names: Sequence[str], *, shapes_only: bool = False) -> ir.Model:
+def cut(model: ir.Model, names: Sequence[str], *, shapes_only: bool = False) -> ir.Model:
     """The caller's own model, now with these tensors, or their shapes, as its outputs and with no more."""
     graph, taken = model.graph, value_names(model)
     graph.opset_imports.setdefault("", 1)
@@ -138,7 +138,7 @@ class Slices:
         if group[0] in self.inputs:
             yield lambda feeds: ((name, feeds[name]) for name in group)
             return
-        with open_session(_cut(self._open(), group), level="none", arena=False) as session:
+        with open_session(cut(self._open(), group), level="none", arena=False) as session:
             yield session.stream
 
     def _sizes(self, sample: Feeds) -> dict[str, float]:
@@ -146,7 +146,7 @@ class Slices:
         if not self._computed:
             return {}
         with open_session(
-            _cut(self._open(), self._computed, shapes_only=True), level="none", arena=False
+            cut(self._open(), self._computed, shapes_only=True), level="none", arena=False
         ) as session:
             shapes: Iterator[np.ndarray] = iter(session.run(sample).values())
             sizes = {name: float(np.prod(shape)) for name, shape in zip(self._computed, shapes, strict=True)}

@@ -7,7 +7,7 @@ search of Choukroun et al., "Low-bit Quantization of Neural Networks for Efficie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -21,6 +21,10 @@ from onnxopt.quantization.formats import Format, QuantParams, params_from_range
 __all__ = ["METHODS", "Range", "choose_range"]
 
 METHODS = ("min-max", "average", "percentile", "entropy", "mse", "auto")
+_COMPARED = ("min-max", "average", "percentile", "mse")
+"""What `auto` takes the best of. Entropy takes longer than all of them. On held-out samples it would be best
+for a tensor in eleven, and win 0.03 dB in the mean over the tensors of 18 models; on samples that nothing was
+chosen by it then loses 0.05 dB: as many tensors are better as worse, and some ranges clip far too much."""
 _OUTSIDE = 1e-4
 """Share of the elements that `percentile` leaves outside, half of them at each end."""
 _COARSE = np.exp2(-np.arange(0, 12, 0.5))
@@ -30,7 +34,8 @@ _FINE = np.exp2(np.array([-7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7]) / 16
 _MERGED = 16
 """Bins that are one while thresholds are tried."""
 
-Objective = Callable[[float, float], float]
+Objective = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Of the low and the high ends of some ranges, float64 (n,) each: how bad they are, float64 (n,)."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,14 @@ def choose_range(
 ) -> Range:
     """The range of a tensor for a format, by a method of METHODS.
 
-    auto: of all the methods' ranges, the one of the smallest error. symmetric, power_of_two: how scale and
-    zero point are made of it, as in `params_from_range`. A tensor without finite elements gets [0, 0].
-    Raises UsageError.
+    auto: of the ranges of all methods but entropy, the one of the smallest error. symmetric, power_of_two:
+    how scale and zero point are made of it, as in `params_from_range`. A tensor without finite elements gets
+    [0, 0]. Raises UsageError.
     """
     if method not in METHODS:
         raise UsageError(f"unknown calibration method {method!r}{did_you_mean(method, METHODS)}")
     chooser = _Chooser(stats, form, symmetric or form.is_float, power_of_two)
-    names = METHODS[:-1] if method == "auto" else (method,)
+    names = _COMPARED if method == "auto" else (method,)
     return min((chooser.range(name) for name in names), key=lambda found: found.error)
 
 
@@ -68,34 +73,36 @@ class _Error:
     """The mean square of the difference that quantizing makes, for elements spread evenly in their bins.
 
     With t = x / scale and n its nearest level, the integral of (t - n)^2 from 0 to t is (t - n)^3 / 3 plus
-    what the levels before it add: d^3 / 12 for two levels d apart.
+    what the levels before it add: d^3 / 12 for two levels d apart. A bin counts with the integral at its
+    right edge less that at its left one, each over its width: an edge has one weight for all bins it ends.
     """
 
     def __init__(self, bins: Bins) -> None:
         self.edges, places = np.unique(np.concatenate([bins.left, bins.right]), return_inverse=True)
-        self.left, self.right = places.reshape(2, -1)
+        left, right = places.reshape(2, -1)
         width = bins.right - bins.left
-        self.share = bins.weight / max(bins.weight.sum(), 1)
-        self.is_point = width == 0
-        self.per_width = self.share / np.where(self.is_point, 1, width)
-        self.points, self.point_share = self.left[self.is_point], self.share[self.is_point]
+        share = bins.weight / max(bins.weight.sum(), 1)
+        is_point = width == 0
+        per_width = np.where(is_point, 0, share) / np.where(is_point, 1, width)
+        size = len(self.edges)
+        self.spread = np.bincount(right, per_width, size) - np.bincount(left, per_width, size)
+        self.points = np.bincount(left[is_point], share[is_point], size)
 
-    def __call__(self, params: QuantParams) -> float:
-        """`params`: of the whole tensor."""
-        scale = float(params.scale)
-        distance, before = _nearest(self.edges / scale, params)
-        integral = distance**3 / 3 + before
-        spread = float(np.dot(self.per_width, integral[self.right] - integral[self.left])) * scale
-        points = float(np.dot(self.point_share, distance[self.points] ** 2))
-        return max(spread + points, 0.0) * scale**2
+    def __call__(self, params: QuantParams) -> np.ndarray:
+        """`params`: of the whole tensor, each scale an attempt of its own; float64 of their shape."""
+        scale = params.scale.astype(np.float64)
+        distance, before = _nearest(self.edges / scale[..., None], params)
+        square = distance * distance
+        error = (square * distance / 3 + before) @ self.spread * scale + square @ self.points
+        return np.asarray(np.maximum(error, 0.0) * scale**2)
 
 
 def _nearest(t: np.ndarray, params: QuantParams) -> tuple[np.ndarray, np.ndarray]:
     """Of numbers in units of the scale: the distance from the nearest level, and the integral up to that."""
     form = params.format
     if not form.is_float:
-        zero = float(params.zero_point)
-        level = np.clip(np.rint(t), form.low - zero, form.high - zero)
+        zero = params.zero_point[..., None]
+        level = np.minimum(np.maximum(np.rint(t), form.low - zero), form.high - zero)
         return t - level, level / 12
     levels = _float_levels(form)
     steps = np.diff(levels)
@@ -124,9 +131,9 @@ class _Chooser:
         low, high = min(float(low), 0.0), max(float(high), 0.0)
         if self.symmetric:
             low, high = -max(-low, high), max(-low, high)
-        return Range(low, high, method, self.error(self.params(low, high)))
+        return Range(low, high, method, float(self.error(self.params(low, high))))
 
-    def params(self, low: float, high: float) -> QuantParams:
+    def params(self, low: np.ndarray | float, high: np.ndarray | float) -> QuantParams:
         return params_from_range(
             low, high, self.form, symmetric=self.symmetric, power_of_two=self.power_of_two
         )
@@ -160,33 +167,37 @@ class _Chooser:
         if centre.size < 2:
             return self.widest
 
-        def divergence(low: float, high: float) -> float:
-            return _divergence(centre, width, weight, self.params(low, high))
+        def divergences(lows: np.ndarray, highs: np.ndarray) -> np.ndarray:
+            ranges = zip(lows, highs, strict=True)
+            return np.array([_divergence(centre, width, weight, self.params(*ends)) for ends in ranges])
 
-        return self._search(divergence)
+        return self._search(divergences)
 
     def _mse(self) -> tuple[float, float]:
         histogram = self.stats.histogram
         error = _Error(self.bins if histogram.whole else histogram.bins(_MERGED))
-        return self._search(lambda low, high: error(self.params(low, high)))
+        return self._search(lambda lows, highs: error(self.params(lows, highs)))
 
     def _search(self, objective: Objective) -> tuple[float, float]:
         """The best of a grid of ranges: both ends together, then each end alone."""
         low, high = self.widest
-        best = _best((low, high), [(low * part, high * part) for part in _COARSE], objective)
-        best = _best(best, [(best[0] * part, best[1] * part) for part in _FINE], objective)
+        best = _best((low, high), low * _COARSE, high * _COARSE, objective)
+        best = _best(best, best[0] * _FINE, best[1] * _FINE, objective)
         if low < 0 < high and not self.symmetric:
-            best = _best(best, [(best[0], high * part) for part in _COARSE], objective)
-            best = _best(best, [(best[0], best[1] * part) for part in _FINE], objective)
-            best = _best(best, [(low * part, best[1]) for part in _COARSE], objective)
-            best = _best(best, [(best[0] * part, best[1]) for part in _FINE], objective)
+            best = _best(best, best[0], high * _COARSE, objective)
+            best = _best(best, best[0], best[1] * _FINE, objective)
+            best = _best(best, low * _COARSE, best[1], objective)
+            best = _best(best, best[0] * _FINE, best[1], objective)
         return max(best[0], low), min(best[1], high)
 
 
 def _best(
-    ends: tuple[float, float], others: Sequence[tuple[float, float]], objective: Objective
+    ends: tuple[float, float], lows: np.ndarray | float, highs: np.ndarray | float, objective: Objective
 ) -> tuple[float, float]:
-    return min([ends, *others], key=lambda one: objective(*one))
+    lows, highs = np.broadcast_arrays(lows, highs)
+    lows, highs = np.append(ends[0], lows), np.append(ends[1], highs)
+    first = np.argmin(objective(lows, highs))
+    return float(lows[first]), float(highs[first])
 
 
 def _quantile(bins: Bins, share: float) -> float:

@@ -21,7 +21,9 @@ _COMMANDS = {
     "inspect": "Say what a model is.",
     "optimize": "Rewrite a model, prove it, measure it, save it.",
     "quantize": "Quantize a model, and save it if it keeps its accuracy and gains.",
+    "pack": "Write a model as one small file, without loss.",
     "passes": "List passes and recipes.",
+    "unpack": "Write the model that a pack holds.",
     "verify": "Prove that two models compute the same.",
 }
 

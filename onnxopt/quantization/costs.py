@@ -217,6 +217,8 @@ def _conv_features(node: ir.Node, shapes: Shapes, quantized: bool) -> Features:
     padded = outputs if transposed else _round_up(outputs)
     depth = reads if quantized or group > 1 or reads < _BLOCK else _round_up(reads)
     macs = taps * padded * (1 if depthwise else depth)
+    if len(weight) == 3 and group == 1 and not quantized:  # a product, computed 16 pixels at a time
+        macs = macs // pixels * _round_up(pixels)
     if depthwise:
         ragged = macs if outputs % (_BLOCK if quantized else 4) else 0
     elif quantized:

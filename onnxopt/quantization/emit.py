@@ -23,7 +23,7 @@ from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.saturation import safe_params
 from onnxopt.quantization.shield import exposed
 from onnxopt.quantization.units import Unit
-from onnxopt.quantization.weights import quantize_weight, weight_axis
+from onnxopt.quantization.weights import kernel_axis, quantize_weight
 from onnxopt.scope import Names
 from onnxopt.targets import Placement
 
@@ -78,9 +78,7 @@ def quantized_weight(unit: Unit, plan: Plan, source: QuantParams | None) -> tupl
     array = _array(unit, unit.weight)
     if not unit.is_layer or unit.weight == 0:
         return _as_activation(unit, array, plan)
-    axis = weight_axis(unit.node, unit.weight) if plan.per_channel and array.ndim > 1 else None
-    if unit.node.op_type == "MatMul" and array.ndim > 2:
-        axis = None  # the runtime's kernel takes one scale for a stack of matrices
+    axis = kernel_axis(unit.node, unit.weight) if plan.per_channel else None
     ints, params = quantize_weight(array, plan.weight, axis=axis, power_of_two=plan.power_of_two)
     if plan.saturates:
         params = safe_params(unit.node, array, params)

@@ -24,11 +24,11 @@ from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.keep import veto_of
 from onnxopt.quantization.units import HEAVY
 
-__all__ = ["Finish", "Finished", "Finisher"]
+__all__ = ["COUNTED", "Finish", "Finished", "Finisher"]
 
 _ALONE = 48
 """Nodes that are tried one by one, at most, to find out what each costs."""
-_COUNTED = HEAVY | {"Gather"}
+COUNTED = HEAVY | {"Gather"}
 """Operators whose weights or products passes quantize."""
 
 _ASKED = "it is to stay in floating point"
@@ -172,7 +172,7 @@ class Finisher:
         left = outcome.steps[0].declined
         if not outcome.changes:
             return _Trial(model, (), left, None)
-        there = {site_of(node) for node in nodes(model) if node.op_type in _COUNTED}
+        there = {site_of(node) for node in nodes(model) if node.op_type in COUNTED}
         sites = tuple(dict.fromkeys(rewrite.site for rewrite in outcome.granted if rewrite.site in there))
         tidied = self.tidy(outcome.model)
         return _Trial(tidied, sites, left, self.judge(tidied))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,11 @@ from onnxopt.errors import UsageError
 from onnxopt.metric import Budget, Metric, Run, Split, load_metric
 from onnxopt.model import ModelLike, load
 from onnxopt.quantization.bounds import required_db
+from onnxopt.quantization.unrolled import STEPS, run_all, states_of
 from onnxopt.runtimes import RunError, Session, UnsupportedModelError, open_session
 from onnxopt.verification.distance import Distance
 
-__all__ = ["LEAST_AGREEMENT", "Judge", "Judgement"]
+__all__ = ["LEAST_AGREEMENT", "Judge", "Judgement", "Judging"]
 
 LEAST_AGREEMENT = 0.98
 """Share of elements of other outputs than floats, as labels, that stay the same where there is no metric."""
@@ -66,6 +68,10 @@ class Judgement:
         }
 
 
+Judging = Callable[[ir.Model], Judgement]
+"""What says of a candidate what it keeps."""
+
+
 class Judge:
     """Judges candidates for one original, by the user's metric or by how near their outputs stay.
 
@@ -95,15 +101,29 @@ class Judge:
         self._metric: Metric | None = None
         self._expected: list[dict[str, Any]] = []
         self._bounds: Mapping[str, float] = {}
+        self._states: Mapping[str, str] = {}
         self._before: dict[Split, float] = {}
         with open_session(original) as session:
             if metric is None:
-                self._expected = [_outputs(session, number, feeds) for number, feeds in enumerate(samples)]
-                self._bounds = required_db(load(original), samples[0], self._expected[0])
+                self._expect(load(original), session)
                 return
             self._metric = load_metric(metric, session.run, samples)
             splits: tuple[Split, ...] = ("search", "final") if self._metric.has_split else ("search",)
             self._before = {split: _score(self._metric, session, split) for split in splits}
+
+    def _expect(self, original: ir.Model, session: Session) -> None:
+        """Run the original; the first run tells bounds, and which outputs are state."""
+        inputs = [value.name or "" for value in original.graph.inputs]
+        try:
+            outputs = session.run(self._samples[0])
+            feeds = {name: self._samples[0][name] for name in inputs if name in self._samples[0]}
+            self._states = states_of(feeds, outputs)
+            self._bounds = required_db(original, feeds, outputs, self._states)
+            for outputs in run_all(session.run, self._samples, self._states):
+                self._expected.append(outputs)
+        except RunError as error:
+            number = len(self._expected) % len(self._samples)
+            raise UsageError(f"the original model cannot run held-out sample {number}: {error}") from error
 
     def __call__(
         self, model: ir.Model, split: Split = "search", more: Mapping[str, str] = MappingProxyType({})
@@ -121,6 +141,13 @@ class Judge:
         if not found.within:
             return found
         return replace(found, elsewhere={isa: self.on(model, isa, split) for isa in self._isas})
+
+    @property
+    def here(self) -> Judge:
+        """The same judge, for the CPU here alone."""
+        other = copy.copy(self)
+        other._isas = ()
+        return other
 
     @property
     def by_outputs(self) -> bool:
@@ -143,23 +170,16 @@ class Judge:
 
     def _by_outputs(self, run: Run) -> Judgement:
         found: dict[str, Distance] = {}
-        for feeds, expected in zip(self._samples, self._expected, strict=True):
-            outputs = run(feeds)
+        runs = run_all(run, self._samples, self._states)
+        for outputs, expected in zip(runs, self._expected, strict=True):
             for name, value in expected.items():
-                found.setdefault(name, Distance()).add(value, outputs[name])
+                found.setdefault(name, Distance(sliced=False)).add(value, outputs[name])
         margins = {name: _margin(one, self._bounds[name]) for name, one in found.items()}
         worst = min(margins, key=lambda name: margins[name])
         told = _told(worst, found[worst], self._bounds[worst])
-        return Judgement(
-            margins[worst] >= 0, margins[worst], None, f"{told}, on {len(self._samples)} held-out samples"
-        )
-
-
-def _outputs(session: Session, number: int, feeds: Feeds) -> dict[str, Any]:
-    try:
-        return session.run(feeds)
-    except RunError as error:
-        raise UsageError(f"the original model cannot run held-out sample {number}: {error}") from error
+        told += f", on {len(self._samples)} held-out samples"
+        told += f", state carried over {STEPS} steps" if self._states else ""
+        return Judgement(margins[worst] >= 0, margins[worst], None, told)
 
 
 def _score(metric: Metric, session: Session, split: Split) -> float:

@@ -11,7 +11,7 @@ from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.rounding import round_weights
 from onnxopt.quantization.scaling import equalize_layers, smooth_activations
 
-__all__ = ["KEEPERS", "Draft", "Keeper"]
+__all__ = ["FIRST", "KEEPERS", "LAST", "Draft", "Keeper"]
 
 Keeper = Callable[[Draft, Sequence[Feeds]], Draft | None]
 """From a draft and calibration samples to a better one; None where there is nothing to do."""
@@ -26,3 +26,8 @@ KEEPERS: Mapping[str, Keeper] = MappingProxyType(
     }
 )
 """Each is to be kept only where samples that are held out say so."""
+
+LAST = ("measure-biases",)
+"""Those that hold for one choice of units, and come when that is known."""
+FIRST = tuple(name for name in KEEPERS if name not in LAST)
+"""Those that come before the choice, which depends on what they give."""

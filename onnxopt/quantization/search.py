@@ -10,7 +10,7 @@ in floating point, and the search begins again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -19,13 +19,13 @@ from onnxopt.model import clone
 from onnxopt.quantization.choose import Choice, Prices, choose, chosen_tensors
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.fusion import Fusion, fusion_of
-from onnxopt.quantization.judge import Judge, Judgement
+from onnxopt.quantization.judge import Judgement, Judging
 from onnxopt.quantization.plan import Plan
 from onnxopt.quantization.sensitivity import Noise, Source
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import Placement
 
-__all__ = ["Candidate", "Searched", "Trial", "judge_plan", "search", "write"]
+__all__ = ["Candidate", "Search", "Searched", "Trial", "judge_plan", "write"]
 
 _STEP = 4.0
 """The factor from one price of noise to the next."""
@@ -79,43 +79,12 @@ def write(model: ir.Model, placement: Placement, plan: Plan) -> tuple[ir.Model, 
     return own, emit(own, survey(own, placement, plan.params).units, plan, placement)
 
 
-def search(
-    model: ir.Model,
-    units: Sequence[Unit],
-    placement: Placement,
-    plan: Plan,
-    noise: Noise,
-    prices: Prices,
-    judge: Judge,
-    *,
-    kept: Collection[str] = (),
-    proves: bool = True,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Searched:
-    """The fastest candidate within the budget.
-
-    Args:
-        model: in floating point, prepared.
-        units: those of the model that may be chosen.
-        placement: what the target takes.
-        plan: how tensors and weights are quantized; its choice of units does not matter.
-        noise: of each source; measured where the fastest choice does not keep the budget.
-        prices: of nodes and borders.
-        judge: says whether a candidate keeps the budget.
-        kept: sites that stay in floating point.
-        proves: nodes that the runtime here does not fuse are found, and stay in floating point.
-        progress: called with what is being tried.
-    """
-    begun = _Search(model, units, placement, plan, noise, prices, judge, list(kept), progress)
-    return begun.run(proves and placement.outputs)
-
-
 def judge_plan(
     model: ir.Model,
     units: Sequence[Unit],
     placement: Placement,
     plan: Plan,
-    judge: Judge,
+    judge: Judging,
     *,
     proves: bool = True,
 ) -> Searched:
@@ -135,7 +104,21 @@ def judge_plan(
     return Searched(None, None, (), tuple(unfused))
 
 
-class _Search:
+class Search:
+    """The search for the fastest candidate within the budget.
+
+    Args:
+        model: in floating point, prepared.
+        units: those of the model that may be chosen.
+        placement: what the target takes.
+        plan: how tensors and weights are quantized; its choice of units does not matter.
+        noise: of each source; measured where the fastest choice does not keep the budget.
+        prices: of nodes and borders.
+        judge: says whether a candidate keeps the budget.
+        kept: sites that stay in floating point.
+        progress: called with what is being tried.
+    """
+
     def __init__(
         self,
         model: ir.Model,
@@ -144,19 +127,31 @@ class _Search:
         plan: Plan,
         noise: Noise,
         prices: Prices,
-        judge: Judge,
-        kept: list[str],
-        progress: Callable[[str], None],
+        judge: Judging,
+        *,
+        kept: Collection[str] = (),
+        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._model, self._units, self._placement, self._plan = model, units, placement, plan
         self._noise, self._prices, self._judge = noise, prices, judge
-        self._kept, self._progress = kept, progress
+        self._kept, self._progress = list(kept), progress
         self._trials: dict[tuple[frozenset[str], frozenset[str]], tuple[Trial, Candidate]] = {}
         self._unfused: list[str] = []
 
-    def run(self, proves: bool) -> Searched:
+    def choices(self) -> Iterator[Plan]:
+        """The fastest choice, and where that is beyond the budget one near it. Nothing is tried twice."""
+        fastest = self._try(self._choice(0.0))
+        if fastest is None:
+            return
+        yield fastest.plan
+        found, failed, _ = self._raised()
+        if failed is not None:
+            yield (found or failed).plan
+
+    def run(self, *, proves: bool = True) -> Searched:
+        """Search. proves: nodes that the runtime here does not fuse are found, and stay in floating point."""
         best = self._cheapest()
-        while best is not None and proves:
+        while best is not None and proves and self._placement.outputs:
             fusion = fusion_of(*write(self._model, self._placement, best.plan))
             best = replace(best, fusion=fusion)
             if not fusion.unfused:
@@ -170,24 +165,10 @@ class _Search:
 
     def _cheapest(self) -> Candidate | None:
         """The fastest candidate that keeps the budget."""
-        choice = self._choice(0.0)
-        failed = self._try(choice)
-        if failed is None or failed.judgement.ok:
-            return failed
-        # What is chosen only shrinks as the price rises: nothing else will be asked for.
-        weights = (Source("weight", site) for site in choice.nodes)
-        self._noise(frozenset([*weights, *(Source("tensor", name) for name in choice.tensors)]))
-        choice = self._choice(0.0)
-        price = choice.before / (choice.noise or 1.0) / _STEP**4
-        low = price / _STEP
-        found: Candidate | None = None
-        for _ in range(_STEPS):
-            candidate = self._try(self._choice(price))
-            if candidate is None or candidate.judgement.ok:
-                found = candidate
-                break
-            failed, low, price = candidate, price, price * _STEP
-        high = price
+        found, failed, high = self._raised()
+        if failed is None:
+            return found
+        low = high / _STEP
         for _ in range(_HALVES):
             middle = math.sqrt(low * high)
             candidate = self._try(self._choice(middle))
@@ -196,6 +177,27 @@ class _Search:
             else:
                 failed, low = candidate, middle
         return self._filled(found, failed)
+
+    def _raised(self) -> tuple[Candidate | None, Candidate | None, float]:
+        """The price goes up: the first candidate within the budget, the last beyond it, the price at the end.
+
+        The former is None where it has nothing left to quantize, the latter where the fastest one will do.
+        """
+        choice = self._choice(0.0)
+        failed = self._try(choice)
+        if failed is None or failed.judgement.ok:
+            return failed, None, 0.0
+        # What is chosen only shrinks as the price rises: nothing else will be asked for.
+        weights = (Source("weight", site) for site in choice.nodes)
+        self._noise(frozenset([*weights, *(Source("tensor", name) for name in choice.tensors)]))
+        choice = self._choice(0.0)
+        price = choice.before / (choice.noise or 1.0) / _STEP**4
+        for _ in range(_STEPS):
+            candidate = self._try(self._choice(price))
+            if candidate is None or candidate.judgement.ok:
+                return candidate, failed, price
+            failed, price = candidate, price * _STEP
+        return None, failed, price
 
     def _filled(self, found: Candidate | None, failed: Candidate) -> Candidate | None:
         """The candidate within the budget, with as many units more of the one beyond as the budget allows.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,15 +51,16 @@ class Noise:
     Args:
         sources: all there are.
         measure: gives the noise of some of them.
+        known: what was measured before.
     """
 
     def __init__(
         self,
         sources: Collection[Source] = (),
         measure: Callable[[Sequence[Source]], Mapping[Source, float]] = lambda _: {},
+        known: Mapping[Source, float] = MappingProxyType({}),
     ) -> None:
-        self._sources, self._measure = sources, measure
-        self.known: Mapping[Source, float] = {}
+        self._sources, self._measure, self.known = sources, measure, known
 
     def __call__(self, wanted: Container[Source] | None = None) -> Mapping[Source, float]:
         """Source -> its noise, at least of those wanted; None: all."""

@@ -4,10 +4,12 @@ Its WeightBiasQuantization takes a layer with float weights that stands between 
 scale and a QuantizeLinear, and quantizes the weight, with one scale for all of it. A DequantizeLinear with a
 scale for each index of an axis, all equal, gives the same numbers, and it leaves the layer alone.
 
-Between the two it also makes Softmax an integer kernel, which takes ten times as long as the float one and
-is wrong for an axis of one element. A Concat of one operand in front stops it, as it stops QDQPropagation
-(which moves borders over operators that only move numbers) where that ends the process: in front of a value
-that the body of an If, Loop or Scan reads.
+Between the two it also makes other operators integer kernels, which give the same numbers in about the time
+of the float one with its borders, but for two. That of Softmax takes ten times as long as the float one, and
+gives 0 for shares above the range, and for the only element of an axis; with that of AveragePool two small
+convolutions around it took twice as long. A Concat of one operand in front stops it. That also stops
+QDQPropagation, which moves borders over operators that only move numbers, where it ends the process: in
+front of a value that the body of an If, Loop or Scan reads.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from onnxopt.quantization.units import LAYERS, MOVES
 __all__ = ["exposed"]
 
 Axes = list[tuple[int, int]]
+
+_SLOW = ("AveragePool", "Softmax")
+"""Beside layers, what the runtime makes integer kernels of that are slower than the float ones."""
 
 
 def exposed(
@@ -62,7 +67,7 @@ def _written_by(node: ir.Node) -> ir.Value | None:
     if node.op_type == "MatMul":
         add = sole_user(node.outputs[0])
         return add.outputs[0] if add is not None and add.op_type == "Add" else None
-    return node.outputs[0] if node.op_type in (*LAYERS, "Softmax") else None
+    return node.outputs[0] if node.op_type in (*LAYERS, *_SLOW) else None
 
 
 def _origin(node: ir.Node) -> ir.Value | None:

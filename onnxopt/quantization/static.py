@@ -1,10 +1,10 @@
-"""Static quantization: calibrate once, keep what helps, measure what each tensor costs, search."""
+"""Static quantization: calibrate once, choose roughly, keep what helps there, search."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,12 +18,12 @@ from onnxopt.graph import constant_of, sizes_of
 from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
-from onnxopt.quantization.improve import improve
-from onnxopt.quantization.judge import Judge
-from onnxopt.quantization.keepers import KEEPERS
+from onnxopt.quantization.improve import improve, improve_best, unchanged
+from onnxopt.quantization.judge import Judging
+from onnxopt.quantization.keepers import FIRST, KEEPERS
 from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
 from onnxopt.quantization.planfile import GivenPlan
-from onnxopt.quantization.search import Searched, judge_plan, search
+from onnxopt.quantization.search import Search, Searched, judge_plan
 from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, sources_of
 from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
@@ -85,12 +85,14 @@ class Static:
     """What came of it.
 
     model: in floating point, as the keepers left it. surveyed: what could be quantized, and why the rest
-    could not. noise: of each source alone, where it was measured. keepers: name -> noise before and after,
-    for those kept. kept: sites that the user wants in floating point.
+    could not. statistics: of calibration; none where a plan was given. noise: of each source alone, where it
+    was measured. keepers: name -> noise before and after, for those kept. kept: sites that the user wants in
+    floating point.
     """
 
     model: ir.Model
     surveyed: Survey
+    statistics: Statistics
     plan: Plan
     noise: Noise
     keepers: Mapping[str, tuple[float, float]]
@@ -103,9 +105,10 @@ def quantize_static(
     samples: Sequence[Feeds],
     held_out: Sequence[Feeds],
     settings: Settings,
-    judge: Judge,
+    judge: Judging,
     progress: Progress,
     given: GivenPlan | None = None,
+    statistics: Statistics | None = None,
 ) -> Static | Survey:
     """Quantize a prepared model; its survey alone where there is nothing to quantize.
 
@@ -116,6 +119,7 @@ def quantize_static(
         judge: says whether a candidate keeps the budget.
         progress: called with what is being done.
         given: a plan, whose ranges and choice of nodes are taken; None: they are found.
+        statistics: of the same calibration, where it was done before.
 
     Raises UsageError where the plan does not fit the model.
     """
@@ -125,40 +129,68 @@ def quantize_static(
         return possible
     if given is not None:
         return _as_given(model, samples, settings, judge, progress, possible, given)
-    statistics = _calibrated(model, samples, held_out, settings, possible, progress)
+    if statistics is None:
+        statistics = _calibrated(model, samples, held_out, settings, possible, progress)
     names = tensors_of(possible.units)
     known = [name for name in names if statistics[name].count and not statistics[name].nonfinite]
     surveyed = survey(model, placement, frozenset(known))
     if not surveyed.units:
         return surveyed
     plan = plan_of(surveyed.units, _ranges(surveyed.units, statistics, settings), settings)
-    progress("keeping accuracy", None)
     draft = Draft(model, placement, plan, statistics, settings.method)
-    draft, keepers = improve(draft, samples, held_out, settings.session_config)
-    model, plan = draft.model, draft.plan
-    surveyed = survey(model, placement, plan.params)
+    prices = _prices(model, samples[0], settings)
+    noise = _noise(draft, samples, {}, progress)
+    search = _search(draft, noise, prices, settings, judge, progress)
+    progress("keeping accuracy", None)
+    config = settings.session_config
+    improved, keepers = improve(draft, search.choices(), FIRST, samples, held_out, config)
+    if keepers:
+        same = unchanged(draft, improved)
+        measured = {source: value for source, value in noise.known.items() if source in same}
+        draft, noise = improved, _noise(improved, samples, measured, progress)
+        search = _search(draft, noise, prices, settings, judge, progress)
+    if settings.sensitivity:
+        noise()
+    searched = search.run(proves=settings.timed)
+    if searched.best is not None:
+        best, more = improve_best(searched.best, draft, judge, samples, held_out, config)
+        searched, keepers = replace(searched, best=best), keepers | more
+    surveyed = survey(draft.model, placement, draft.plan.params)
+    kept = _kept(surveyed.units, settings)
+    return Static(draft.model, surveyed, statistics, draft.plan, noise, keepers, kept, searched)
+
+
+def _noise(
+    draft: Draft, samples: Sequence[Feeds], known: Mapping[Source, float], progress: Progress
+) -> Noise:
     some, told = [*samples[:_SENSITIVITY_SAMPLES]], partial(progress, "measuring sensitivity")
 
     def measure(sources: Sequence[Source]) -> Mapping[Source, float]:
-        return measure_sensitivity(model, placement, plan, some, frozenset(sources), progress=told)
+        wanted = frozenset(sources)
+        return measure_sensitivity(draft.model, draft.placement, draft.plan, some, wanted, progress=told)
 
-    noise = Noise(sources_of(surveyed.units), measure)
-    if settings.sensitivity:
-        noise()
-    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
-    searched = search(
-        model,
-        surveyed.units,
-        placement,
-        plan,
+    return Noise(sources_of(draft.units()), measure, known)
+
+
+def _search(
+    draft: Draft, noise: Noise, prices: Prices, settings: Settings, judge: Judging, progress: Progress
+) -> Search:
+    units = draft.units()
+    return Search(
+        draft.model,
+        units,
+        draft.placement,
+        draft.plan,
         noise,
-        _prices(model, samples[0], settings),
+        prices,
         judge,
-        kept=kept,
-        proves=settings.timed,
+        kept=_kept(units, settings),
         progress=lambda what: progress(what, None),
     )
-    return Static(model, surveyed, plan, noise, keepers, kept, searched)
+
+
+def _kept(units: Sequence[Unit], settings: Settings) -> tuple[str, ...]:
+    return tuple(unit.site for unit in units if unit.site in settings.keep)
 
 
 def _calibrated(
@@ -187,7 +219,7 @@ def _as_given(
     model: ir.Model,
     samples: Sequence[Feeds],
     settings: Settings,
-    judge: Judge,
+    judge: Judging,
     progress: Progress,
     possible: Survey,
     given: GivenPlan,
@@ -205,8 +237,8 @@ def _as_given(
     surveyed = survey(model, placement, plan.params)
     searched = judge_plan(model, surveyed.units, placement, plan, judge, proves=settings.timed)
     keepers = dict.fromkeys(given.keepers, (math.nan, math.nan))
-    kept = tuple(unit.site for unit in surveyed.units if unit.site in settings.keep)
-    return Static(model, surveyed, plan, Noise(), keepers, kept, searched)
+    kept = _kept(surveyed.units, settings)
+    return Static(model, surveyed, Statistics({}), plan, Noise(), keepers, kept, searched)
 
 
 def _prices(model: ir.Model, sample: Feeds, settings: Settings) -> Prices:

@@ -19,7 +19,7 @@ from onnxopt.graph import constant_of, int_attr, sizes_of, static_shape
 from onnxopt.index import operator_of
 from onnxopt.quantization.formats import Format, QuantParams, dequantize, params_from_range, quantize
 
-__all__ = ["OPERANDS", "block_axis", "quantize_weight", "ternarize", "weight_axis"]
+__all__ = ["OPERANDS", "block_axis", "kernel_axis", "quantize_weight", "ternarize", "weight_axis"]
 
 _RECURRENT = ("GRU", "LSTM", "RNN")
 OPERANDS = {
@@ -61,6 +61,18 @@ def weight_axis(node: ir.Node, position: int, shape: Sequence[int] | None = None
     if operator == "Gather":
         return int_attr(node, "axis", 0) % rank
     return 1 if operator in (*_RECURRENT, "com.microsoft::Attention") else 0
+
+
+def kernel_axis(node: ir.Node, position: int) -> int | None:
+    """The axis along which a target's integer kernels take a scale each; None: one for the whole weight.
+
+    ONNX Runtime's take one for a stack of matrices. TensorRT's take axis 1 of a ConvTranspose, where an index
+    stands for a channel of each group: channels of its own it has only where there is one group.
+    """
+    axis, shape = weight_axis(node, position), _shape(node, position)
+    stacked = node.op_type == "MatMul" and shape is not None and len(shape) > 2
+    grouped = node.op_type == "ConvTranspose" and int_attr(node, "group", 1) > 1
+    return None if stacked or grouped else axis
 
 
 def block_axis(node: ir.Node, position: int, shape: Sequence[int] | None = None) -> int | None:

@@ -49,7 +49,9 @@ class Slices:
         size = shape[self.axis]
         step = 1 if self.axis == -1 else math.prod(shape[self.axis + 1 :])
         self.width = max(self.width, -(-size // _MOST_SLICES))
-        index = positions // step % size // self.width
+        index = (positions if step == 1 else positions // step) % size
+        if self.width > 1:
+            index //= self.width
         self.signal = _added(self.signal, index, reference * reference)
         self.noise = _added(self.noise, index, error * error)
         self.numbers = _added(self.numbers, index, None)

@@ -2,13 +2,14 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from onnxopt.benchmarking.rounds import Pilot, Plan, Protocol, clocks, measure, pilot, plan
+from onnxopt.benchmarking.rounds import Clocks, Pilot, Plan, Protocol, clocks, measure, pilot, plan
 
 ONE_THREAD = clocks(one_thread=True)
 
@@ -106,12 +107,36 @@ def test_slow_models_stop_after_three_times_the_seconds() -> None:
     assert time.perf_counter() - begin < 10
 
 
-def test_progress_rises_to_one() -> None:
+class Ticking:
+    """A clock that only runs of its sessions move on."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def nanoseconds(self) -> int:
+        return self.now
+
+    def opener(self, milliseconds: int) -> Any:
+        session = busy("session", 0.0, [])
+
+        def run(_feeds: Any) -> None:
+            self.now += milliseconds * 1_000_000
+
+        session.run = run
+        return lambda: session
+
+
+def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeat has 13 runs of 1, 1 and 2 ms: 0.052 s, while the wall stands still."""
     told: list[float] = []
-    measure(openers([]), [{}], protocol(progress=told.append))
-    assert told == sorted(told)
-    assert told[-1] == 1.0
-    assert len(told) >= 3
+    ticking = Ticking()
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    rules = protocol(clocks=Clocks(ticking.nanoseconds, 1e-9, "CPU time"), progress=told.append)
+    measure([ticking.opener(ms) for ms in (1, 1, 2)], [{}], rules)
+    assert told == pytest.approx([0.26, 0.52, 0.78, 1.0])
+    told.clear()
+    measure([ticking.opener(ms) for ms in (1, 1, 2)], [{}], replace(rules, seconds=0.02))
+    assert told == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
 def test_a_round_gives_all_subjects_the_same_feeds_and_uses_them_in_turn() -> None:

@@ -154,7 +154,8 @@ def test_auto_judges_by_what_was_held_out() -> None:
     for held_out in (near, far):
         stats = statistics_of(given, held_out=held_out)
         found = choose_range(stats, "auto", FORMATS["int8"], symmetric=True)
-        every = [choose_range(stats, method, FORMATS["int8"], symmetric=True) for method in METHODS[:-1]]
+        compared = [method for method in METHODS if method not in ("entropy", "auto")]
+        every = [choose_range(stats, method, FORMATS["int8"], symmetric=True) for method in compared]
         assert found == min(every, key=lambda one: one.error)
         truth = true_error(held_out, found, "int8", symmetric=True, power_of_two=False)
         assert found.error == pytest.approx(truth, rel=0.05)

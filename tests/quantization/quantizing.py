@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
 from onnxopt.calibration import calibrate, exposable
 from onnxopt.data import Feeds
@@ -17,7 +18,9 @@ from onnxopt.protobuf import dump
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.fusion import Fusion, fusion_of
+from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan, params_of_tensors
+from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.static import tensors_of
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.runtimes import open_session
@@ -166,3 +169,16 @@ def quantized(
 
 def bytes_of(model: ir.Model) -> bytes:
     return bytes(dump(model).SerializeToString())
+
+
+def judge_without_emulator(monkeypatch: pytest.MonkeyPatch, *, within: bool = False) -> list[ir.Model]:
+    """As if the budget was kept elsewhere where no sum can saturate, or always; what was judged there."""
+    judged: list[ir.Model] = []
+
+    def judge_on(_self: Judge, model: ir.Model, _isa: str, _split: str = "search") -> Judgement:
+        judged.append(model)
+        return Judgement(within or not find_saturation(model), 0.0, None, "as foreseen")
+
+    monkeypatch.setattr(Judge, "on", judge_on)
+    monkeypatch.setattr("onnxopt.api.quantization.find_isa", lambda _: None)
+    return judged

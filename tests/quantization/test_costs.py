@@ -222,6 +222,13 @@ def test_one_row_of_a_matmul_is_bound_by_its_weight() -> None:
     assert one.float_ns > table.rows["MatMul"][0][3] * 2**20
 
 
+def test_few_pixels_of_one_dimension_cost_floats_as_much_as_sixteen() -> None:
+    body, types = "y = Conv<pads=[1,1]>(x, w)", "float[64,64,3] w"
+    few, many = (costs_of(body, types, f"float[1,64,{n}]", f"float[1,64,{n}]")[0] for n in (2, 16))
+    assert few.float_ns > 0.9 * many.float_ns > 2 * few.int8_ns
+    assert many.int8_ns > 1.2 * few.int8_ns
+
+
 def test_moves_are_free_and_the_unknown_is_float() -> None:
     (cost,) = costs_of("y = Identity(x)", "")
     assert cost == NodeCost(0, 0)

@@ -30,7 +30,6 @@ from onnxopt.protobuf import dump
 from onnxopt.quantization.choose import choose, prices_of_work
 from onnxopt.quantization.emit import emit
 from onnxopt.quantization.formats import dequantize, find_format, params_from_range, quantize
-from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.plan import Plan, params_of_tensors
 from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.sensitivity import Source
@@ -39,6 +38,7 @@ from onnxopt.quantization.units import LAYERS, survey
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.runtimes import open_session
 from onnxopt.targets import PLACEMENTS, Placement, find_target
+from tests.quantization.quantizing import judge_without_emulator
 from tests.random_graphs import random_model
 from tests.support import execute, sqnr, text_model
 
@@ -278,6 +278,41 @@ def test_narrow_layers_stay_in_float_for_tensorrt(
     assert len(survey(model, replace(TENSORRT, narrow=0), exposable(model)).units) == 1
 
 
+@pytest.mark.parametrize(
+    ("group", "weight", "axis"),
+    [(1, (16, 24, 3, 3), 1), (2, (32, 12, 3, 3), None), (16, (16, 1, 3, 3), None), (16, (16, 2, 3, 3), None)],
+)
+def test_transposed_convolutions_have_scales_that_no_groups_share(
+    group: int, weight: tuple[int, ...], axis: int | None
+) -> None:
+    """Against the runtime, as ONNX's reference evaluator gives other numbers than the standard for groups."""
+    outputs = weight[1] * group
+    proto = text_model(
+        f"""agraph (float[1,{weight[0]},5,5] x) => (float[1,{outputs},10,10] y) {{
+            y = ConvTranspose<group={group}, strides=[2,2], pads=[1,1,1,1], output_padding=[1,1]>(x, w, b)
+        }}"""
+    )
+    array = random(*weight) * np.geomspace(0.2, 1, weight[1]).astype(np.float32)[:, None, None]
+    proto.graph.initializer.append(numpy_helper.from_array(array, "w"))
+    proto.graph.initializer.append(numpy_helper.from_array(random(outputs), "b"))
+    graph = written(proto, target="tensorrt")
+    (layer,) = ops(graph, "ConvTranspose")
+    read = layer.inputs[1].producer()  # type: ignore[union-attr]
+    assert read is not None
+    scale = constant_array(read.inputs[1])
+    assert scale is not None
+    assert read.attributes.get_int("axis", None) == axis
+    assert scale.shape == (() if axis is None else (weight[1],))
+    ints = constant_array(read.inputs[0])
+    assert ints is not None
+    by_channel = scale if axis is None else scale[:, None, None]
+    assert np.abs(ints * by_channel - array).max() <= 0.5001 * scale.max()
+    feeds = samples(proto, 1)[0]
+    expected, found = execute(proto, feeds)[0], execute(ir.Model(graph, ir_version=10), feeds)[0]
+    for before, after in zip(np.split(expected, outputs, 1), np.split(found, outputs, 1), strict=True):
+        assert sqnr(before, after) > 25
+
+
 def test_an_add_in_integers_needs_its_layer_in_integers() -> None:
     proto = onnx.shape_inference.infer_shapes(residual_net())
     model = ir.from_proto(proto)
@@ -466,23 +501,13 @@ def scales(graph: ir.Graph) -> list[np.ndarray]:
     ],
 )
 def test_powers_of_two(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    if "also_isa" in options:  # judged here alone: what is written is the same
-        _judge_without_emulator(monkeypatch)
+    if "also_isa" in options:
+        judge_without_emulator(monkeypatch)
     found = scales(written(power_of_two=True, **options))
     assert found
     for scale in found:
         mantissa, _ = np.frexp(scale)
         np.testing.assert_array_equal(mantissa, 0.5)
-
-
-def _judge_without_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judge here alone: what is written is the same."""
-
-    def judge(original: Any, held_out: Any, metric: Any, budget: Any, _isas: Any, config: Any) -> Judge:
-        return Judge(original, held_out, metric, budget, (), config)
-
-    monkeypatch.setattr("onnxopt.api.quantization.Judge", judge)
-    monkeypatch.setattr("onnxopt.api.quantization.find_isa", lambda _: None)
 
 
 @pytest.mark.parametrize("options", [{"target": "tensorrt"}, {"scheme": "weight-int8", "goal": "size"}])
@@ -523,11 +548,24 @@ def test_saturation_is_foreseen_and_avoided(monkeypatch: pytest.MonkeyPatch) -> 
     assert layers >= 3
     said = f"on CPUs without VNNI, sums of {layers} layers can saturate; --also-isa avx2 avoids it"
     assert any(note.startswith(said) for note in report.notes)
-    _judge_without_emulator(monkeypatch)
+    judge_without_emulator(monkeypatch)
     safe, report = quantized(goal="size", also_isa=("avx2",))
     assert len(ops(safe.graph, "DequantizeLinear")) > 3
     assert find_saturation(safe) == ()
     assert not any("VNNI" in note for note in report.notes)
+    why = "weights are scaled so that no sum saturates; as they are best here, on avx2: as foreseen"
+    assert why in report.notes
+
+
+def test_weights_that_do_elsewhere_are_not_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = quantized(goal="size", bench=False)
+    judged = judge_without_emulator(monkeypatch, within=True)
+    model, report = quantized(goal="size", also_isa=("avx2",))
+    assert len(judged) == 2  # the candidate, and the result
+    assert len(find_saturation(model)) == len(find_saturation(plain)) >= 3
+    assert "the budget holds on avx2, too, with weights as they are best here" in report.notes
+    assert report.judgement is not None
+    assert report.judgement.elsewhere["avx2"].ok
 
 
 # ------------------------------------------------------------------ command line

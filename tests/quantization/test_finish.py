@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,16 @@ import onnxopt
 from onnxopt.errors import UsageError
 from onnxopt.graph import nodes, tensor_bytes
 from onnxopt.job import Job
+from onnxopt.model import clone
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
+from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
+from onnxopt.pipeline import Pipeline
 from onnxopt.quantization import finish
+from onnxopt.quantization.expected import expect
 from onnxopt.quantization.finish import Finished, Finisher
 from onnxopt.quantization.judge import Judgement
 from onnxopt.quantization.schemes import SCHEMES
+from tests.quantization.quantizing import judge_without_emulator
 from tests.support import execute, sqnr, text_model
 
 RNG = np.random.default_rng(0)
@@ -201,7 +207,7 @@ def op_types(model: ir.Model) -> list[str]:
 
 def test_an_lstm_is_quantized_at_run_time() -> None:
     before = recurrent()
-    done = quantized(before)
+    done = quantized(before, goal="size")
     assert done.report.ok
     assert "DynamicQuantizeLSTM" in op_types(done.graph)
     assert not any("LSTM" in reason for reason in done.report.left)
@@ -222,9 +228,8 @@ def test_an_lstm_that_stays_in_float_is_listed(options: dict[str, Any]) -> None:
 
 
 def test_for_other_cpus_weights_have_7_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxopt.quantization.judge.Judge.on", lambda *_: Judgement(True, 1, None, "there"))
-    monkeypatch.setattr("onnxopt.api.quantization.find_isa", lambda _: None)
-    done = quantized(recurrent(), also_isa=("avx2",))
+    judge_without_emulator(monkeypatch)
+    done = quantized(recurrent(), goal="size", also_isa=("avx2",))
     first = done.report.finished.tried[0]
     assert first.name == "quantize-dynamic{reduce_range=true,layers=LSTM}"
     (node,) = (node for node in done.graph.graph if node.op_type == "DynamicQuantizeLSTM")
@@ -346,3 +351,60 @@ def test_an_embedding_becomes_smaller_where_that_is_asked_for(
     assert (last.name, last.kept, last.sites) == ("quantize-weights{layers=Gather}", kept, ("e",))
     assert last.why == ("from 6,688 to 2,088 bytes" if kept else "figures")
     assert done.report.ok is kept
+
+
+def one_product(rows: int, depth: int, columns: int) -> onnx.ModelProto:
+    text = f"agraph (float[{rows}, {depth}] x) => (float[{rows}, {columns}] y) {{ y = MatMul(x, w) }}"
+    return with_weights(text, w=(depth, columns))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pays", "ratio"), [((128, 384, 384), True, 0.37), ((1, 42, 20), False, 4.2)]
+)
+def test_without_a_measurement_the_table_of_costs_decides(
+    sizes: tuple[int, int, int], pays: bool, ratio: float
+) -> None:
+    before = ir.from_proto(one_product(*sizes))
+    after = Pipeline((QuantizeDynamic(),)).run(partial(clone, before)).model
+    feeds = {"x": np.zeros(sizes[:2], np.float32)}
+    found, why = expect(before, after, feeds)
+    assert found is pays
+    assert float(why.split("x")[0]) == pytest.approx(ratio, rel=0.1)
+    assert why.endswith("x the time by the table of kernel costs")
+    assert expect(before, before, feeds)[0]
+
+
+def test_without_a_measurement_what_the_table_lacks_is_left_in_float() -> None:
+    done = quantized(recurrent(), bench=False)
+    first = done.report.finished.tried[0]
+    assert (first.name, first.kept) == ("quantize-dynamic{layers=LSTM}", False)
+    assert first.why == "the table of kernel costs has no LSTM: run without --no-bench to measure it"
+    assert "LSTM" in op_types(done.graph)
+    assert first.why in done.report.reason
+    said = "speed not measured: the table of kernel costs decided what is quantized at run time"
+    assert said in done.report.notes
+
+
+def test_without_a_measurement_an_embedding_stays_in_float() -> None:
+    text = "agraph (int64[1, 600] x) => (float[1, 600, 32] y) { y = Gather(table, x) }"
+    before = ir.from_proto(with_weights(text, table=(50, 32)))
+    after = Pipeline((QuantizeWeights(layers=("Gather",)),)).run(partial(clone, before)).model
+    found, why = expect(before, after, {"x": np.zeros((1, 600), np.int64)})
+    assert (found, float(why.split("x")[0]) > 2) == (False, True)
+
+
+def test_without_a_measurement_no_clock_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "time", lambda *_, **__: pytest.fail("it timed"))
+    done = quantized(one_product(64, 384, 384), metric="sqnr", max_drop=1000.0)
+    assert done.report.ok
+    assert done.report.timing is None
+    static = done.report.finished.tried[-1]
+    assert (static.name, static.kept) == ("static quantization", True)
+    assert static.why.endswith("speed not measured: it is what the table of kernel costs says")
+
+
+def test_a_setting_that_needs_a_measurement_is_named_where_there_is_none() -> None:
+    done = quantized(layers(), scheme="weight-int8", bench=False)
+    said = "not proposed, session.disable_quant_qdq=1: whether it helps was not measured"
+    assert said in done.report.notes
+    assert done.report.settings == ()

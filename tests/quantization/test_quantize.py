@@ -203,7 +203,7 @@ def test_a_plan_gives_the_same_model_without_calibration_or_search(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was called")
 
-    for name in ("calibrate", "search", "measure_sensitivity", "improve"):
+    for name in ("calibrate", "Search", "measure_sensitivity", "improve"):
         monkeypatch.setattr(static, name, fail)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_of(done)))
@@ -214,6 +214,20 @@ def test_a_plan_gives_the_same_model_without_calibration_or_search(
     assert again.report.plan is not None
     assert again.report.plan["ranges"] == plan_of(done)["ranges"]
     assert again.report.judgement == done.report.judgement
+
+
+def test_biases_that_were_measured_of_the_choice_are_measured_again() -> None:
+    data = [{"x": np.abs(feeds["x"])} for feeds in samples(24)]
+    first = quantized(net(seed=2).SerializeToString(), data=data)
+    plan = plan_of(first)
+    assert plan["keepers"][-1] == "measure-biases"
+    again = quantized(net(seed=2).SerializeToString(), data=data, plan=plan)
+    assert again.model == first.model
+    plan["keepers"].pop()
+    without = quantized(net(seed=2).SerializeToString(), data=data, plan=plan).report.judgement
+    assert first.report.judgement is not None
+    assert without is not None
+    assert without.score < first.report.judgement.score
 
 
 def test_a_plan_is_edited_node_by_node(done: Result[QuantizationReport]) -> None:

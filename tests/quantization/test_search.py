@@ -20,7 +20,7 @@ from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.fusion import Fusion
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan, params_of_tensors
-from onnxopt.quantization.search import Searched, judge_plan, search, write
+from onnxopt.quantization.search import Search, Searched, judge_plan, write
 from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, sources_of
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import PLACEMENTS
@@ -90,10 +90,10 @@ def noise_of(values: Mapping[str, float]) -> Noise:
     return Noise(known, lambda sources: {source: known[source] for source in sources})
 
 
-def found(judge: Judge, noise: Noise, **options: object) -> Searched:
+def found(judge: Judge, noise: Noise, proves: bool = True, **options: object) -> Searched:
     model = chain()
     units, plan = prepared(model)
-    return search(model, units, X86, plan, noise, PRICES, judge, **options)  # type: ignore[arg-type]
+    return Search(model, units, X86, plan, noise, PRICES, judge, **options).run(proves=proves)  # type: ignore[arg-type]
 
 
 def chosen(searched: Searched) -> list[str]:
@@ -222,7 +222,7 @@ def test_a_layer_that_is_really_sensitive_is_found_by_measurement() -> None:
     units, plan = prepared(model)
     noise = Noise(sources_of(units), lambda _: measure_sensitivity(model, X86, plan, SAMPLES))
     judge = Judge(model, SAMPLES, "sqnr", Budget(150 - 20))
-    searched = search(model, units, X86, plan, noise, PRICES, judge)
+    searched = Search(model, units, X86, plan, noise, PRICES, judge).run()
     assert "c2" not in chosen(searched)
     assert len(chosen(searched)) >= 2
     worst = max(noise.known, key=lambda source: noise.known[source])

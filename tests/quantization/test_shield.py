@@ -8,8 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxopt.quantization.fusion import kernels_of
-from tests.quantization.quantizing import Quantized, model_of, quantized, random, samples_for
+from tests.quantization.quantizing import Quantized, model_of, quantized, random, runs_of, samples_for
 
 W = random(8, 8, 3, 3)
 LAYERS = {
@@ -115,26 +114,89 @@ def names(model: ir.Model) -> list[str]:
 SCORES = "agraph (float[2,6,T] x) => (float[] y) { a = LeakyRelu(x) p = Softmax(a) y = LeakyRelu(p) }"
 
 
-@pytest.mark.parametrize("length", [1, 7])
-def test_a_float_softmax_between_integers_stays_one(length: int) -> None:
-    """As an integer kernel it would take ten times as long, and give 0 for a single element instead of 1."""
-    model = model_of(SCORES)
+@pytest.mark.parametrize("length", [1, 2, 7, 600])
+@pytest.mark.parametrize("static", [True, False])
+def test_a_softmax_between_integers_stays_in_floats(length: int, static: bool) -> None:
+    """As an integer kernel it would be ten times as slow, and give 0 for what is above the range."""
+    model = model_of(SCORES.replace("T", str(length)) if static else SCORES)
     done = quantized(model, samples_for(model, T=length))
-    assert set(done.sites) == {"a", "y"}  # T may be 1
-    assert kernels_of(done.model)["QLinearSoftmax"] == 0
-    assert kernels_of(done.model)["Softmax"] == 1
-    assert done.least_sqnr() >= 35
+    assert set(done.sites) == {"a", "y"}
+    assert (done.fusion.kernels["QLinearSoftmax"], done.fusion.kernels["Softmax"]) == (0, 1)
+    assert min(done.least_sqnr(), done.least_sqnr("none")) >= 30
+    other = [{"x": 3 * array} for feeds in done.samples for array in feeds.values()]
+    for one, two in zip(runs_of(done.model, other, "none"), runs_of(done.model, other), strict=True):
+        np.testing.assert_allclose(one["y"], two["y"], atol=1.01 * float(done.plan.params["y"].scale))
 
 
-def test_the_runtime_really_gets_a_softmax_of_one_element_wrong() -> None:
-    model = model_of(SCORES.replace("T", "7"))
-    done = quantized(model, samples_for(model))
-    assert done.fusion.kernels["QLinearSoftmax"] == 1
-    (axis,) = {node for node in done.model.graph if node.op_type == "Softmax"}
-    assert axis.inputs[0] is not None
-    single = model_of(SCORES.replace("T", "1"))
-    forced = quantized(single, samples_for(single))
-    assert set(forced.sites) == {"a", "y"}
+FREE = {
+    "Add": "m = Add(a, b)",
+    "Concat": "m = Concat<axis = 1>(a, b)",
+    "GlobalAveragePool": "m = GlobalAveragePool(a)",
+    "LeakyRelu": "m = LeakyRelu(a)",
+    "MatMul": "m = MatMul(a, b)",
+    "Mul": "m = Mul(a, b)",
+    "Sigmoid": "m = Sigmoid(a)",
+    "Where": "m = Where(c, a, b)",
+}
+FLOAT = {
+    "AveragePool": "m = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(a)",
+    "Clip": "m = Clip(a, one, six)",
+    "Div": "m = Div(a, k)",
+    "Elu": "m = Elu(a)",
+    "Erf": "m = Erf(a)",
+    "HardSigmoid": "m = HardSigmoid(a)",
+    "InstanceNormalization": "m = InstanceNormalization(a, s, s)",
+    "LayerNormalization": "m = LayerNormalization(a, s)",
+    "Max": "m = Max(a, b)",
+    "PRelu": "m = PRelu(a, k)",
+    "Pad": "m = Pad(a, pads)",
+    "ReduceMean": "m = ReduceMean<axes = [2, 3]>(a)",
+    "Softmax": "m = Softmax(a)",
+    "Softmax, inner": "m = Softmax<axis = 1>(a)",
+    "Sub": "m = Sub(a, b)",
+    "Sum": "m = Sum(a, b)",
+    "Tanh": "m = Tanh(a)",
+}
+
+
+def unchosen(middle: str) -> Quantized:
+    """One operator in floats, between others in integers."""
+    constants = {
+        "u": random(8, 8, 1, 1),
+        "k": abs(random(8, 1, 1)) + 1,
+        "s": np.ones(8, np.float32),
+        "c": np.arange(8) < 3,
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+    }
+    text = (
+        "agraph (float[1,8,8,8] x) => (float[] y) "
+        f"{{ a = Conv(x, u) b = LeakyRelu(a) {middle} y = LeakyRelu(m) }}"
+    )
+    model = model_of(text, one=1.0, six=6.0, **constants)
+    done = quantized(model, samples_for(model), pick=lambda unit: unit.site != "m")
+    assert set(done.sites) == {"a", "b", "y"}
+    return done
+
+
+@pytest.mark.parametrize("middle", FLOAT.values(), ids=list(FLOAT))
+def test_what_the_search_left_in_floats_runs_in_floats(middle: str) -> None:
+    done = unchosen(middle)
+    kernels = set(done.fusion.kernels)
+    assert {name for name in kernels if name.startswith("QLinear")} == {"QLinearConv", "QLinearLeakyRelu"}
+    # its readers take integers, as few as there are: both levels round alike
+    step = float(done.plan.params["y"].scale)
+    for one, two in zip(done.runs("none"), done.runs(), strict=True):
+        np.testing.assert_allclose(one["y"], two["y"], atol=2.01 * step)
+
+
+@pytest.mark.parametrize(("name", "middle"), FREE.items(), ids=list(FREE))
+def test_an_integer_kernel_that_was_not_asked_for_gives_the_same_numbers(name: str, middle: str) -> None:
+    """And takes no longer than the float kernel with its borders: nothing is put in its way."""
+    done = unchosen(middle)
+    assert done.fusion.kernels[f"QLinear{name}"] == 1 + (name == "LeakyRelu") * 2
+    step = float(done.plan.params["y"].scale)
+    for one, two in zip(done.runs("none"), done.runs(), strict=True):
+        np.testing.assert_allclose(one["y"], two["y"], atol=2.01 * step)
 
 
 READ = """
