@@ -55,7 +55,7 @@ def operand_rows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...], most
 
 
 def result_rows(node: ir.Node, array: np.ndarray, most: int) -> np.ndarray:
-    """What a node writes, at the positions where `operand_rows` takes what it reads: [positions, channels]."""
+    """What a node writes where `operand_rows` takes what it reads: [positions, channels]."""
     rows = np.moveaxis(array, 1, -1) if node.op_type == "Conv" else array
     rows = rows.reshape(-1, rows.shape[-1])
     return np.asarray(rows[_some(len(rows), most)])

@@ -61,6 +61,7 @@ from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
 from onnxopt.passes.prune.drop_layers import DropLayers
+from onnxopt.passes.prune.prune_channels import PruneChannels
 from onnxopt.passes.prune.prune_weights import PruneWeights
 from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
 from onnxopt.passes.quantize.dequantize import Dequantize
@@ -134,6 +135,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    PruneChannels,
     DropLayers,
     ShrinkKernels,
     FactorizeWeights,

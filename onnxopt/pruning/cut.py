@@ -18,7 +18,7 @@ from onnxopt.pruning.elements import Ids
 from onnxopt.pruning.movement import reshape_target
 from onnxopt.pruning.structure import Structure
 
-__all__ = ["cut", "mask"]
+__all__ = ["cut", "mask", "set_constant"]
 
 
 def cut(structure: Structure, gone: np.ndarray) -> list[ir.Node]:
@@ -103,13 +103,7 @@ class _Cut:
             ids = axes[axis]
             assert ids is not None
             array = array.compress(self.kept(ids), axis)
-        new = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
-        producer = value.producer()
-        if producer is None:
-            value.const_value = new
-        else:
-            producer.attributes.clear()
-            producer.attributes["value"] = ir.AttrTensor("value", new)
+        set_constant(value, np.ascontiguousarray(array))
 
     def constant(self, node: ir.Node, array: np.ndarray, like: str) -> ir.Value:
         """A new constant in the graph of a node."""
@@ -144,6 +138,18 @@ class _Cut:
         node.replace_input_with(index, new)
         if old is not None and constant_of(old) is not None and not use_count(old):
             _remove(old)
+
+
+def set_constant(value: ir.Value, array: np.ndarray) -> None:
+    """Give a constant, in an initializer or a Constant node, other elements of the same type."""
+    old = constant_of(value)
+    assert old is not None  # it is a constant
+    tensor, producer = ir.Tensor(array, dtype=old.dtype, name=old.name), value.producer()
+    if producer is None:
+        value.const_value = tensor
+    else:
+        producer.attributes.clear()
+        producer.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def _remove(constant: ir.Value) -> None:

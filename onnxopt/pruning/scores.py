@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx_ir as ir
 
+from onnxopt.data import Feeds
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.evaluation import known_array
 from onnxopt.graph import constant_array, walk
+from onnxopt.pruning.damage import damage, readers_of
 from onnxopt.pruning.structure import Group, Structure
 
 __all__ = ["SCORES", "Score", "score_channels"]
@@ -20,18 +23,36 @@ _LARGEST = 1 << 31
 """Bytes of a weight that is looked at."""
 
 
-def score_channels(structure: Structure, score: str | Score, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """The scores of each group's channels; those of a group have the mean 1.
+def score_channels(
+    structure: Structure,
+    score: str | Score,
+    *,
+    seed: int = 0,
+    model: ir.Model | None = None,
+    samples: Sequence[Feeds] = (),
+) -> tuple[np.ndarray, ...]:
+    """The scores of each group's channels, float64; all groups are compared by them.
 
-    Weights of a layer can be scaled at will where a normalisation or the next layer scales back: only what
-    channels are to others of their group can be compared between groups.
+    Norms of weights, and scales, are divided by their mean in the group: weights of a layer can be scaled at
+    will where a normalisation or the next layer scales back, so that they only say what channels are to
+    others of their group. `obs` needs a model and samples: the share of what its readers write that is lost
+    with a channel, over the root of its multiply-accumulates.
 
     Raises:
         UsageError: there is no such score, or a function gives none for some channel.
     """
-    if isinstance(score, str) and score not in SCORES:
-        raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, SCORES)}")
-    of = SCORES[score](structure, seed) if isinstance(score, str) else lambda group: score(structure, group)
+    if isinstance(score, str) and score not in (*SCORES, "obs"):
+        raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, (*SCORES, 'obs'))}")
+    if score == "obs" and (model is None or not len(samples)):
+        raise UsageError("prune-channels: obs looks at what channels carry: give samples")
+    if score == "obs" and model is not None:
+        of = _by_damage(structure, model, samples)
+    else:
+        of = (
+            SCORES[score](structure, seed)
+            if isinstance(score, str)
+            else lambda group: score(structure, group)
+        )
     found = []
     for group in structure.groups:
         numbers = np.asarray(of(group), np.float64)
@@ -40,7 +61,7 @@ def score_channels(structure: Structure, score: str | Score, seed: int = 0) -> t
                 f"prune-channels: group {group.name!r}: expected {len(group.channels)} finite scores, "
                 f"found shape {numbers.shape}, {int(np.isfinite(numbers).sum())} of them finite"
             )
-        found.append(_relative(numbers))
+        found.append(numbers)
     return tuple(found)
 
 
@@ -66,7 +87,7 @@ def _by_norm(order: int) -> Callable[[Structure, int], Callable[[Group], np.ndar
             norms = np.bincount(channels, powers, count) ** (1 / order)
             mean = norms[np.unique(channels)].mean()
             total += norms / mean if mean > 0 else norms
-        return lambda group: total[group.channels]
+        return lambda group: _relative(total[group.channels])
 
     return prepare
 
@@ -87,7 +108,7 @@ def _by_gamma(structure: Structure, _: int) -> Callable[[Group], np.ndarray]:
                 f"prune-channels: group {group.name!r} has no BatchNormalization to score by; "
                 "take another score, or prune before they are folded"
             )
-        return np.asarray(found)
+        return _relative(found)
 
     return of
 
@@ -97,10 +118,26 @@ def _by_chance(_: Structure, seed: int) -> Callable[[Group], np.ndarray]:
     return lambda group: rng.random(len(group.channels))
 
 
+def _by_damage(
+    structure: Structure, model: ir.Model, samples: Sequence[Feeds]
+) -> Callable[[Group], np.ndarray]:
+    """What the readers of a channel lose with it, over the root of what it costs."""
+    readers, macs = readers_of(model, structure, samples), structure.macs()
+
+    def of(group: Group) -> np.ndarray:
+        found = damage(readers.get(group.name, ()), len(group.channels))
+        gone = np.zeros(len(structure.solution.pinned), bool)
+        gone[group.channels[0]] = True
+        saved = max(1 - structure.macs(gone) / macs, 1e-12) if macs else 1.0
+        return np.asarray(found / saved**0.5)
+
+    return of
+
+
 SCORES: dict[str, Callable[[Structure, int], Callable[[Group], np.ndarray]]] = {
     "bn-gamma": _by_gamma,
     "l1": _by_norm(1),
     "l2": _by_norm(2),
     "random": _by_chance,
 }
-"""Name -> what scores the groups of a model, given a seed."""
+"""Name -> what scores the groups of a model, given a seed; besides them, there is obs."""

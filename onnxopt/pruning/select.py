@@ -19,9 +19,9 @@ __all__ = ["Budget", "select"]
 class Budget:
     """What is to be left: exactly one of the first three.
 
-    macs, parameters: fraction of the whole that is kept, at most. ratio: fraction of each group's channels
-    that goes. multiple: of so many elements is what a group keeps along an axis, where the budget can be
-    met so. least: fraction of a group's channels that stays at least; one channel always does.
+    macs, parameters: fraction of the whole that is kept, at most. ratio: fraction of all channels that goes,
+    of those that can. multiple: of so many elements is what a group keeps along an axis, where the budget can
+    be met so. least: fraction of a group's channels that stays at least; one channel always does.
     """
 
     macs: float | None = None
@@ -88,10 +88,6 @@ class _Line:
 
     def longest(self, multiple: int) -> list[int] | None:
         """How many channels each group keeps if as few as can be go; None where the budget is not met."""
-        if self._budget.ratio is not None:
-            return self._rounded(
-                [len(one) - math.floor(len(one) * self._budget.ratio) for one in self._orders], multiple
-            )
         low, high = 0, len(self._every)
         if not self._is_met(self._without(high, multiple)):
             return None
@@ -105,8 +101,6 @@ class _Line:
 
     def filled(self, kept: list[int], multiple: int) -> list[int]:
         """Blocks come back, those that matter most first, as long as the budget holds."""
-        if self._budget.ratio is not None:
-            return kept
         best = sorted(range(len(kept)), key=lambda n: -self._next(n, kept[n]))
         for n in best:
             more = list(kept)
@@ -149,6 +143,8 @@ class _Line:
         s, b, gone = self._structure, self._budget, self.gone(kept)
         if b.macs is not None:
             return s.macs(gone) / max(s.macs(), 1.0), b.macs
+        if b.ratio is not None:
+            return sum(kept) / max(len(self._every), 1), 1 - b.ratio
         assert b.parameters is not None  # or there would be no limit
         return s.parameters(gone) / max(s.parameters(), 1.0), b.parameters
 
@@ -161,5 +157,6 @@ class _Line:
         if not self._groups:
             return "no channels can be cut"
         share, limit = self._share(self._without(len(self._every), 1))
-        what = "multiply-accumulates" if self._budget.macs is not None else "parameters"
+        names = {"macs": "multiply-accumulates", "parameters": "parameters", "ratio": "channels"}
+        what = next(name for key, name in names.items() if getattr(self._budget, key) is not None)
         return f"{limit:g} of the {what} cannot be reached: {share:.3f} is left at the least of all groups"

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation import Dims
-from onnxopt.graph import constant_of, has_reference, nested, walk
+from onnxopt.graph import constant_of, has_reference, nested, static_shape, walk
 from onnxopt.index import operator_of
+from onnxopt.inference import refine
 from onnxopt.inspection.costs import layer_macs, sizes_read
 from onnxopt.inspection.sizes import sized
 from onnxopt.ledger import site_of
@@ -145,6 +146,9 @@ def _parameters(e: Elements) -> Iterator[Term]:
 
 
 def _related(scope: Scope) -> Elements:
+    for node in walk(scope.graph):
+        if any(static_shape(value) is None for value in node.outputs):
+            refine(node, scope.graph.opset_imports)
     e = Elements(Dims(scope), scope.opset)
     for graph in (scope.graph, *nested(scope.graph)):
         what = "of the graph" if graph is scope.graph else "of the body of a node"

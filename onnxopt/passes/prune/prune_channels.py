@@ -22,8 +22,10 @@ import onnx_ir as ir
 from onnxopt.claims import Kind, Pass, unspelled
 from onnxopt.data import Feeds
 from onnxopt.ledger import Ledger
+from onnxopt.model import clone
 from onnxopt.pruning.cut import cut
 from onnxopt.pruning.outcome import ChannelCut, outcome_of
+from onnxopt.pruning.reconstruct import reconstruct
 from onnxopt.pruning.scores import Score, score_channels
 from onnxopt.pruning.select import Budget, select
 from onnxopt.pruning.structure import Structure, survey
@@ -41,8 +43,9 @@ class PruneChannels(Pass):
 
     macs: fraction of the multiply-accumulates that is kept, at most.
     parameters: instead, fraction of the elements of constants that is kept.
-    ratio: instead, fraction of each group's channels that goes.
-    score: l1 or l2, norms of the weights that write a channel; bn-gamma; random.
+    ratio: instead, fraction of the channels that goes, of all that can.
+    score: l1 or l2, norms of the weights that write a channel; bn-gamma; random; obs, what the layers that
+        read a channel lose with it when others make up for it, as samples tell.
     seed: of random scores.
     multiple: a group keeps a multiple of this many, where the budget can be met so.
     least: fraction of its channels that a group keeps.
@@ -50,6 +53,7 @@ class PruneChannels(Pass):
     importance: name of a group -> what its scores are multiplied with; 1 where it has none.
     only: names of groups that may lose channels; None: all.
     scored: from the structure and a group to scores of its channels, in place of `score`.
+    samples: complete feeds; where there are some, layers are fitted to what they wrote before.
     shapes: of graph inputs, at which multiply-accumulates are counted; of the samples where there are some.
     """
 
@@ -103,7 +107,10 @@ class PruneChannels(Pass):
             if gone[group.channels].any() and not ledger.claim(_RULE, group.name):
                 gone[group.channels] = False
         model.meta[_CUT], model.meta[_SPELLED] = outcome_of(structure, gone), str(self)
+        whole = clone(model) if self.samples and gone.any() else None
         ledger.touch(cut(structure, gone))
+        if whole is not None and self.samples:
+            reconstruct(model, whole, _kept(structure, gone), self.samples)
 
     def parts(self, model: ir.Model) -> Mapping[str, PruneChannels]:
         """Name of a group -> a pass that prunes it alone, by as much as all would have to lose on average."""
@@ -121,7 +128,9 @@ class PruneChannels(Pass):
         """The channels that go."""
         kept = kept_sites(model, self.keep)
         weights = self.importance or {}
-        scores = score_channels(structure, self.scored or self.score, self.seed)
+        scores = score_channels(
+            structure, self.scored or self.score, seed=self.seed, model=model, samples=self.samples or ()
+        )
         scores = tuple(
             one * weights.get(g.name, 1.0) for one, g in zip(scores, structure.groups, strict=True)
         )
@@ -131,6 +140,15 @@ class PruneChannels(Pass):
             for group in structure.groups
         ]
         return select(structure, scores, self._budget, fixed)
+
+
+def _kept(structure: Structure, gone: np.ndarray) -> dict[str, np.ndarray]:
+    """Name of what a layer writes -> which of its channels are left, bool [channels before]."""
+    return {
+        layer.node.outputs[0].name or "": ~gone[structure.channels_of(layer.node.inputs[1], layer.writes)]
+        for layer in structure.elements.layers
+        if layer.weight == 1
+    }
 
 
 _CUT, _SPELLED = "prune-channels", "prune-channels as spelled"
