@@ -222,9 +222,8 @@ def _gate(add: ir.Node, block: Block, keep: ir.Value, number: int) -> None:
     assert isinstance(graph, ir.Graph)
     index = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.Tensor(np.array(number, np.int64)))])
     factor = ir.Node("", "Gather", [keep, index.outputs[0]])
-    cast = ir.Node(
-        "", "Cast", [factor.outputs[0]], [ir.AttrInt64("to", (block.output.dtype or keep.dtype).value)]
-    )
+    dtype = block.output.dtype or ir.DataType.FLOAT
+    cast = ir.Node("", "Cast", [factor.outputs[0]], [ir.AttrInt64("to", dtype.value)])
     gated = ir.Node("", "Mul", [branch, cast.outputs[0]])
     for place, node in enumerate((index, factor, cast, gated)):
         node.outputs[0].name = f"{keep.name}/{number}/{place}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
+from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import nodes
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.passes.prune.drop_layers import DropLayers
 from onnxopt.pipeline import Pipeline
-from tests.support import Feeds, execute, random_feeds, sqnr, text_model
+from tests.support import execute, random_feeds, sqnr, text_model
 
 RULE = "residual block"
 
@@ -24,7 +26,9 @@ def stack(scales: Sequence[float], dtype: str = "float") -> onnx.ModelProto:
     weights, body = [], "h0 = Abs(x)\n"
     for i, scale in enumerate(scales):
         array = (scale * np.eye(4)).reshape(-1)
-        elements = ", ".join(map(str, np.float16(array).view(np.uint16) if dtype == "float16" else array))
+        elements = ", ".join(
+            map(str, array.astype(np.float16).view(np.uint16) if dtype == "float16" else array)
+        )
         weights.append(f"{dtype}[4, 4] w{i} = {{{elements}}}")
         body += f"f{i} = MatMul(h{i}, w{i})\n"
         body += f"h{i + 1} = Add({f'h{i}, f{i}' if i % 2 else f'f{i}, h{i}'})\n"
@@ -263,7 +267,7 @@ def test_blocks_of_functions_are_declined() -> None:
         ({"energy": 1.0}, r"energy is 1.0; expected a share, from 0 to below 1"),
     ],
 )
-def test_options_out_of_range(options: dict[str, int], message: str) -> None:
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=f"drop-layers: {message}"):
         DropLayers(**options)
 

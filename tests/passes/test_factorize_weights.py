@@ -13,13 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array, ints_attr, nodes
 from onnxopt.inspection.costs import macs_of, sizes_read
 from onnxopt.inspection.sizes import sized
 from onnxopt.passes.factorize.factorize_weights import FactorizeWeights
 from tests.support import (
-    Feeds,
     Rewritten,
     assert_equivalent,
     execute,

@@ -129,7 +129,7 @@ def test_a_shared_weight_stays_as_it_is_for_others() -> None:
 
 def test_float16_keeps_its_elements() -> None:
     proto = conv(bordered((2, 2, 3, 3), [(1, 1), (0, 1)]), pads=[1, 1, 1, 1], bias=False)
-    half = np.float16(numpy_helper.to_array(proto.graph.initializer[0]))
+    half = numpy_helper.to_array(proto.graph.initializer[0]).astype(np.float16)
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(half, "w"))
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
