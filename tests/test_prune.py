@@ -211,6 +211,21 @@ def test_the_command_writes_or_says_why_not(tmp_path: Path, capsys: pytest.Captu
     assert not output.exists()
 
 
+def test_masks_are_written_and_used_again(tmp_path: Path) -> None:
+    path, first, again, masks = (tmp_path / name for name in ("net.onnx", "a.onnx", "b.onnx", "masks.npz"))
+    onnx.save(net(), path)
+    spelled = "prune-weights{sparsity=0.7,small=0}"
+    for arguments in (
+        ["-o", str(first), "--no-bench", "--pass", spelled, "--save-masks", str(masks)],
+        ["-o", str(again), "--no-bench", "--weights", "--masks", str(masks)],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["prune", str(path), *arguments])
+        assert stop.value.code == 0
+    for name in ("u", "v"):
+        assert zeros(onnx.load(first), name) == zeros(onnx.load(again), name) == pytest.approx(0.7, abs=0.01)
+
+
 def test_a_pass_that_needs_data_says_so() -> None:
     with pytest.raises(UsageError, match="samples"):
         onnxopt.prune(net(), "prune-weights{score=obs}", bench=False)

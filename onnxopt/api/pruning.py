@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxopt.api.common import record, silent, sizes_of, versions
@@ -50,6 +51,7 @@ def prune(
     target: str = "cpu",
     metric: str | Callable[..., Any] | Metric | None = None,
     max_drop: str | float | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
     freeze_initializers: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
@@ -72,6 +74,8 @@ def prune(
         target: where it is to run: cpu, cuda, tensorrt or generic.
         metric: how good the model is (see `onnxopt.metric.load_metric`); by default `agreement`.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was.
+        masks: for `prune-weights`: name of a weight -> bool array, True where an element stays (see
+            `onnxopt.pruning.masks.read_masks`); then nothing is scored.
         freeze_initializers: let initializers that are graph inputs become constants.
         shapes: sizes for dynamic graph inputs, by input name.
         seed: of synthetic samples and of the measurement.
@@ -107,7 +111,8 @@ def prune(
     say("running the original", None)
     judge = Judge(model, held_out, metric or "agreement", budget or _ANY)
     work = _Work(job, held_out, judge, _merged(job, asked, held_out))
-    fed = tuple(_fed(one, fitted if data is not None else ()) for one in asked)
+    wanted = {"samples": None if data is None else fitted, "multiple": where.multiple, "masks": masks}
+    fed = tuple(_filled(one, wanted) for one in asked)
     searched = strongest(fed, work.dense, work.candidate, work.noise, guarded=budget is not None)
     reason = _why_not(searched)
     say("cleaning up", None)
@@ -204,10 +209,12 @@ def _merged(job: Job, passes: Passes, samples: Sequence[Feeds]) -> ir.Model:
     return done.graph
 
 
-def _fed(one: ir.passes.PassBase, samples: Sequence[Feeds]) -> ir.passes.PassBase:
-    """The pass with samples, where it has a place for them and none yet."""
-    takes = isinstance(one, Pass) and getattr(one, "samples", samples) is None
-    return replace(one, samples=samples) if takes and samples else one  # type: ignore[type-var]
+def _filled(one: ir.passes.PassBase, wanted: Mapping[str, Any]) -> ir.passes.PassBase:
+    """The pass with these, as far as it has such fields and leaves them open."""
+    if not isinstance(one, Pass):
+        return one
+    left = {name: value for name, value in wanted.items() if getattr(one, name, "missing") is None}
+    return replace(one, **left)
 
 
 def _why_not(searched: Searched) -> str:

@@ -15,6 +15,7 @@ from onnxopt.cli.common import (
     seed_option,
     shape_option,
     shapes_of,
+    writable,
     write_json,
 )
 from onnxopt.data import FeedSource
@@ -42,6 +43,8 @@ __all__ = ["command", "spelled"]
 @click.option(
     "--pass", "passes", multiple=True, metavar="PASS", help="A pass as a recipe spells it. Repeatable."
 )
+@click.option("--masks", type=click.Path(path_type=Path), help="Zero what a file of --save-masks says.")
+@click.option("--save-masks", metavar="FILE", callback=writable, help="Write what is not zero, as .npz.")
 @data_option
 @click.option("--target", default="cpu", show_default=True, help="cpu, cuda, tensorrt or generic.")
 @click.option("--metric", help="file.py:function called as metric(run), or agreement, mse, sqnr.")
@@ -71,6 +74,8 @@ def command(
     kernels: str | None,
     cluster: str | None,
     passes: tuple[str, ...],
+    masks: Path | None,
+    save_masks: str | None,
     data: FeedSource | None,
     target: str,
     metric: str | None,
@@ -93,10 +98,13 @@ def command(
     Exit codes: 0 written, 1 nothing was pruned or the budget was not kept, 2 bad input.
     """
     from onnxopt import prune
+    from onnxopt.pruning.masks import read_masks, write_masks
+    from onnxopt.pruning.weights import kept_elements
     from onnxopt.reporting.pruning_tables import print_pruning
     from onnxopt.storage import check_target
 
-    keep_apart(json_file, model, output)
+    keep_apart(json_file, model, output, masks)
+    keep_apart(save_masks, model, output, option="--save-masks")
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
@@ -124,6 +132,7 @@ def command(
             target=target,
             metric=metric,
             max_drop=max_drop,
+            masks=read_masks(masks) if masks is not None else None,
             freeze_initializers=freeze_initializers,
             shapes=shapes_of(shape),
             seed=seed,
@@ -134,6 +143,8 @@ def command(
         written = result.save(output) if result.report.ok else None
     print_pruning(result.report, console(json_file), written=written, list_layers=list_layers)
     write_json(result.report.to_dict(), json_file)
+    if save_masks is not None and written is not None:
+        write_masks(kept_elements(result.graph), save_masks)
     return int(not result.report.ok)
 
 

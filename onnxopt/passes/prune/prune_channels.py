@@ -45,9 +45,11 @@ class PruneChannels(Pass):
     parameters: instead, fraction of the elements of constants that is kept.
     ratio: instead, fraction of the channels that goes, of all that can.
     score: l1 or l2, norms of the weights that write a channel; bn-gamma; random; obs, what the layers that
-        read a channel lose with it when others make up for it, as samples tell.
+        read a channel lose with it when others make up for it, as samples tell; auto: obs where there are
+        samples, else l2.
     seed: of random scores.
-    multiple: a group keeps a multiple of this many, where the budget can be met so.
+    multiple: a group keeps a multiple of this many, where the budget can be met so; None: of 8. What `prune`
+        takes for None, the target says.
     least: fraction of its channels that a group keeps.
     keep: patterns of nodes whose channels stay: by first output, name or operator.
     importance: name of a group -> what its scores are multiplied with; 1 where it has none.
@@ -69,9 +71,9 @@ class PruneChannels(Pass):
     macs: float | None = None
     parameters: float | None = None
     ratio: float | None = None
-    score: str = "l2"
+    score: str = "auto"
     seed: int = 0
-    multiple: int = 8
+    multiple: int | None = None
     least: float = 0.1
     keep: tuple[str, ...] = ()
     importance: Mapping[str, float] | None = unspelled(None)
@@ -86,7 +88,9 @@ class PruneChannels(Pass):
     @property
     def _budget(self) -> Budget:
         macs = 0.5 if (self.macs, self.parameters, self.ratio) == (None, None, None) else self.macs
-        return Budget(macs, self.parameters, self.ratio, self.multiple, self.least)
+        return Budget(
+            macs, self.parameters, self.ratio, 8 if self.multiple is None else self.multiple, self.least
+        )
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         done = channel_cut(model)
@@ -128,8 +132,9 @@ class PruneChannels(Pass):
         """The channels that go."""
         kept = kept_sites(model, self.keep)
         weights = self.importance or {}
+        score = self.score if self.score != "auto" else "obs" if self.samples else "l2"
         scores = score_channels(
-            structure, self.scored or self.score, seed=self.seed, model=model, samples=self.samples or ()
+            structure, self.scored or score, seed=self.seed, model=model, samples=self.samples or ()
         )
         scores = tuple(
             one * weights.get(g.name, 1.0) for one, g in zip(scores, structure.groups, strict=True)
