@@ -77,7 +77,7 @@ def _lstm(
 
 
 def _gru(
-    r: Tensor, bias: Tensor | None, peepholes: Any, acts: Any, clip: float | None, linear: int, **_: Any
+    r: Tensor, bias: Tensor | None, _: Any, acts: Any, clip: float | None, linear: int, **__: Any
 ) -> Cell:
     f, g = acts
     size = r.shape[1]
@@ -98,7 +98,7 @@ def _gru(
     return cell
 
 
-def _rnn(r: Tensor, bias: Tensor | None, peepholes: Any, acts: Any, clip: float | None, **_: Any) -> Cell:
+def _rnn(r: Tensor, bias: Tensor | None, _: Any, acts: Any, clip: float | None, **__: Any) -> Cell:
     (f,) = acts
 
     def cell(gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -173,7 +173,6 @@ def _recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
         activations: Sequence[str] | None = None,
         clip: float | None = None,
         direction: str = "forward",
-        hidden_size: int | None = None,
         input_forget: int = 0,
         layout: int = 0,
         linear_before_reset: int = 0,
