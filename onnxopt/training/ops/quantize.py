@@ -166,13 +166,16 @@ def _both(
     *,
     axis: int = 1,
     block_size: int = 0,
-    output_dtype: int = 0,
-    ctx: Context,
+    offset: float | Tensor = 0.0,
+    output_dtype: int,
 ) -> Tensor:
-    kind = x.dtype
+    """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all."""
+    kind, dtype = scale.dtype, _T(output_dtype)
+    if dtype not in _BITS:
+        return dequantize(quantize(x, scale, None, dtype, axis, block_size), scale, None, axis, block_size)
     wide, scale = _wide(x, scale)
-    low, high = limits(_kind(ctx, output_dtype, zero))
-    offset = _zero(zero, wide, axis, block_size)
+    low, high = limits(dtype)
+    offset = offset if zero is None else _zero(zero, wide, axis, block_size)
     return fake_quantize(wide, spread(scale, wide, axis, block_size), offset, low, high).to(kind)
 
 
