@@ -70,7 +70,7 @@ WEIGHTS = {
     "onnxopt 80 %, obs": ours(f"prune-weights{{sparsity=0.8,score=obs,{_ALL}}}", data=True),
     "onnxopt 90 %": ours(f"prune-weights{{sparsity=0.9,{_ALL}}}", data=False),
     "onnxopt 90 %, 5 bits": ours(
-        f"prune-weights{{sparsity=0.9,{_ALL}}},cluster-weights{{bits=5,depthwise=true,small=0}}", data=False
+        f"prune-weights{{sparsity=0.9,{_ALL}}},cluster-weights{{bits=5,depthwise=true}}", data=False
     ),
     "onnxsim 80 %": onnxsim("apply_magnitude_pruning(model, sparsity=0.8, global_sparsity=True)"),
     "onnxsim 80 %, sparsegpt": onnxsim(
