@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from onnxopt.inference import refine
 from onnxopt.training import registry
 from onnxopt.training.functions import FunctionBody, has_function
 from onnxopt.training.graph import Body, Plan, Step
+from onnxopt.training.quantized import add_quantized
 from onnxopt.training.registry import Context, Operator
 from onnxopt.training.state import State
 from onnxopt.training.values import HOST_LIMIT, host_of, tensor_of
@@ -52,7 +53,7 @@ class Builder:
         self.needed: dict[ir.Value, int] = {}
         self.captures: list[tuple[ir.Value, bool]] = []
         self._host: set[ir.Value] = set()
-        self._skip: set[ir.Node] = set()
+        self.done: set[ir.Node] = set()
 
     def build(self, graph: ir.Graph | ir.Function) -> Plan:
         """The plan of a graph; its inputs are given in order.
@@ -67,7 +68,7 @@ class Builder:
         for node in body:
             if node.op_type == "Constant" and not node.domain and node.outputs[0] in self.states:
                 continue
-            if node not in self._skip:
+            if node not in self.done and not add_quantized(self, node):
                 self._add(node)
         self.plan.outputs = tuple(self.slot(value, False) for value in body.outputs)
         self.plan.captured = tuple(self.slots[key] for key in self.captures)
@@ -134,6 +135,29 @@ class Builder:
     def _root(self) -> Builder:
         return self if self.outer is None else self.outer._root()
 
+    def emit(
+        self,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[int],
+        options: Mapping[str, Any],
+        node: ir.Node,
+        result: ir.DataType | None = None,
+    ) -> int:
+        """Add a step that is part of a node; the number of its result."""
+        version = self.opsets.get(domain, 1)
+        operator = registry.find(domain, op_type, version)
+        assert operator is not None
+        known = operator.attributes or ()
+        kept = {name: value for name, value in options.items() if name in known}
+        ctx, output = Context(version, 1, (None,) * len(inputs), (result,)), self._next()
+        self.plan.steps.append(Step(operator, kept, ctx, inputs, (output,), (), False, node.name or ""))
+        return output
+
+    def attributes(self, node: ir.Node) -> dict[str, Any]:
+        """The attributes of a node without bodies, by name."""
+        return {name: _plain(attr) for name, attr in node.attributes.items()}
+
     def _add(self, node: ir.Node) -> None:
         version = self.opsets.get(node.domain, 1)
         operator = operator_for(node, version)
@@ -153,7 +177,7 @@ class Builder:
         maybe = [self._is_host(value) for value in node.inputs]
         all_host = operator.host and all(maybe) and node.op_type not in NONDETERMINISTIC
         inputs = [
-            self.slot(value, all_host or operator.raw or i in operator.static)
+            self.slot(value, all_host or operator.raw or i in (*operator.static, *operator.either))
             for i, value in enumerate(node.inputs)
         ]
         outputs = [self._new(value) if value.name else -1 for value in node.outputs]
@@ -173,10 +197,12 @@ class Builder:
         inner: list[Builder] = []
         known = operator.attributes
         for name, attr in node.attributes.items():
+            if known is not None and name not in known:
+                continue
             if attr.type == _GRAPH:
                 inner.append(Builder(self.opsets, self.states, self))
                 options[name] = Body(inner[-1].build(attr.as_graph()))
-            elif known is None or name in known:
+            else:
                 options[name] = _plain(attr)
         keys = list(dict.fromkeys(key for builder in inner for key in builder.captures))
         for builder in inner:  # all bodies of a node read the same list

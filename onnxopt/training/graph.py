@@ -35,8 +35,9 @@ class Step:
     ) -> None:
         self.operator, self.options, self.ctx, self.name = operator, dict(options), ctx, name
         self.inputs, self.outputs, self.captures = tuple(inputs), tuple(outputs), tuple(captures)
-        self.plain = not (operator.static or maybe_host or captures or operator.raw)
+        self.plain = not (operator.static or operator.either or maybe_host or captures or operator.raw)
         self.free: tuple[int, ...] = ()
+        self.bodies = any(isinstance(one, Body) for one in options.values())
         self.tracks = False
         self.bind()
 
@@ -58,16 +59,20 @@ class Step:
         """The outputs, of inputs some of which may be on the host. `anchor` is on the device to use."""
         args = [values[i] if i >= 0 else None for i in self.inputs]
         if self.operator.raw:
-            if self.captures:
+            if self.bodies:
                 return self.run(*args, outer=[values[i] for i in self.captures], anchor=anchor)
             return self.run(*args)
-        static = self.operator.static
-        if self.operator.host and all(one is None or isinstance(one, Host) for one in args):
+        operator, static = self.operator, self.operator.static
+        if operator.host and all(one is None or isinstance(one, Host) for one in args):
             return on_host(self.run, static, *args)
         device = next((one.device for one in args if isinstance(one, torch.Tensor)), anchor.device)
         return self.run(
             *[
-                numbers_of(one) if i in static else to_device(one, device) if isinstance(one, Host) else one
+                numbers_of(one)
+                if i in static
+                else to_device(one, device)
+                if isinstance(one, Host) and i not in operator.either
+                else one
                 for i, one in enumerate(args)
             ]
         )

@@ -14,7 +14,7 @@ from onnxopt.graph import int_attr
 from onnxopt.model import ModelLike, load
 from onnxopt.training.build import Builder
 from onnxopt.training.preparation import initial, prepare
-from onnxopt.training.state import State, Tying, collect
+from onnxopt.training.state import Options, State, Tying, collect
 from onnxopt.training.values import deliver, receive
 
 __all__ = ["GraphModule", "Logits", "to_torch"]
@@ -37,6 +37,7 @@ def to_torch(
     expose: Sequence[str] = (),
     batch_statistics: bool = False,
     tied: Tying = "auto",
+    outputs: Sequence[str] | None = None,
 ) -> GraphModule:
     """The model as an ordinary `nn.Module`.
 
@@ -50,14 +51,15 @@ def to_torch(
         tied: what stays one parameter of what several nodes read: "auto" all but tensors that hold one
             number all over, which exporters share because they are equal before training; "all"; "none".
 
+        outputs: the graph outputs that are computed; by default all.
+
     Raises:
         ModelError: not a model, or an operator that cannot be computed here.
         UsageError: an exposed tensor, or a pattern, that the model does not have.
     """
-    graph = prepare(load(model))
-    states = collect(graph, trainable, tied)
-    module = GraphModule(graph, states, batch_statistics)
-    module.trainable, module.tied = None if trainable is None else tuple(trainable), tied
+    chosen = None if outputs is None else tuple(outputs)
+    options = Options(None if trainable is None else tuple(trainable), tied, chosen)
+    module = GraphModule(prepare(load(model), options), options, batch_statistics)
     module.expose(*expose)
     return module
 
@@ -70,8 +72,10 @@ class GraphModule(nn.Module):
     key of each name.
     """
 
-    def __init__(self, graph: ir.Model, states: Sequence[State], batch_statistics: bool) -> None:
+    def __init__(self, graph: ir.Model, options: Options, batch_statistics: bool = False) -> None:
         super().__init__()
+        self.options = options
+        states = collect(graph, options)
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         initializers = graph.graph.initializers
         self._inputs = tuple(
@@ -83,8 +87,6 @@ class GraphModule(nn.Module):
         self._named = builder.named()
         self._logits = _logits(graph.graph)
         self.keys: dict[str, str] = {}
-        self.trainable: tuple[str, ...] | None = None
-        self.tied: Tying = "auto"
         self._owners: list[tuple[int, nn.Module, str]] = []
         for state in states:
             if state.value in builder.needed:

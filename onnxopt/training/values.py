@@ -92,6 +92,8 @@ def tensor_of(array: np.ndarray, dtype: ir.DataType) -> Tensor:
 
 def receive(value: Any, dtype: ir.DataType | None) -> Any:
     """A graph input as the graph carries it."""
+    if isinstance(value, list):
+        return [receive(one, dtype) for one in value]
     if isinstance(value, np.ndarray | np.generic) and dtype is not None:
         return tensor_of(np.asarray(value), dtype)
     if not isinstance(value, Tensor):
@@ -101,12 +103,14 @@ def receive(value: Any, dtype: ir.DataType | None) -> Any:
 
 def deliver(value: Any, dtype: ir.DataType | None, anchor: Tensor) -> Any:
     """A graph output as a tensor of its own type."""
+    if isinstance(value, list):
+        return [deliver(one, dtype, anchor) for one in value]
     if isinstance(value, Host):
         value = to_device(value, anchor.device)
     if dtype in _CARRIED and dtype in NATIVE and isinstance(value, Tensor):
         return value.to(NATIVE[dtype])
-    if dtype is not None and isinstance(value, Tensor) and not value.dtype.is_floating_point:
-        return value.to(CARRIERS[dtype]) if dtype in CARRIERS else value
+    if dtype in CARRIERS and isinstance(value, Tensor) and not CARRIERS[dtype].is_floating_point:
+        return value.to(CARRIERS[dtype])  # integers that are carried as floats
     return value
 
 
