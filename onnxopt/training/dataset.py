@@ -210,9 +210,9 @@ class Dataset:
                 given[name] = given[name][:, 0]  # a sample axis in front of complete feeds
             changes = [one for one in self.transforms if _is_for(one, item, given[name])]
             if changes:
-                given[name] = np.stack(
-                    [self._changed(x, changes, epoch, row) for x, row in zip(given[name], rows, strict=True)]
-                )
+                array = given[name].astype(item.dtype) if given[name].dtype == np.uint8 else given[name]
+                pairs = zip(array, rows, strict=True)
+                given[name] = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
         feeds = _any_batch(self.contract).check(given, "data")
         return {**feeds, **{name: given[name] for name in given if name in self.labels}}
 
@@ -276,4 +276,4 @@ def _any_batch(contract: Contract) -> Contract:
 def _is_for(one: Transform, item: Input, array: np.ndarray) -> bool:
     if one.input:
         return one.input == item.name
-    return array.ndim > 2 and array.dtype.kind == "f"
+    return array.ndim > 2 and item.dtype.kind == "f" and (array.dtype.kind == "f" or array.dtype == np.uint8)
