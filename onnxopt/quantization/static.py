@@ -29,7 +29,16 @@ from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.targets import Placement
 
-__all__ = ["Goal", "Settings", "Static", "calibrated", "plan_of", "quantize_static", "ranges_of", "tensors_of"]
+__all__ = [
+    "Goal",
+    "Settings",
+    "Static",
+    "calibrated",
+    "plan_of",
+    "quantize_static",
+    "ranges_of",
+    "tensors_of",
+]
 
 Goal = Literal["speed", "size"]
 _AS_WRITTEN = MappingProxyType(

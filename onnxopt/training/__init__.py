@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxopt.training.finetuning import finetune
     from onnxopt.training.module import GraphModule, Logits, to_torch
-    from onnxopt.training.recipe import Recipe
+    from onnxopt.training.qat import train_qat
+    from onnxopt.training.recipe import QatRecipe, Recipe
     from onnxopt.training.writing import write_back
 
 _HOMES = {
     "GraphModule": "module",
     "Logits": "module",
+    "QatRecipe": "recipe",
     "Recipe": "recipe",
     "finetune": "finetuning",
     "to_torch": "module",
+    "train_qat": "qat",
     "write_back": "writing",
 }
 
-__all__ = ["GraphModule", "Logits", "Recipe", "finetune", "to_torch", "write_back"]
+__all__ = ["GraphModule", "Logits", "QatRecipe", "Recipe", "finetune", "to_torch", "train_qat", "write_back"]
 
 
 def __getattr__(name: str) -> object:

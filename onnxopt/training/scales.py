@@ -28,7 +28,9 @@ class LogScale(nn.Module):
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.register_buffer("start", start.clone())
-        self.log = nn.Parameter(torch.zeros_like(start, dtype=torch.promote_types(start.dtype, torch.float32)))
+        self.log = nn.Parameter(
+            torch.zeros_like(start, dtype=torch.promote_types(start.dtype, torch.float32))
+        )
         self.log.role = "scales"  # type: ignore[attr-defined]  # what optimizers.role_of asks for
         self.start: Tensor
 
@@ -52,7 +54,7 @@ def learn_scales(module: GraphModule, groups: Mapping[str, str]) -> dict[str, Lo
 
 
 def scale_groups(model: ir.Model) -> dict[str, str]:
-    """The constant scales of DequantizeLinear, and the scale that each stays equal to: the first of its group.
+    """The constant scales of DequantizeLinear, and the one that each stays equal to: the first of its group.
 
     QuantizeLinear and its DequantizeLinear have one scale, whether or not one tensor holds it; so have both
     sides of an operator that only moves numbers, if they do at the start: the runtime then moves integers.
@@ -97,7 +99,9 @@ def _moved(quantizer: ir.Node, first: Mapping[ir.Value, ir.Value]) -> ir.Value |
     before = move.inputs[0].producer()
     if before is None or before.op_type != "DequantizeLinear" or before.inputs[1] not in first:
         return None
-    same = all(_equal(one, other) for one, other in zip(before.inputs[1:], quantizer.inputs[1:], strict=False))
+    same = all(
+        _equal(one, other) for one, other in zip(before.inputs[1:], quantizer.inputs[1:], strict=False)
+    )
     return first[before.inputs[1]] if same and before.inputs[1] is not None else None
 
 
