@@ -142,7 +142,13 @@ def _quantized(
     progress("quantizing", None)
     kept = kept_sites(model, recipe.keep)
     found: ir.Model | None
-    if recipe.activations == "none":
+    few = find_format(recipe.weights).bits < 4
+    if few and recipe.activations not in ("", "none"):
+        raise UsageError(
+            f"qat: ONNX Runtime makes integer kernels of {recipe.weights} weights and refuses them then: "
+            "take --activations none"
+        )
+    if few or recipe.activations == "none":
         one = QuantizeWeights(type=recipe.weights, per_channel=recipe.per_channel, clip=True)
         veto = veto_of(dict.fromkeys(kept, "it is to stay in floating point"))
         made = Pipeline((one,)).run(opener(model), veto=veto)
