@@ -94,7 +94,7 @@ def receive(value: Any, dtype: ir.DataType | None) -> Any:
     """A graph input as the graph carries it."""
     if isinstance(value, list):
         return [receive(one, dtype) for one in value]
-    if isinstance(value, np.ndarray | np.generic) and dtype is not None:
+    if isinstance(value, np.ndarray | np.generic) and dtype in CARRIERS:
         return tensor_of(np.asarray(value), dtype)
     if not isinstance(value, Tensor):
         return value

@@ -80,12 +80,13 @@ def _slice(
     where: list[Any] = [slice(None)] * x.dim()
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         axis, step = (axes[i] if axes else i) % x.dim(), steps[i] if steps else 1
-        if step < 0:
-            chosen = range(x.shape[axis])[start : end if end >= -x.shape[axis] else None : step]
-            x = x.flip(axis)
-            last = x.shape[axis] - 1
-            start, end, step = last - chosen.start, last - chosen.stop, -step
-        where[axis] = slice(start, end, step)
+        size = x.shape[axis]
+        chosen = range(size)[start : None if step < 0 and end < -size else end : step]
+        if step > 0:
+            where[axis] = slice(chosen.start, max(chosen.stop, chosen.start), step)
+            continue
+        x = x.flip(axis)
+        where[axis] = slice(size - 1 - chosen.start, max(size - 1 - chosen.stop, 0), -step)
     return x[tuple(where)]
 
 
