@@ -79,6 +79,7 @@ class GraphModule(nn.Module):
         super().__init__()
         self.options = options
         states = collect(graph, options)
+        self._anchor: torch.Tensor
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         initializers = graph.graph.initializers
         self._inputs = tuple(

@@ -14,8 +14,9 @@ from onnxopt.training.ops import (
     shape,
     vision,
 )
+from onnxopt.training.registry import Table
 
-TABLES = (
+TABLES: tuple[Table, ...] = (
     *(attention.TABLE, contrib.TABLE, control.TABLE, index.TABLE, math.TABLE, nn.TABLE),
     *(quantize.TABLE, recurrent.TABLE, shape.TABLE, vision.TABLE),
 )

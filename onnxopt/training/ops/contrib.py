@@ -16,7 +16,7 @@ from torch import Tensor
 from onnxopt.training.ops.attention import attend, merged, split_heads
 from onnxopt.training.ops.math import gemm
 from onnxopt.training.ops.nn import conv
-from onnxopt.training.registry import Operator, op
+from onnxopt.training.registry import Operator, Table, op
 
 __all__ = ["TABLE"]
 
@@ -203,9 +203,9 @@ def _multi_head_attention(
             q = q + bias[: sizes[0]]
         else:
             q, k, v = (one + part for one, part in zip((q, k, v), bias.split(sizes), strict=True))
-    heads = [one if one.dim() == 4 else split_heads(one, num_heads) for one in (q, k, v)]
+    q, k, v = (one if one.dim() == 4 else split_heads(one, num_heads) for one in (q, k, v))
     past = [one for one in (past_key, past_value) if one is not None]
-    return _attended(*heads, mask, scores, past, unidirectional, scale, mask_filter_value)
+    return _attended(q, k, v, mask, scores, past, unidirectional, scale, mask_filter_value)
 
 
 def _attention(
@@ -224,9 +224,9 @@ def _attention(
 ) -> tuple[Tensor, ...]:
     y = F.linear(x, w.t(), b)
     sizes = list(qkv_hidden_sizes or [w.shape[1] // 3] * 3)
-    heads = [split_heads(part, num_heads) for part in y.split(sizes, -1)]
+    q, k, v = (split_heads(part, num_heads) for part in y.split(sizes, -1))
     before = list(past.unbind(0)) if past is not None else []
-    found, k, v = _attended(*heads, mask, scores, before, unidirectional, scale, mask_filter_value)
+    found, k, v = _attended(q, k, v, mask, scores, before, unidirectional, scale, mask_filter_value)
     return found, torch.stack((k, v))
 
 
@@ -274,7 +274,7 @@ def _ms(**operators: Callable[..., Any]) -> dict[str, Operator]:
     return {f"com.microsoft::{name}": op(run) for name, run in operators.items()}
 
 
-TABLE = {
+TABLE: Table = {
     **_ms(
         Attention=_attention,
         BiasGelu=_bias_gelu,

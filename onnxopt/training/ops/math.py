@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
 from onnxopt.training.minifloat import round_to
-from onnxopt.training.registry import Context, op, same
+from onnxopt.training.registry import Context, Table, op, same
 from onnxopt.training.values import CARRIERS, NATIVE
 
 __all__ = ["TABLE", "convert", "gemm", "linear"]
@@ -357,7 +357,7 @@ def _cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = 
     return x.to(like.dtype) if to is None else convert(x, to, bool(saturate), round_mode)
 
 
-TABLE = {
+TABLE: Table = {
     **same(_UNARY),
     **same(_ACTIVATIONS),
     **{name: _binary(run) for name, run in _BINARY.items()},

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import Context, op
+from onnxopt.training.registry import Context, Table, op
 from onnxopt.training.values import CARRIERS, Host
 
 __all__ = ["TABLE"]
@@ -176,7 +176,7 @@ def _space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     return x.reshape(n, c * b * b, h // b, w // b)
 
 
-TABLE = {
+TABLE: Table = {
     "Concat": op(_concat),
     "Constant": op(_constant, raw=True),
     "ConstantOfShape": op(_constant_of_shape, 0),
