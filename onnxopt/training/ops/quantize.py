@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onnxopt.training.minifloat import passed, round_to
-from onnxopt.training.registry import Context, op
+from onnxopt.training.registry import Context, Table, op
 from onnxopt.training.values import CARRIERS, Host, to_device
 
 __all__ = ["TABLE", "dequantize", "fake_quantize", "limits", "quantize"]
@@ -55,7 +55,7 @@ def spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
     return values.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
-def _zero(zero: Zero, x: Tensor, axis: int, block_size: int) -> Tensor | float:
+def _zero(zero: Zero, x: Tensor, axis: int, block_size: int) -> Any:
     """A number where there is but one, whatever its shape: the quick way through `clamp`."""
     if zero is None:
         return 0.0
@@ -103,9 +103,12 @@ class _Fake(torch.autograd.Function):
         return by_x, total * ctx.factor, None, None, None
 
 
+_fake: Any = _Fake.apply
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: int, high: int) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x)) in one step; scale and zero point in shapes that go with x."""
-    return _Fake.apply(x, scale, low - zero, high - zero, float(high))  # type: ignore[no-any-return]
+    return _fake(x, scale, low - zero, high - zero, float(high))  # type: ignore[no-any-return]
 
 
 def _kind(ctx: Context, output_dtype: int, zero: Zero) -> ir.DataType:
@@ -143,7 +146,7 @@ def quantize(
 
 def dequantize(q: Tensor, scale: Tensor, zero: Zero, axis: int, block_size: int) -> Tensor:
     """The floats that integers stand for, in the scale's type."""
-    wide = q if q.dtype == torch.float64 else q.float()
+    wide = q.to(torch.promote_types(scale.dtype, torch.float32))
     offset = _zero(zero, wide, axis, block_size)
     shifted = wide if isinstance(offset, float) and offset == 0 else wide - offset
     return (shifted * spread(scale.to(wide.dtype), wide, axis, block_size)).to(scale.dtype)
@@ -230,7 +233,7 @@ def _conv_integer(
     return conv(_centred(x, zero_x, 1), _centred(w, zero_w, 0), **attributes).to(torch.int32)
 
 
-TABLE = {
+TABLE: Table = {
     "ConvInteger": op(_conv_integer, either=(2, 3)),
     "DequantizeLinear": op(_dequantize_linear, either=(2,)),
     "DynamicQuantizeLinear": op(_dynamic),

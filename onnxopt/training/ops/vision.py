@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import op
+from onnxopt.training.registry import Table, op
 
 __all__ = ["TABLE"]
 
@@ -214,8 +214,8 @@ def _roi_align(
             h, w = h.clamp(min=1), w.clamp(min=1)
         ny = sampling_ratio or math.ceil(h.item() / output_height)
         nx = sampling_ratio or math.ceil(w.item() / output_width)
-        steps_y = (torch.arange(output_height * ny, device=x.device) + 0.5) / ny
-        steps_x = (torch.arange(output_width * nx, device=x.device) + 0.5) / nx
+        steps_y = (torch.arange(output_height * ny, dtype=x.dtype, device=x.device) + 0.5) / ny
+        steps_x = (torch.arange(output_width * nx, dtype=x.dtype, device=x.device) + 0.5) / nx
         ys, xs = y1 + steps_y * (h / output_height), x1 + steps_x * (w / output_width)
         inside = ((ys >= -1) & (ys <= height)).unsqueeze(1) & ((xs >= -1) & (xs <= width))
         grid_y = ys.clamp(0, height - 1).unsqueeze(1).expand(-1, len(xs))
@@ -359,7 +359,7 @@ def _suppress(
     return torch.tensor(found, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
 
 
-TABLE = {
+TABLE: Table = {
     "Col2Im": op(_col2im, 1, 2),
     "DFT": op(_dft, 1, 2),
     "DeformConv": op(_deform_conv),

@@ -1,0 +1,19 @@
+"""The trainer's figures, by section: `python benchmarks/train.py SECTION --help`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+SECTIONS = {"qat": "benchmarks.train_qat"}
+"""Section -> the module whose `main` takes the other arguments."""
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] not in SECTIONS:
+        sys.exit(f"usage: python benchmarks/train.py {'|'.join(SECTIONS)} [options]")
+    importlib.import_module(SECTIONS[arguments[0]]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
