@@ -16,7 +16,8 @@ from onnxopt.training.losses import LOSSES, parse_loss
 def one(spec: str, y: np.ndarray, target: np.ndarray) -> np.ndarray:
     objective = parse_loss(spec).bound(["y"], ["t"], ["t"])
     found = objective({"y": torch.from_numpy(y)}, {"t": torch.from_numpy(target)})
-    return np.array(list(map(float, found)))
+    values: np.ndarray = np.array(found.tolist())
+    return values
 
 
 def log_softmax(y: np.ndarray) -> np.ndarray:
