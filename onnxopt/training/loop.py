@@ -166,7 +166,7 @@ class Trainer:
 
     def _train_on(self, size: int, pieces: Sequence[Batch]) -> tuple[float, float]:
         """One step of the optimizer; the mean loss over all processes, and the learning rate."""
-        torch.manual_seed((self.recipe.seed << 32) + self.step * self.world.size + self.world.rank)
+        self.world.seed((self.recipe.seed << 32) + self.step * self.world.size + self.world.rank)
         rate = self.recipe.lr * self._schedule(self.clock)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
