@@ -75,7 +75,7 @@ class TrainingReport:
 
 
 def plain(value: Any) -> Any:
-    """Nested values as JSON has them: infinities and NaN as the strings ``"inf"``, ``"-inf"`` and ``"nan"``."""
+    """Nested values as JSON has them: infinities and NaN are the strings "inf", "-inf" and "nan"."""
     if isinstance(value, Mapping):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -102,7 +102,7 @@ class Trainer:
         )
         # over the parameters alone: a list that holds them, not copies
         self._parameters = nn.ParameterList(self.trained.values())
-        average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+        average = get_ema_multi_avg_fn(recipe.ema)
         self.ema = AveragedModel(self._parameters, multi_avg_fn=average) if recipe.ema else None
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
         self._forward: Any = world.wrapped(module)
@@ -180,7 +180,7 @@ class Trainer:
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
                 if last:
                     loss = loss + penalty(self.trained.values(), self.recipe.l1, self.recipe.l2)
-                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                self._scaler.scale(loss).backward()
             total = total + loss.detach()
         norm = self._clip()
         total = self.world.mean(total)

@@ -12,7 +12,8 @@ from torch import nn
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import int_attr
 from onnxopt.model import ModelLike, load
-from onnxopt.training.build import Builder
+from onnxopt.training.build import Builder, unknown_nodes
+from onnxopt.training.frozen import frozen_part
 from onnxopt.training.preparation import initial, prepare
 from onnxopt.training.state import Options, State, Tying, collect
 from onnxopt.training.values import deliver, receive
@@ -59,7 +60,7 @@ def to_torch(
     """
     chosen = None if outputs is None else tuple(outputs)
     options = Options(None if trainable is None else tuple(trainable), tied, chosen)
-    module = GraphModule(prepare(load(model), options), options, batch_statistics)
+    module = GraphModule(prepare(load(model), options), options, batch_statistics, expose)
     module.expose(*expose)
     return module
 
@@ -72,17 +73,25 @@ class GraphModule(nn.Module):
     key of each name.
     """
 
-    def __init__(self, graph: ir.Model, options: Options, batch_statistics: bool = False) -> None:
+    def __init__(
+        self, graph: ir.Model, options: Options, batch_statistics: bool = False, shown: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.options = options
         states = collect(graph, options)
+        self._anchor: torch.Tensor
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         initializers = graph.graph.initializers
         self._inputs = tuple(
             (value.name or "", value.dtype) for value in graph.graph.inputs if value.name not in initializers
         )
         self._outputs = [(value.name or "", value.dtype) for value in graph.graph.outputs]
-        builder = Builder(graph.graph.opset_imports, {state.value: state for state in states})
+        by_value = {state.value: state for state in states}
+        builder = Builder(graph.graph.opset_imports, by_value, shown=shown)
+        trained = {state.value for state in states if state.trainable}
+        part = frozen_part(graph, unknown_nodes(graph.graph), trained)
+        if part is not None:
+            builder.add_frozen(part)
         self._plan = builder.build(graph.graph)
         self._named = builder.named()
         self._logits = _logits(graph.graph)

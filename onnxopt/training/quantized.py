@@ -156,7 +156,8 @@ def add_quantized(builder: Builder, node: ir.Node) -> bool:
 def _add_pair(builder: Builder, node: ir.Node) -> bool:
     """QuantizeLinear of which there is nothing but its DequantizeLinear."""
     uses, value = list(node.outputs[0].uses()), node.outputs[0]
-    if not uses or value.is_graph_output() or value.dtype not in _ROUNDED or node.inputs[0] is None:
+    dtype = value.dtype
+    if not uses or value.is_graph_output() or dtype is None or dtype not in _ROUNDED:
         return False
     if any(operator_of(use.node) not in DEQUANTIZE or use.node.graph is not node.graph for use in uses):
         return False
@@ -170,7 +171,7 @@ def _add_pair(builder: Builder, node: ir.Node) -> bool:
     scale = node.inputs[1]
     assert scale is not None
     slot = builder.slot(node.inputs[0], False)
-    _fake(builder, slot, outputs, Reading(node, (scale,), input_of(node, 2), axis, block), value.dtype)
+    _fake(builder, slot, outputs, Reading(node, (scale,), input_of(node, 2), axis, block), dtype)
     builder.done.update(use.node for use in uses)
     return True
 
