@@ -155,7 +155,8 @@ def quantize_static(
         improve_choice, draft=draft, judge=judge, samples=samples, held_out=held_out, session_config=config
     )
     searched = search.run(proves=settings.timed, improve=last)
-    keepers = keepers | (searched.best.keepers if searched.best is not None else {})
+    if searched.best is not None:
+        keepers = {**keepers, **searched.best.keepers}
     surveyed = survey(draft.model, placement, draft.plan.params)
     kept = _kept(surveyed.units, settings)
     return Static(draft.model, surveyed, statistics, draft.plan, noise, keepers, kept, searched)
