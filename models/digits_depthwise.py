@@ -37,10 +37,8 @@ def depthwise_cnn(seed: int, width: int = 16) -> onnx.ModelProto:
             helper.make_node("Conv", inputs, [name], name, group=groups, pads=pads, strides=[stride] * 2)
         )
         nodes.append(helper.make_node("Relu", [name], [value := f"relu{number}"], value))
-    weights["fc.weight"], weights["fc.bias"] = (
-        rng.normal(0, (16 * width) ** -0.5, (16 * width, 10)),
-        np.zeros(10),
-    )
+    weights["fc.weight"] = rng.normal(0, (16 * width) ** -0.5, (16 * width, 10))
+    weights["fc.bias"] = np.zeros(10)
     nodes.append(helper.make_node("Flatten", [value], ["flat"], "flat"))
     nodes.append(helper.make_node("Gemm", ["flat", "fc.weight", "fc.bias"], ["y"], "fc"))
     graph = helper.make_graph(
