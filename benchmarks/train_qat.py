@@ -23,14 +23,14 @@ from benchmarks.rewrite import row, table
 from models.digits_depthwise import depthwise_cnn, handwritten
 from onnxopt.training import finetune, train_qat
 
-DIGITS = {
+DIGITS: dict[str, dict[str, Any]] = {
     "W8A8": {"weights": "int8"},
     "W4A8": {"weights": "int4"},
     "W4": {"weights": "int4", "activations": "none"},
     "W2": {"weights": "int2", "epochs": 16},
 }
 MODELS = ("kws_dscnn_bn", "efficientnet_lite0_bn", "ppocr_cls")
-REAL = {
+REAL: dict[str, dict[str, Any]] = {
     "W4": {"weights": "int4", "activations": "none"},
     "W4 a tensor": {"weights": "int4", "activations": "none", "per_channel": False},
     "W4A8": {"weights": "int4"},
@@ -69,7 +69,7 @@ def digits(seeds: int) -> None:
             scores = []
             for labels in ("label", ()):
                 data = train if labels else {"x": train["x"]}
-                how = {"epochs": 8, "schedule": "cosine", "per_channel": False, **options}
+                how: dict[str, Any] = {"epochs": 8, "schedule": "cosine", "per_channel": False, **options}
                 report = train_qat(
                     start.model, data, labels=labels, metric=accuracy, seed=seed, holdout=0, **how
                 ).report
@@ -102,8 +102,9 @@ def real(evals: Path, only: list[str], variants: list[str], epochs: int) -> None
         session = ort.InferenceSession(str(ev.model), providers=["CPUExecutionProvider"])
         wanted = [session.run(ev.outputs, feed) for feed in seen]
 
-        def score(run: Any, split: str = "search", ev: Any = ev, seen: Any = seen, wanted: Any = wanted) -> float:
+        def score(run: Any, split: str = "search", known: Any = (ev, seen, wanted)) -> float:
             """On the test split; to choose the epoch by, the error on samples of calibration, negated."""
+            ev, seen, wanted = known
             if split == "final":
                 return float(ev.score(ev.run(_Session(run))))
             found = [[run(feed)[one] for one in ev.outputs] for feed in seen]
@@ -112,11 +113,15 @@ def real(evals: Path, only: list[str], variants: list[str], epochs: int) -> None
 
         for variant in variants:
             begun = time.perf_counter()
-            how = {"epochs": epochs, "schedule": "cosine", "batch_size": "16", "lr": 3e-4, **REAL[variant]}
+            how: dict[str, Any] = {
+                "epochs": epochs,
+                "schedule": "cosine",
+                "batch_size": "16",
+                "lr": 3e-4,
+                **REAL[variant],
+            }
             report = train_qat(str(ev.model), data, metric=score, holdout=0, **how).report
             before, start, after = report.final.before, report.final.start or 0, report.final.after
             share = f"{(after - start) / (before - start):.0%}" if before != start else ""
-            row(
-                [name, variant, *(f"{one:.4f}" for one in (before, start, after)), share]
-                + [f"{time.perf_counter() - begun:.0f}"]
-            )
+            seconds = f"{time.perf_counter() - begun:.0f}"
+            row([name, variant, *(f"{one:.4f}" for one in (before, start, after)), share, seconds])

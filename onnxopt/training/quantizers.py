@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from onnxopt.errors import UsageError
-from onnxopt.training.dataset import parse_sizes
 from onnxopt.training.hooks import Hook
 from onnxopt.training.module import GraphModule, to_torch
 from onnxopt.training.ops.quantize import limits
@@ -18,6 +17,7 @@ from onnxopt.training.quantized import integers_of, reading
 from onnxopt.training.recipe import QatRecipe
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
 from onnxopt.training.schedules import parse_schedule
+from onnxopt.training.sizes import parse_sizes
 from onnxopt.training.state import constants
 from onnxopt.training.values import FLOATS, tensor_of
 

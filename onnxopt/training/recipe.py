@@ -156,7 +156,7 @@ class QatRecipe(Recipe):
         "loss": "As of finetune; without labels against the float model's outputs, kl{temperature=4} or mse.",
         "max_drop": "How much of the float model's metric may be lost: 0.005, or 1%; by default anything.",
         "weights": "Of a float model: int8, int4, int2, uint8, float8e4m3fn, ...",
-        "activations": "Of a float model: uint8, int8, uint16, ... or none; by default the target's; none with 2 bits.",
+        "activations": "Of a float model: uint8, int8, uint16, ... or none; by default the target's.",
         "per_channel": "Of a float model: a scale for each output channel of a weight.",
         "target": "Of a float model: what its integers are for: cpu, arm, tensorrt or generic.",
         "keep": "Of a float model: outputs, nodes or operators that stay in floating point.",

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 _T = TensorProto
 
 
-def qdq_net(*, floats: bool = False, weight: int = _T.INT8, opset: int = 21) -> onnx.ModelProto:
+def qdq_net(*, floats: bool = False, weight: Any = _T.INT8, opset: int = 21) -> onnx.ModelProto:
     """x, quantized, Conv with a bias, Relu, quantized, MaxPool, quantized, Conv, quantized.
 
     floats: weights are floats in front of QuantizeLinear, else integers. Scales are powers of two, so that
@@ -104,15 +104,11 @@ NETS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
-def lsq(v: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The gradient of the quantized value by the scale, for v = x / s (equation 3 of the paper)."""
-    return np.where(v <= low, low, np.where(v >= high, high, np.rint(v) - v))
-
-
 @pytest.mark.parametrize("name", ["INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "INT16"])
 @pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_gradients_are_those_of_learned_step_sizes(name: str, by_channel: bool, zeros: bool) -> None:
+    """Equation 3 of the paper, and its factor 1 / sqrt(elements * largest integer)."""
     low, high = limits(ir.DataType[name])
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.5, 2, (3, 1)) if by_channel else np.array(0.7)
@@ -156,7 +152,7 @@ def test_what_is_trained_equals_the_runtime_bit_for_bit(net: str) -> None:
         with torch.no_grad():
             for name, one in module.named_parameters():
                 if "_w" in name and "scale" not in name:
-                    one += 0.02 * torch.randn_like(one)
+                    one.add_(0.02 * torch.randn_like(one))
 
 
 def test_scales_that_are_equal_stay_equal_and_biases_follow() -> None:
@@ -192,7 +188,7 @@ def test_gradients_reach_all_scales_and_weights() -> None:
     learned = learn_scales(module, scale_groups(model))
     with torch.no_grad():  # on the grid of integers the error of rounding is zero
         for one in module.parameters():
-            one += 0.02 * torch.randn_like(one)
+            one.add_(0.02 * torch.randn_like(one))
     module(x=torch.randn(3, 2, 6, 6))["y"].square().mean().backward()
     assert set(learned) == {"x_scale", "a_w_scale", "r_scale", "b_w_scale", "b_scale"}
     for name, one in module.named_parameters():
@@ -226,9 +222,9 @@ def test_observed_scales_cover_what_activations_reach() -> None:
 
 
 def test_scales_stay_after_their_epochs() -> None:
-    def scales(epochs: int, scale_epochs: int) -> dict[str, np.ndarray]:
+    def scales(epochs: int, limit: int) -> dict[str, np.ndarray]:
         found = train_qat(
-            qdq_net(), _samples(), labels="t", loss="mse", epochs=epochs, scale_epochs=scale_epochs, holdout=0,
+            qdq_net(), _samples(), labels="t", loss="mse", epochs=epochs, scale_epochs=limit, holdout=0,
             metric=_later_is_better(),
         )  # fmt: skip
         return {name: one for name, one in tensors(load(found.model)).items() if "scale" in name}
@@ -239,7 +235,7 @@ def test_scales_stay_after_their_epochs() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[onnx.ModelProto, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+def trained() -> tuple[Any, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """A float CNN of digits, what it was trained on, and the test digits."""
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     from models.digits_depthwise import depthwise_cnn, handwritten
@@ -287,7 +283,8 @@ def test_nothing_gained_is_nothing_written(tmp_path: Path, capsys: Any) -> None:
     from onnxopt.cli.main import main
 
     onnx.save(qdq_net(), tmp_path / "m.onnx")
-    np.savez(tmp_path / "d.npz", **_samples())
+    samples = _samples()
+    np.savez(tmp_path / "d.npz", x=samples["x"], t=samples["t"])
     with pytest.raises(SystemExit) as exit_code:
         main(
             f"train qat {tmp_path}/m.onnx -o {tmp_path}/o.onnx --data {tmp_path}/d.npz --labels t --loss mse"

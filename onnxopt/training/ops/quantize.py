@@ -108,7 +108,7 @@ _fake: Any = _Fake.apply
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: int, high: int) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x)) in one step; scale and zero point in shapes that go with x."""
-    return _fake(x, scale, low - zero, high - zero, float(high))  # type: ignore[no-any-return]
+    return _fake(x, scale, low - zero, high - zero, float(high))
 
 
 def _kind(ctx: Context, output_dtype: int, zero: Zero) -> ir.DataType:
