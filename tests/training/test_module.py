@@ -153,8 +153,9 @@ def test_bodies_read_what_is_around_them_and_pass_gradients() -> None:
     found = module({"x": x, "c": torch.tensor(True), "n": torch.tensor(2)})["y"]
     assert found.tolist() == [1, 8, 27]
     found.sum().backward()
-    assert module.get_parameter("wa").grad is not None
-    assert module.get_parameter("wa").grad.tolist() == [3, 12, 27]
+    grad = module.get_parameter("wa").grad
+    assert grad is not None
+    assert grad.tolist() == [3, 12, 27]
     other = module({"x": x, "c": torch.tensor(False), "n": torch.tensor(0)})["y"]
     assert other.tolist() == [2, 3, 4]
 

@@ -192,5 +192,5 @@ def test_constants_in_nodes_and_bodies_are_written_where_they_were() -> None:
 
 
 def test_another_model_is_refused() -> None:
-    with pytest.raises(UsageError, match="the model has no 'conv.weight' as the module has it"):
+    with pytest.raises(UsageError, match=r"the model has no 'conv\.weight' as the module has it"):
         write_back(to_torch(net()), TIED)
