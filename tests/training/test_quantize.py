@@ -47,7 +47,9 @@ def hard(scale: np.ndarray, shape: Sequence[int], most: float = np.inf) -> np.nd
     steps[: count // 2] = rng.integers(-300, 300, count // 2) / 2
     x = (steps * rng.choice(scale.ravel(), count)).astype(np.float32)
     x[::7] = np.nextafter(x[::7], np.float32(np.inf))
-    x[::11] = rng.standard_normal(len(x[::11])).astype(np.float32) * 10.0 ** rng.integers(-6, 30, len(x[::11]))
+    x[::11] = rng.standard_normal(len(x[::11])).astype(np.float32) * 10.0 ** rng.integers(
+        -6, 30, len(x[::11])
+    )
     x[0], x[1], x[2] = 0, -0.0, 1e30
     return x.reshape(shape).clip(-most, most)
 

@@ -239,8 +239,8 @@ def _batch_norm(
     y = F.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
     return (
         y,
-        (mean * momentum + now.detach() * (1 - momentum)),
-        (var * momentum + spread.detach() * (1 - momentum)),
+        (mean * momentum + now * (1 - momentum)),
+        (var * momentum + spread * (1 - momentum)),
     )
 
 

@@ -214,8 +214,8 @@ def _roi_align(
             h, w = h.clamp(min=1), w.clamp(min=1)
         ny = sampling_ratio or math.ceil(h.item() / output_height)
         nx = sampling_ratio or math.ceil(w.item() / output_width)
-        steps_y = (torch.arange(output_height * ny, device=x.device) + 0.5) / ny
-        steps_x = (torch.arange(output_width * nx, device=x.device) + 0.5) / nx
+        steps_y = (torch.arange(output_height * ny, dtype=x.dtype, device=x.device) + 0.5) / ny
+        steps_x = (torch.arange(output_width * nx, dtype=x.dtype, device=x.device) + 0.5) / nx
         ys, xs = y1 + steps_y * (h / output_height), x1 + steps_x * (w / output_width)
         inside = ((ys >= -1) & (ys <= height)).unsqueeze(1) & ((xs >= -1) & (xs <= width))
         grid_y = ys.clamp(0, height - 1).unsqueeze(1).expand(-1, len(xs))
