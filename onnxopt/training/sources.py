@@ -73,11 +73,9 @@ def open_source(source: Any, *, labels: Sequence[str], preprocess: str | None = 
         return _iterable(source)
     text, path = os.fspath(source), Path(source)
     if text.startswith("hf:"):
-        return _hugging(
-            _datasets(text).load_dataset(
-                *text[3:].split(":")[:1], split=text[3:].partition(":")[2] or "train"
-            )
-        )
+        name, _, part = text[3:].partition(":")
+        library = _datasets(text)
+        return _hugging(_told(lambda: library.load_dataset(name, split=part or "train")))
     if not path.exists() and names_target(text):
         return Stream(python_target(text))
     if path.is_dir():
