@@ -117,7 +117,7 @@ def real(evals: Path, only: list[str], variants: list[str], epochs: int) -> None
                 "epochs": epochs,
                 "schedule": "cosine",
                 "batch_size": "16",
-                "lr": 3e-4,
+                "lr": 1e-3,
                 **REAL[variant],
             }
             report = train_qat(str(ev.model), data, metric=score, holdout=0, **how).report

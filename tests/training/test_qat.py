@@ -259,7 +259,7 @@ def test_four_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
     data = train if labels else {"x": train["x"]}
     found = train_qat(
         model, data, labels=labels, weights="int4", per_channel=False, epochs=8, schedule="cosine", holdout=0,
-        lr=2e-3, batch_size="64", metric=accuracy, workers=0,
+        lr=5e-3, batch_size="64", metric=accuracy, workers=0,
     )  # fmt: skip
     final = found.report.final
     assert found.report.ok, found.report.reason
