@@ -257,8 +257,8 @@ def _why_not(searched: Searched, latency: float | None) -> str:
     if not best.changes:
         declined = [f"{step.name}: {why}" for step in best.steps for why in step.declined]
         return (
-            f"nothing was pruned: {declined[0] if declined else 'there is nothing that the passes apply to'}"
+            f"nothing was pruned: {declined[-1] if declined else 'there is nothing that the passes apply to'}"
         )
     if latency is not None and best.time is not None and best.time > latency:
-        return f"{latency:g} of the time is not reached: {best.time:.3f} at the full strength"
+        return f"{latency:g} of the time is not reached: {best.time:.3f} at best"
     return "" if best.judgement.ok else f"no strength keeps the budget: {best.judgement.summary}"

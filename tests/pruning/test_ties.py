@@ -101,7 +101,7 @@ def test_weights_quantized_by_channel(axis: int) -> None:
         return net.op("DequantizeLinear", stored, scales, net.constant(np.zeros(count, np.int8)), axis=axis)
 
     def quantized(x: str) -> str:
-        step = [net.constant(np.float32(0.05)), net.constant(np.array(0, np.int8))]
+        step = [net.constant(np.array(0.05, np.float32)), net.constant(np.array(0, np.int8))]
         return net.op("DequantizeLinear", net.op("QuantizeLinear", x, *step), *step)
 
     x = net.op("Relu", net.op("Conv", quantized("x"), dequantized(12, 3), pads=[1] * 4))
@@ -171,7 +171,7 @@ def with_branches(then: list[onnx.NodeProto], otherwise: list[onnx.NodeProto], n
         helper.make_graph(body, name, [], [info("r", TensorProto.FLOAT, None)])
         for body, name in ((then, "then"), (otherwise, "else"))
     ]
-    choice = net.op("Greater", net.op("ReduceSum", "x", keepdims=0), net.constant(np.float32(0)))
+    choice = net.op("Greater", net.op("ReduceSum", "x", keepdims=0), net.constant(np.array(0, np.float32)))
     net.nodes.append(
         helper.make_node("If", [choice], ["chosen"], then_branch=bodies[0], else_branch=bodies[1])
     )
