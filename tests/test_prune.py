@@ -133,6 +133,9 @@ def onnxopt_run(model: onnx.ModelProto, feeds: Feeds) -> np.ndarray:
         ("prune-weights{nm=2:4}", 0.5, "prune-weights{nm=2:4}"),
         ("prune-channels{macs=0.5}", 0.5, "prune-channels{macs=0.75}"),
         ("prune-channels{ratio=0.5}", 0.5, "prune-channels{ratio=0.25}"),
+        ("shrink-kernels{energy=0.9}", 0.5, "shrink-kernels{energy=0.95}"),
+        ("drop-layers{number=4}", 0.5, "drop-layers{number=2,energy=0.5}"),
+        ("drop-layers", 0.25, "drop-layers{energy=0.75}"),
         ("cluster-weights{bits=4}", 0.5, "cluster-weights{bits=4}"),
     ],
 )
@@ -296,7 +299,7 @@ def test_the_command_writes_or_says_why_not(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(told.read_text())["ok"]
     output.unlink()
     with pytest.raises(SystemExit) as stop:
-        main(["prune", str(path), *options, "--kernels", "energy=0.01"])
+        main(["prune", str(path), *options, "--kernels", "energy=0.99"])
     assert stop.value.code == 1
     assert "nothing was pruned" in capsys.readouterr().out
     assert not output.exists()

@@ -35,9 +35,9 @@ _MOST = 8.0
 _STRENGTH: Mapping[str, Callable[[float, float], float]] = {
     **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda value, share: value * share),
     **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: 1 - (1 - value) * share),
-    "number": lambda value, share: round(value * share),
+    "number": lambda value, share: max(round(value * share), 1),
 }
-"""Option -> its value at a share of the strength; at 0 nothing is pruned."""
+"""Option -> its value at a share of the strength; at 0, what a pass has of them together prunes nothing."""
 
 
 @runtime_checkable
