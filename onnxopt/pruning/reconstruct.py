@@ -191,7 +191,7 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         best, chosen = np.maximum(gain, best), np.where(gain > best, ridge, chosen)
     gram, cross = seen[0] + unseen[0], seen[1] + unseen[1]
     none = np.isinf(chosen)
-    damping = np.where(none, 1.0, chosen * np.trace(gram, axis1=1, axis2=2) / gram.shape[1])
+    damping = np.where(none, 1.0, chosen) * np.trace(gram, axis1=1, axis2=2) / gram.shape[1] + 1e-12
     found = np.linalg.solve(gram + damping[:, None, None] * np.eye(gram.shape[1]), cross)
     return np.where(none[:, None, None], 0.0, found)
 
