@@ -127,9 +127,9 @@ def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
 
 
 def _strengths(one: ir.passes.PassBase) -> dict[str, Any]:
-    """The options of a pass that say how much it prunes, as far as they are given."""
+    """The options of a pass that say how much it prunes, as far as they are given; at 0 they do not."""
     found = {option.name: getattr(one, option.name) for option in options_of(one)}
-    return {name: value for name, value in found.items() if name in _STRENGTH and value is not None}
+    return {name: value for name, value in found.items() if name in _STRENGTH and value}
 
 
 def _weighted(

@@ -60,13 +60,13 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
     samples: Sequence[Feeds] = unspelled(())
 
     def __post_init__(self) -> None:
-        if self.number < 1:
-            raise UsageError(f"{self.name}: number is {self.number}; expected at least 1")
+        if self.number < 0:
+            raise UsageError(f"{self.name}: number is {self.number}; expected at least 0")
         if not 0 <= self.energy < 1:
             raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, from 0 to below 1")
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        if ledger.has_granted(_RULE):
+        if ledger.has_granted(_RULE) or not self.number:
             return
         InferShapes().apply(model, ledger)
         blocks = [
