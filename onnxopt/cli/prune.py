@@ -28,6 +28,7 @@ __all__ = ["command", "spelled"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the result.")
 @click.option("--channels", is_flag=True, help="Cut channels out of the graph: smaller and faster.")
 @click.option("--macs", type=float, help="Share of multiply-adds to keep.")
+@click.option("--latency", type=float, help="Share of the time to keep, as measured, by the least pruning.")
 @click.option("--weights", is_flag=True, help="Set weights to zero: smaller once packed, not faster.")
 @click.option("--sparsity", type=float, help="Share of zeros to reach.")
 @click.option("--threshold", type=float, help="Zero what is smaller than this.")
@@ -63,6 +64,7 @@ def command(
     output: Path | None,
     channels: bool,
     macs: float | None,
+    latency: float | None,
     weights: bool,
     sparsity: float | None,
     threshold: float | None,
@@ -92,6 +94,7 @@ def command(
 
     \b
     onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/
+    onnxopt prune model.onnx -o fast.onnx --channels --latency 0.65 --data samples/
     onnxopt prune model.onnx -o sparse.onnx --weights --sparsity 0.9 --cluster bits=5
     onnxopt prune model.onnx -o out.onnx --channels --macs 0.5 --data samples/ --max-drop 1%
 
@@ -132,6 +135,7 @@ def command(
             target=target,
             metric=metric,
             max_drop=max_drop,
+            latency=latency,
             masks=read_masks(masks) if masks is not None else None,
             freeze_initializers=freeze_initializers,
             shapes=shapes_of(shape),

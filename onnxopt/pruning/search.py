@@ -1,4 +1,4 @@
-"""The strongest pruning that keeps a budget."""
+"""The strongest pruning that keeps a budget, and the weakest that is fast enough."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from onnxopt.claims import options_of
 from onnxopt.pipeline import Step
 from onnxopt.quantization.judge import Judgement
 
-__all__ = ["ByParts", "Candidate", "Passes", "Searched", "Trial", "strongest", "weaker"]
+__all__ = [
+    "ByParts",
+    "Candidate",
+    "Passes",
+    "Searched",
+    "Trial",
+    "fast_enough",
+    "strongest",
+    "up_to",
+    "weaker",
+]
 
 Passes = tuple[ir.passes.PassBase, ...]
 
@@ -43,12 +53,16 @@ class ByParts(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What passes make of the prepared model. steps: what each did. judgement: what that keeps."""
+    """What passes make of the prepared model. steps: what each did. judgement: what that keeps.
+
+    time: the share of the original's time that it takes at most, as measured; None where it was not.
+    """
 
     passes: Passes
     model: ir.Model
     steps: tuple[Step, ...]
     judgement: Judgement
+    time: float | None = None
 
     @property
     def changes(self) -> int:
@@ -58,11 +72,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A strength, as a share of what is asked for, and how that was judged."""
+    """A strength, as a share of what is asked for, how that was judged, and what time it took."""
 
     share: float
     ok: bool
     summary: str
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +132,39 @@ def strongest(
     return Searched(best or tried, tuple(trials), sensitivity)
 
 
+def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: float) -> Searched:
+    """Look for the weakest pruning that takes at most this share of the time; 5 halvings of the strength.
+
+    Args:
+        passes: at the full strength.
+        make: runs passes on a copy of the model, judges the result and measures its time.
+        latency: share of the original's time.
+    """
+    best = tried = make(passes)
+    trials, low, high = [_timed(1.0, best, latency)], 0.0, 1.0
+    for _ in range(_STEPS if trials[0].ok and any(map(_strengths, passes)) else 0):
+        share = (low + high) / 2
+        tried = make(tuple(weaker(one, share) for one in passes))
+        trials.append(_timed(share, tried, latency))
+        if trials[-1].ok:
+            best, high = tried, share
+        else:
+            low = share
+    return Searched(best, tuple(trials))
+
+
+def _timed(share: float, candidate: Candidate, latency: float) -> Trial:
+    assert candidate.time is not None  # it was measured
+    return Trial(share, candidate.time <= latency, candidate.judgement.summary, candidate.time)
+
+
 def _trial(share: float, candidate: Candidate) -> Trial:
     return Trial(share, candidate.judgement.ok, candidate.judgement.summary)
+
+
+def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:
+    """The pass with this share of multiply-adds to keep, where it could have one and says no amount."""
+    return replace(one, macs=macs) if hasattr(one, "macs") and not _strengths(one) else one  # type: ignore[type-var]
 
 
 def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
