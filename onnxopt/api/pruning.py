@@ -18,11 +18,11 @@ from onnxopt.api.preparation import samples_of
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import session_config
 from onnxopt.calibration import split
-from onnxopt.claims import Pass, kind_of, spelling
+from onnxopt.claims import Pass, kind_of, pass_name, spelling
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError
 from onnxopt.job import Job, Progress
-from onnxopt.metric import Budget, Metric, parse_drop
+from onnxopt.metric import Budget, Metric, NoRowsError, parse_drop
 from onnxopt.model import ModelLike, clone, fingerprint, opener, reusable
 from onnxopt.pipeline import Outcome, Pipeline
 from onnxopt.pruning.search import Candidate, Passes, Searched, fast_enough, strongest, up_to
@@ -76,7 +76,8 @@ def prune(
         data: samples as in use (see `onnxopt.data.read_feeds`); a part of them, told by their content, is
             held out to judge by. Without data samples are made up, and nothing is fitted to them.
         target: where it is to run: cpu, cuda, tensorrt or generic.
-        metric: how good the model is (see `onnxopt.metric.load_metric`); by default `agreement`.
+        metric: how good the model is (see `onnxopt.metric.load_metric`); by default
+            `agreement`, or `sqnr` where no output has rows of scores and there is no budget.
         max_drop: how much of the metric may be lost: 0.005, or "1%" of what it was.
         latency: share of the original's time that the result may take, as measured on this machine.
         masks: for `prune-weights`: name of a weight -> bool array, True where an element stays (see
@@ -112,12 +113,18 @@ def prune(
         say,
         frozen=freeze_initializers,
     )
-    samples = samples_of(job, data)
+    samples = samples_of(job, data, "prune")
     fitted, held_out = split(samples)
     say("running the original", None)
-    judge = Judge(model, held_out, metric or "agreement", budget or _ANY)
+    judge = _judge(job, held_out, metric, budget)
     work = _Work(job, held_out, judge, _merged(job, asked, held_out), samples)
-    wanted = {"samples": None if data is None else fitted, "multiple": where.multiple, "masks": masks}
+    sizes = {**(shapes or {}), **sizes_of(samples)}
+    wanted = {
+        "samples": None if data is None else fitted,
+        "shapes": sizes,
+        "multiple": where.multiple,
+        "masks": masks,
+    }
     fed = tuple(up_to(_filled(one, wanted), latency / 2 if latency else 0.5) for one in asked)
     searched = (
         fast_enough(fed, work.timed, latency)
@@ -137,7 +144,6 @@ def prune(
     sha256 = fingerprint(model, job.original)
     if metadata and not reason:
         record(result, [spelling(one) for one in best.passes], sha256)
-    sizes = {**(shapes or {}), **sizes_of(samples)}
     report = PruningReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         input_sha256=sha256,
@@ -211,6 +217,21 @@ class _Work:
         return Pipeline(passes, rounds=1).run(lambda: clone(self.dense), on_pass=say)
 
 
+def _judge(
+    job: Job,
+    samples: Sequence[Feeds],
+    metric: str | Callable[..., Any] | Metric | None,
+    budget: Budget | None,
+) -> Judge:
+    """By agreement where nothing else is asked for; without a budget by sqnr, where no output has rows."""
+    try:
+        return Judge(job.model, samples, metric or "agreement", budget or _ANY)
+    except NoRowsError:
+        if metric is not None or budget is not None:
+            raise
+    return Judge(job.model, samples, "sqnr", _ANY)
+
+
 def _parsed(passes: str | Sequence[str | ir.passes.PassBase]) -> Passes:
     """Raises UsageError where none of them loses anything: such are for `optimize`."""
     given = parse_passes(passes) if isinstance(passes, str) else passes
@@ -221,13 +242,15 @@ def _parsed(passes: str | Sequence[str | ir.passes.PassBase]) -> Passes:
 
 
 def _merged(job: Job, passes: Passes, samples: Sequence[Feeds]) -> ir.Model:
-    """The original behind the recipe `default`; with its BatchNormalization where scores are of that."""
-    of_norms = any(getattr(one, "score", "") == "bn-gamma" for one in passes)
+    """The original behind the recipe `default`; with what the passes look for still there."""
+    skip = ["fold-batchnorm"] if any(getattr(one, "score", "") == "bn-gamma" for one in passes) else []
+    if any(pass_name(one) == "drop-layers" for one in passes):
+        skip += ["retarget-gemm", "merge-gemm"]  # which would hide the sum at the end of a block
     done = optimize(
         job.open_model(),
         target="generic",
         data=samples,
-        skip=("fold-batchnorm",) if of_norms else (),
+        skip=skip,
         freeze_initializers=job.frozen,
         bench=False,
         metadata=False,
@@ -253,7 +276,9 @@ def _check_latency(latency: float | None, bench: bool) -> None:
 
 def _why_not(searched: Searched, latency: float | None) -> str:
     """Why the result is the model as it was; empty where it is not."""
-    best = searched.best
+    best, first = searched.best, searched.trials[0]
+    if not best.changes and not first.ok:
+        return f"no strength that changes anything keeps the budget: {first.summary}"
     if not best.changes:
         declined = [f"{step.name}: {why}" for step in best.steps for why in step.declined]
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -39,7 +40,7 @@ __all__ = ["command", "spelled"]
     "--layers", type=click.IntRange(1), metavar="N", help="Drop the N residual blocks that matter least."
 )
 @click.option("--rank", metavar="OPTIONS", help="Factorize weights: energy=0.95.")
-@click.option("--kernels", metavar="OPTIONS", help="Crop weak borders of kernels: energy=0.99.")
+@click.option("--kernels", metavar="OPTIONS", help="Crop weak borders of kernels: threshold=0.01.")
 @click.option("--cluster", metavar="OPTIONS", help="Share weights: bits=5.")
 @click.option(
     "--pass", "passes", multiple=True, metavar="PASS", help="A pass as a recipe spells it. Repeatable."
@@ -107,7 +108,7 @@ def command(
     from onnxopt.storage import check_target
 
     keep_apart(json_file, model, output, masks)
-    keep_apart(save_masks, model, output, option="--save-masks")
+    keep_apart(save_masks, model, output, masks, Path(json_file or ""), option="--save-masks")
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
@@ -122,11 +123,10 @@ def command(
             "cluster-weights": cluster,
         }
     )
-    unused = [name for name, value in of_weights.items() if value is not None and not weights]
-    unused += ["macs"] if macs is not None and not channels else []
-    if unused:
-        flag = "--channels" if unused[0] == "macs" else "--weights"
-        raise click.UsageError(f"--{unused[0]} is of {flag}, which is not given")
+    _require_use(of_weights, "--weights", weights)
+    _require_use({"masks": masks}, "--weights", any("prune-weights" in one for one in (*asked, *passes)))
+    _require_use({"macs": macs}, "--channels", channels)
+    _require_use({"score": score}, "--weights and --channels", weights or channels)
     with progress() as show:
         result = prune(
             model,
@@ -155,6 +155,12 @@ def command(
 def spelled(options: dict[str, str | None]) -> list[str]:
     """Passes as recipes spell them: those whose options are given, if only as an empty text."""
     return [f"{name}{{{text}}}" if text else name for name, text in options.items() if text is not None]
+
+
+def _require_use(options: Mapping[str, object], of: str, given: bool) -> None:
+    for name, value in options.items():
+        if value is not None and not given:
+            raise click.UsageError(f"--{name} is of {of}, which is not given")
 
 
 def _options(**values: object) -> str:

@@ -163,8 +163,16 @@ def _trial(share: float, candidate: Candidate) -> Trial:
 
 
 def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:
-    """The pass with this share of multiply-adds to keep, where it could have one and says no amount."""
-    return replace(one, macs=macs) if hasattr(one, "macs") and not _strengths(one) else one  # type: ignore[type-var]
+    """The pass with an amount, where it says none: this share of multiply-adds to keep, or half of the zeros.
+
+    N:M patterns and masks say how much, too.
+    """
+    if _strengths(one):
+        return one
+    if hasattr(one, "macs"):
+        return replace(one, macs=macs)  # type: ignore[type-var]
+    says = getattr(one, "nm", None) or getattr(one, "masks", None)
+    return replace(one, sparsity=0.5) if hasattr(one, "sparsity") and not says else one  # type: ignore[type-var]
 
 
 def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:

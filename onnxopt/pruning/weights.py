@@ -79,15 +79,14 @@ class StoredWeight:
 
     def zeros(self, stored: np.ndarray) -> np.ndarray:
         """Which of the stored elements stand for zero."""
-        return np.asarray(stored == (0 if self.levels is None else self.levels.zero))
+        return np.asarray((stored if self.levels is None else self.levels.steps(stored)) == 0)
 
     def numbers(self, stored: np.ndarray) -> np.ndarray:
         """What the stored elements stand for, in float32; without a scale, in steps."""
         if self.levels is None:
             with np.errstate(over="ignore"):
                 return stored.astype(np.float32, copy=False)
-        scale, zero = self.levels
-        steps = stored.astype(np.float32) - zero.astype(np.float32)
+        steps, scale = self.levels.steps(stored), self.levels.scale
         return steps if scale is None else np.asarray(steps * scale)
 
     def lines(self, along: Literal["inputs", "summands"]) -> np.ndarray:
@@ -116,8 +115,11 @@ class StoredWeight:
 
             return Streamed(dtype, self.shape, box, sources(tensor) or frozenset())
         array = self.stored()
-        zero = np.zeros((), array.dtype) if self.levels is None else self.levels.zero.astype(array.dtype)
-        return ir.Tensor(np.where(mask.array(), array, zero), dtype=dtype, name=tensor.name)
+        zero = np.zeros(()) if self.levels is None else self.levels.stored_zero
+        assert zero is not None  # else there is a reason
+        return ir.Tensor(
+            np.where(mask.array(), array, zero.astype(array.dtype)), dtype=dtype, name=tensor.name
+        )
 
     def write(self, tensor: ir.TensorProtocol) -> None:
         """Let the constant be this tensor, of the same type and shape."""
@@ -212,11 +214,13 @@ def _weight(value: ir.Value, opset: int) -> StoredWeight | None:
         return replace(one, reason=first)
     if first is None:
         return one if tensor.dtype in FLOATS else None  # plain integers
-    zeros = [other.zero for other in rest if isinstance(other, Levels)]
-    if len(zeros) < len(rest) or not all(np.array_equal(zero, first.zero) for zero in zeros):
+    if not all(isinstance(other, Levels) and other.same_zeros(first) for other in rest):
         return replace(one, reason="has several zero points")
-    whole = tensor.dtype in FLOATS or np.array_equal(first.zero, np.rint(first.zero))
-    return replace(one, levels=first) if whole else replace(one, reason="has a zero point between integers")
+    one = replace(one, levels=first)
+    if first.stored_zero is not None:
+        return one
+    shared = "shares numbers of which none is zero"
+    return replace(one, reason="has a zero point between integers" if first.book is None else shared)
 
 
 def _read_by(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[list[Reader], list[str]]:

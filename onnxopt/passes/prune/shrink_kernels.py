@@ -53,7 +53,9 @@ agraph (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <float[1, 1, 3, 3] w = {0,
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
-            raise UsageError(f"{self.name}: threshold is {self.threshold}; expected a share, from 0 to below 1")
+            raise UsageError(
+                f"{self.name}: threshold is {self.threshold}; expected a share, from 0 to below 1"
+            )
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("weak border of a kernel", ("Conv", "ConvTranspose"), self._cropped),)
