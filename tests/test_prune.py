@@ -182,6 +182,7 @@ def test_the_search_bisects_five_times() -> None:
         (["--weights", "--score", "wanda"], "samples"),
         (["--cluster", "bits=99"], "bits"),
         (["--pass", "prune-nothing"], "unknown pass"),
+        (["--recipe", "default"], "say what to prune"),
         (["--pass", "eliminate-dead"], "say what to prune"),
     ],
 )
@@ -221,11 +222,14 @@ def test_the_command_writes_or_says_why_not(tmp_path: Path, capsys: pytest.Captu
 def test_masks_are_written_and_used_again(tmp_path: Path) -> None:
     path, first, again, masks = (tmp_path / name for name in ("net.onnx", "a.onnx", "b.onnx", "masks.npz"))
     onnx.save(net(), path)
-    spelled = "prune-weights{sparsity=0.7,small=0}"
+    spelled, recipe = "prune-weights{sparsity=0.7,small=0}", tmp_path / "recipe.toml"
+    recipe.write_text('passes = ["prune-weights"]')
     for arguments in (
         ["-o", str(first), "--no-bench", "--pass", spelled, "--save-masks", str(masks)],
         ["-o", str(again), "--no-bench", "--weights", "--masks", str(masks)],
+        ["-o", str(again), "--no-bench", "--recipe", str(recipe), "--masks", str(masks)],
     ):
+        again.unlink(missing_ok=True)
         with pytest.raises(SystemExit) as stop:
             main(["prune", str(path), *arguments])
         assert stop.value.code == 0
@@ -292,6 +296,7 @@ def test_an_amount_that_nobody_names_is_searched_from_too() -> None:
     assert len(held.report.searched.trials) > 1
     assert held.report.ok
     assert 0 < held.report.zeros < 0.5
+    assert "nothing was pruned" in prune(net(), "prune-weights{sparsity=0,small=0}").report.reason
 
 
 def test_what_is_sparse_and_clustered_is_told_as_both(tmp_path: Path) -> None:
@@ -322,3 +327,14 @@ def test_outputs_without_rows_are_judged_by_sqnr() -> None:
     assert "sqnr 150 before" in prune(model, "prune-weights").report.searched.best.judgement.summary
     with pytest.raises(UsageError, match="no output has rows of scores or labels; take sqnr or mse"):
         prune(model, "prune-weights", max_drop=0.1)
+
+
+def test_what_nothing_can_be_proved_of_is_tidy_all_the_same() -> None:
+    model = text_model(
+        """agraph (float[1, 2, 8, 8] x) => (float[1, 4, 8, 8] y) <float[4] b = {1, 2, 3, 4}> {
+            y = Conv<pads = [1, 1, 1, 1]>(x, w, b)
+        }"""
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((4, 2, 3, 3), np.float32), "w"))
+    result = prune(model, "shrink-kernels")
+    assert [list(one.dims) for one in result.model.graph.initializer] == [[4], [4, 2, 1, 1]]

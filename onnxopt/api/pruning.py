@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,6 +138,9 @@ def prune(
     reason = reason or _why_not(replace(searched, best=best), latency)
     settings = () if reason else job.settle(best.model, "lossy", samples, measure=bench)
     config = session_config(settings)
+    if settings:
+        best = replace(best, judgement=work.judge(best.model, "final", config))
+        reason = _why_not(replace(searched, best=best), latency)
     timing = job.time(model, best.model, samples, config) if bench and not reason else None
     if latency is not None and timing is not None and timing.ratio > latency:
         reason = f"{latency:g} of the time was reached, but not again: {timing.ratio:.3f} in the end"
@@ -144,6 +148,11 @@ def prune(
     sha256 = fingerprint(model, job.original)
     if metadata and not reason:
         record(result, [spelling(one) for one in best.passes], sha256)
+    packed = None if reason else packed_sizes(model, best.model)
+    if packed is None and not reason:
+        job.notes.append(
+            "not packed to see its size: that takes onnxopt[pack], and at most 256 MB of tensors"
+        )
     report = PruningReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         input_sha256=sha256,
@@ -156,7 +165,7 @@ def prune(
         after=measure_size(best.model, sizes),
         searched=replace(searched, best=best),
         layers=sparsity(best.model),
-        packed=None if reason else packed_sizes(model, best.model),
+        packed=packed,
         settings=settings,
         timing=timing,
         reason=reason,
@@ -208,7 +217,9 @@ class _Work:
 
     def _cleaned(self, model: ir.Model) -> ir.Model:
         target = self.job.target.name
-        return optimize(model, target=target, data=self.samples, bench=False, metadata=False).graph
+        graph = optimize(model, target=target, data=self.samples, bench=False, metadata=False).graph
+        tidy = Pipeline((parse_pass("eliminate-dead"),))  # also where nothing can be proved
+        return tidy.run(lambda: graph).model
 
     def _run(self, passes: Passes) -> Outcome:
         def say(name: str) -> None:
@@ -234,8 +245,9 @@ def _judge(
 
 def _parsed(passes: str | Sequence[str | ir.passes.PassBase]) -> Passes:
     """Raises UsageError where none of them loses anything: such are for `optimize`."""
-    given = parse_passes(passes) if isinstance(passes, str) else passes
-    found = tuple(parse_pass(one) if isinstance(one, str) else one for one in given)
+    given = (passes,) if isinstance(passes, str) else passes
+    parts = (parse_passes(one) if isinstance(one, str) else (one,) for one in given)
+    found = tuple(itertools.chain.from_iterable(parts))
     if not any(kind_of(one) == "lossy" for one in found):
         raise UsageError("prune: say what to prune, as prune-channels{macs=0.5}; `onnxopt passes` lists all")
     return found

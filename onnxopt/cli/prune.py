@@ -45,6 +45,7 @@ __all__ = ["command", "spelled"]
 @click.option(
     "--pass", "passes", multiple=True, metavar="PASS", help="A pass as a recipe spells it. Repeatable."
 )
+@click.option("--recipe", help="The passes of a TOML file, behind those of other options.")
 @click.option("--masks", type=click.Path(path_type=Path), help="Zero what a file of --save-masks says.")
 @click.option("--save-masks", metavar="FILE", callback=writable, help="Write what is not zero, as .npz.")
 @data_option
@@ -77,6 +78,7 @@ def command(
     kernels: str | None,
     cluster: str | None,
     passes: tuple[str, ...],
+    recipe: str | None,
     masks: Path | None,
     save_masks: str | None,
     data: FeedSource | None,
@@ -104,6 +106,7 @@ def command(
     from onnxopt import prune
     from onnxopt.pruning.masks import read_masks, write_masks
     from onnxopt.pruning.weights import kept_elements
+    from onnxopt.recipe import load_recipe
     from onnxopt.reporting.pruning_tables import print_pruning
     from onnxopt.storage import check_target
 
@@ -124,13 +127,14 @@ def command(
         }
     )
     _require_use(of_weights, "--weights", weights)
-    _require_use({"masks": masks}, "--weights", any("prune-weights" in one for one in (*asked, *passes)))
+    chosen = [*asked, *passes, *(load_recipe(recipe).passes if recipe is not None else ())]
+    _require_use({"masks": masks}, "--weights", any("prune-weights" in str(one) for one in chosen))
     _require_use({"macs": macs}, "--channels", channels)
     _require_use({"score": score}, "--weights and --channels", weights or channels)
     with progress() as show:
         result = prune(
             model,
-            [*asked, *passes],
+            chosen,
             data=data,
             target=target,
             metric=metric,

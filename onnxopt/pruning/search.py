@@ -167,7 +167,7 @@ def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:
 
     N:M patterns and masks say how much, too.
     """
-    if _strengths(one):
+    if any(value is not None for value in _amounts(one).values()):
         return one
     if hasattr(one, "macs"):
         return replace(one, macs=macs)  # type: ignore[type-var]
@@ -181,9 +181,14 @@ def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
 
 
 def _strengths(one: ir.passes.PassBase) -> dict[str, Any]:
-    """The options of a pass that say how much it prunes, as far as they are given; at 0 they do not."""
+    """The amounts of a pass that are more than nothing."""
+    return {name: value for name, value in _amounts(one).items() if value}
+
+
+def _amounts(one: ir.passes.PassBase) -> dict[str, Any]:
+    """The options of a pass that say how much it prunes; None where one is not given."""
     found = {option.name: getattr(one, option.name) for option in options_of(one)}
-    return {name: value for name, value in found.items() if name in _STRENGTH and value}
+    return {name: value for name, value in found.items() if name in _STRENGTH}
 
 
 def _weighted(
