@@ -20,9 +20,12 @@ from onnxopt.cli import main
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.examples import text_model
+from onnxopt.inspection import macs
+from onnxopt.job import Job
 from onnxopt.metric import Run
 from onnxopt.passes.prune.prune_weights import PruneWeights
-from onnxopt.pruning.search import Candidate, Passes, strongest, weaker
+from onnxopt.pipeline import Step
+from onnxopt.pruning.search import Candidate, Passes, fast_enough, strongest, weaker
 from onnxopt.quantization.judge import Judgement
 from onnxopt.recipe import parse_pass
 
@@ -170,6 +173,93 @@ def test_the_search_bisects_five_times() -> None:
     assert found.best.passes == (Loses(0.375),)
 
 
+def test_the_least_pruning_that_is_fast_enough_is_bisected() -> None:
+    shares: list[float] = []
+
+    def make(passes: Passes) -> Candidate:
+        (one,) = passes
+        assert isinstance(one, Loses)
+        shares.append(one.ratio or 0.0)
+        time = 1 - (one.ratio or 0.0) / 2
+        judged = Judgement(True, 0, None, "")
+        steps = (Step("loses", "lossy", int(shares[-1] < 1.0), {}, 0.0, 0, 0),)
+        return Candidate(passes, ir.Model(ir.Graph([], [], nodes=[]), ir_version=8), steps, judged, time)
+
+    found = fast_enough((Loses(),), make, 0.7)
+    assert shares == [1.0, 0.5, 0.75, 0.625, 0.5625, 0.59375]
+    assert found.best.passes == (Loses(0.625),)
+    assert [trial.ok for trial in found.trials] == [False, False, True, True, False, False]
+    assert [trial.time for trial in found.trials[:2]] == [0.5, 0.75]
+    nothing = fast_enough((Loses(0.9),), make, 0.4)
+    assert [(trial.ok, trial.time) for trial in nothing.trials] == [(False, 0.55)]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A measurement that says this and no more."""
+
+    ratio: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.ratio, self.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ratio": self.ratio}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes as long as its multiply-accumulates."""
+
+    def time(_: Job, before: Any, after: ir.Model, *rest: Any, **options: Any) -> Clock:
+        of = [macs(onnxopt.load(one), {"x": (8, 16)}) for one in (before, after)]
+        return Clock(float(of[1]) / float(of[0]))
+
+    monkeypatch.setattr(Job, "time", time)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("spelled", ["prune-channels{multiple=1}", "prune-channels{multiple=1,macs=0.2}"])
+def test_as_fast_as_is_asked_and_no_more(spelled: str) -> None:
+    report = onnxopt.prune(net(), spelled, data=samples(), latency=0.7).report
+    assert report.ok
+    assert isinstance(report.before.macs, int)
+    assert isinstance(report.after.macs, int)
+    assert 0.6 < report.after.macs / report.before.macs <= 0.7
+    held = report.to_dict()
+    assert len(held["trials"]) == 6
+    assert all((trial["time"] <= 0.7) == trial["ok"] for trial in held["trials"])
+
+
+@pytest.mark.usefixtures("clock")
+def test_time_that_is_not_reached_is_told_with_the_best() -> None:
+    result = onnxopt.prune(net(), "prune-channels{macs=0.5,multiple=1}", data=samples(), latency=0.3)
+    assert result.report.reason == "0.3 of the time is not reached: 0.500 at best"
+    assert len(result.report.searched.trials) == 1
+
+
+@pytest.mark.usefixtures("clock")
+def test_time_and_accuracy_both_have_to_hold() -> None:
+    asked = "prune-channels{macs=0.2,multiple=1}"
+    both = onnxopt.prune(net(), asked, data=samples(), latency=0.7, max_drop=0.5)
+    assert both.report.ok
+    none = onnxopt.prune(net(), asked, data=samples(), latency=0.3, max_drop=0.0)
+    assert "no strength keeps the budget" in none.report.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"latency": 0.5, "bench": False}, "latency is measured, and measuring is switched off"),
+        ({"latency": 1.5}, "latency is 1.5; expected a share"),
+    ],
+)
+def test_latency_that_cannot_be_asked_for(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        onnxopt.prune(net(), "prune-channels", **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -178,6 +268,7 @@ def test_the_search_bisects_five_times() -> None:
         (["--macs", "0.5", "--weights"], "--macs is of --channels"),
         (["--cluster", "bits=5", "--score", "l1"], "--score is of --weights and --channels"),
         (["--cluster", "bits=5", "--masks", "masks.npz"], "--masks is of --weights"),
+        (["--channels", "--latency", "0.5"], "measuring is switched off"),
         (["--weights", "--sparsity", "1.5"], "sparsity"),
         (["--weights", "--score", "wanda"], "samples"),
         (["--cluster", "bits=99"], "bits"),

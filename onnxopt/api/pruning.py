@@ -150,9 +150,7 @@ def prune(
         record(result, [spelling(one) for one in best.passes], sha256)
     packed = None if reason else packed_sizes(model, best.model)
     if packed is None and not reason:
-        job.notes.append(
-            "not packed to see its size: that takes onnxopt[pack], and at most 256 MB of tensors"
-        )
+        job.notes.append("not packed to see its size: that takes onnxopt[pack], and no more than 256 MB")
     report = PruningReport(
         source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
         input_sha256=sha256,
@@ -294,8 +292,8 @@ def _why_not(searched: Searched, latency: float | None) -> str:
     if not best.changes:
         declined = [f"{step.name}: {why}" for step in best.steps for why in step.declined]
         return (
-            f"nothing was pruned: {declined[0] if declined else 'there is nothing that the passes apply to'}"
+            f"nothing was pruned: {declined[-1] if declined else 'there is nothing that the passes apply to'}"
         )
     if latency is not None and best.time is not None and best.time > latency:
-        return f"{latency:g} of the time is not reached: {best.time:.3f} at the full strength"
+        return f"{latency:g} of the time is not reached: {best.time:.3f} at best"
     return "" if best.judgement.ok else f"no strength keeps the budget: {best.judgement.summary}"

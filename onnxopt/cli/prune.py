@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,9 @@ from onnxopt.cli.common import (
     write_json,
 )
 from onnxopt.data import FeedSource
+
+if TYPE_CHECKING:
+    from onnx_ir.passes import PassBase
 
 __all__ = ["command", "spelled"]
 
@@ -127,7 +131,8 @@ def command(
         }
     )
     _require_use(of_weights, "--weights", weights)
-    chosen = [*asked, *passes, *(load_recipe(recipe).passes if recipe is not None else ())]
+    more = load_recipe(recipe).passes if recipe is not None else ()
+    chosen: list[str | PassBase] = [*asked, *passes, *more]
     _require_use({"masks": masks}, "--weights", any("prune-weights" in str(one) for one in chosen))
     _require_use({"macs": macs}, "--channels", channels)
     _require_use({"score": score}, "--weights and --channels", weights or channels)

@@ -135,27 +135,36 @@ def strongest(
 def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: float) -> Searched:
     """Look for the weakest pruning that takes at most this share of the time; 5 halvings of the strength.
 
+    Where there is none, the fastest one that was tried. What changes nothing was asked too much.
+
     Args:
         passes: at the full strength.
         make: runs passes on a copy of the model, judges the result and measures its time.
         latency: share of the original's time.
     """
-    best = tried = make(passes)
-    trials, low, high = [_timed(1.0, best, latency)], 0.0, 1.0
-    for _ in range(_STEPS if trials[0].ok and any(map(_strengths, passes)) else 0):
-        share = (low + high) / 2
-        tried = make(tuple(weaker(one, share) for one in passes))
-        trials.append(_timed(share, tried, latency))
-        if trials[-1].ok:
-            best, high = tried, share
+    tried: dict[float, Candidate] = {}
+    low, high, share = 0.0, 1.0, 1.0
+    for _ in range(1 + (_STEPS if any(map(_strengths, passes)) else 0)):
+        asked = passes if share == 1.0 else tuple(weaker(one, share) for one in passes)
+        one = tried[share] = make(asked)
+        if not one.changes or _time(one) <= latency:
+            high = share
+        elif share == 1.0:
+            break
         else:
             low = share
-    return Searched(best, tuple(trials))
+        share = (low + high) / 2
+    enough = {share: bool(one.changes) and _time(one) <= latency for share, one in tried.items()}
+    weakest = min((share for share, ok in enough.items() if ok), default=None)
+    best = min(tried.values(), key=_time) if weakest is None else tried[weakest]
+    return Searched(
+        best, tuple(Trial(s, enough[s], one.judgement.summary, one.time) for s, one in tried.items())
+    )
 
 
-def _timed(share: float, candidate: Candidate, latency: float) -> Trial:
+def _time(candidate: Candidate) -> float:
     assert candidate.time is not None  # it was measured
-    return Trial(share, candidate.time <= latency, candidate.judgement.summary, candidate.time)
+    return candidate.time
 
 
 def _trial(share: float, candidate: Candidate) -> Trial:
