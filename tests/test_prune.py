@@ -78,6 +78,13 @@ def test_zeros_are_written_counted_and_told() -> None:
     assert held["passes"] == ["prune-weights{sparsity=0.5,small=0}"]
 
 
+def test_zeros_of_shared_numbers_count() -> None:
+    spelled = "prune-weights{sparsity=0.75,small=0},cluster-weights{bits=3,small=0}"
+    report = onnxopt.prune(net(), spelled, data=samples(), bench=False).report
+    assert report.zeros == pytest.approx(0.75)
+    assert [one.elements for one in report.layers] == [16 * WIDTH, WIDTH * 10]
+
+
 def test_channels_are_cut_and_fewer_products_left() -> None:
     result = onnxopt.prune(net(), "prune-channels{macs=0.5,multiple=1}", data=samples(), bench=False)
     report = result.report
@@ -134,8 +141,8 @@ def onnxopt_run(model: onnx.ModelProto, feeds: Feeds) -> np.ndarray:
         ("prune-weights{nm=2:4}", 0.5, "prune-weights{nm=2:4}"),
         ("prune-channels{macs=0.5}", 0.5, "prune-channels{macs=0.75}"),
         ("prune-channels{ratio=0.5}", 0.5, "prune-channels{ratio=0.25}"),
+        ("shrink-kernels{energy=0.9}", 0.5, "shrink-kernels{energy=0.95}"),
         ("cluster-weights{bits=4}", 0.5, "cluster-weights{bits=4}"),
-        ("shrink-kernels{threshold=0.1}", 0.5, "shrink-kernels{threshold=0.05}"),
         ("factorize-weights{energy=0.8}", 0.5, "factorize-weights{energy=0.9}"),
         ("drop-layers{number=4}", 0.5, "drop-layers{number=2}"),
         ("drop-layers", 0.25, "drop-layers{number=0}"),
@@ -304,7 +311,7 @@ def test_the_command_writes_or_says_why_not(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(told.read_text())["ok"]
     output.unlink()
     with pytest.raises(SystemExit) as stop:
-        main(["prune", str(path), *options, "--kernels", "threshold=0.01"])
+        main(["prune", str(path), *options, "--kernels", "energy=0.99"])
     assert stop.value.code == 1
     assert "nothing was pruned" in capsys.readouterr().out
     assert not output.exists()

@@ -287,13 +287,12 @@ def _check_latency(latency: float | None, bench: bool) -> None:
 def _why_not(searched: Searched, latency: float | None) -> str:
     """Why the result is the model as it was; empty where it is not."""
     best, first = searched.best, searched.trials[0]
-    if not best.changes and not first.ok:
+    if not best.changes and not first.ok and latency is None:
         return f"no strength that changes anything keeps the budget: {first.summary}"
     if not best.changes:
-        declined = [f"{step.name}: {why}" for step in best.steps for why in step.declined]
-        return (
-            f"nothing was pruned: {declined[-1] if declined else 'there is nothing that the passes apply to'}"
-        )
+        left = [(len(at), f"{step.name}: {why}") for step in best.steps for why, at in step.declined.items()]
+        _, why = max(left, key=lambda one: one[0], default=(0, "there is nothing that the passes apply to"))
+        return f"nothing was pruned: {why}"
     if latency is not None and best.time is not None and best.time > latency:
         return f"{latency:g} of the time is not reached: {best.time:.3f} at best"
     return "" if best.judgement.ok else f"no strength keeps the budget: {best.judgement.summary}"

@@ -44,7 +44,7 @@ __all__ = ["command", "spelled"]
     "--layers", type=click.IntRange(1), metavar="N", help="Drop the N residual blocks that matter least."
 )
 @click.option("--rank", metavar="OPTIONS", help="Factorize weights: energy=0.95.")
-@click.option("--kernels", metavar="OPTIONS", help="Crop weak borders of kernels: threshold=0.01.")
+@click.option("--kernels", metavar="OPTIONS", help="Crop weak borders of kernels: energy=0.99.")
 @click.option("--cluster", metavar="OPTIONS", help="Share weights: bits=5.")
 @click.option(
     "--pass", "passes", multiple=True, metavar="PASS", help="A pass as a recipe spells it. Repeatable."

@@ -37,7 +37,7 @@ _STRENGTH: Mapping[str, Callable[[float, float], float]] = {
     **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: 1 - (1 - value) * share),
     "number": lambda value, share: round(value * share),
 }
-"""Option -> its value at a share of the strength; at 0 nothing is pruned."""
+"""Option -> its value at a share of the strength; at 0, what a pass has of them together prunes nothing."""
 
 
 @runtime_checkable
