@@ -21,7 +21,7 @@ from onnxopt.index import operator_of
 from onnxopt.ledger import site_of
 from onnxopt.pruning.levels import FLOATS, INTEGERS, Levels, Reader, levels_of, passes_on
 from onnxopt.pruning.masks import Mask
-from onnxopt.quantization.operands import MOVES
+from onnxopt.quantization.operands import CODES, MOVES
 from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis
 from onnxopt.streamed import Streamed, is_on_disk, read, sources
 
@@ -32,7 +32,8 @@ __all__ = ["LayerSparsity", "StoredWeight", "convolves_alone", "find_weights", "
 class StoredWeight:
     """A constant that is multiplied with.
 
-    name: of the constant, with a number where several graphs have one of that name. readers: at least one.
+    name: of the constant, of what it was before its numbers were shared, with a number where several graphs
+    have one of that name. readers: at least one.
     reason: why its elements cannot be changed, in words that follow "the weight"; empty where they can.
     levels: where they do not stand for themselves.
     """
@@ -216,7 +217,8 @@ def _weight(value: ir.Value, opset: int) -> StoredWeight | None:
         return one if tensor.dtype in FLOATS else None  # plain integers
     if not all(isinstance(other, Levels) and other.same_zeros(first) for other in rest):
         return replace(one, reason="has several zero points")
-    one = replace(one, levels=first)
+    name = one.name.removesuffix(CODES) if first.book is not None else one.name
+    one = replace(one, name=name, levels=first)
     if first.stored_zero is not None:
         return one
     shared = "shares numbers of which none is zero"

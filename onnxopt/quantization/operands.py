@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxopt.evaluation import CannotEvaluateError, evaluate
 from onnxopt.graph import constant_of, has_reference, ints_attr
 
-__all__ = ["COMPUTED", "MOVES", "QUANTIZED", "Weight", "find_weight", "reads_codebook"]
+__all__ = ["CODES", "COMPUTED", "MOVES", "QUANTIZED", "Weight", "find_weight", "reads_codebook"]
 
 COMPUTED = "is computed at run time"
 QUANTIZED = "is quantized already"
@@ -23,6 +23,9 @@ _UNPACKS = frozenset({"Add", "Cast", "Div", "Mul", "Sub"})
 """Operators that turn a stored weight into the one that is meant."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+CODES = "_codes"
+"""What the name of a weight ends in that is stored as places in a codebook."""
+
 _CODES = (ir.DataType.UINT8, ir.DataType.UINT4, ir.DataType.UINT2)
 _DEPTH = 8
 """Nodes between a constant and the operand, at most."""
