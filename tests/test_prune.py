@@ -444,3 +444,37 @@ def test_what_nothing_can_be_proved_of_is_tidy_all_the_same() -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((4, 2, 3, 3), np.float32), "w"))
     result = prune(model, "shrink-kernels")
     assert [list(one.dims) for one in result.model.graph.initializer] == [[4], [4, 2, 1, 1]]
+
+
+def test_what_is_carried_to_an_output_of_unknown_shape_stays() -> None:
+    model = text_model(
+        "agraph (float[4, 2, 16] x) => (float[a, b, c, d] y) { y = LSTM<hidden_size = 8>(x, w, r) }"
+    )
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    rng = np.random.default_rng(0)
+    for name, shape in (("w", (1, 32, 16)), ("r", (1, 32, 8))):
+        array = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    assert "nothing was pruned: prune-channels" in prune(model, "prune-channels{multiple=1}").report.reason
+
+
+def test_products_of_integers_are_cut_but_not_fitted() -> None:
+    model = text_model(
+        """agraph (float[N, 16] x) => (int64[N, 4] y) {
+            i = Cast<to = 7>(x)  a = MatMul(i, u)  b = Abs(a)  y = MatMul(b, v)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in (("u", (16, 32)), ("v", (32, 4))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.integers(-9, 9, shape), name))
+    assert prune(model, "prune-channels{multiple=1}").report is not None
+
+
+def test_a_weight_of_low_rank_keeps_all_its_energy_in_float32() -> None:
+    model = text_model("agraph (float[N, 32] x) => (float[N, 32] y) { y = MatMul(x, w) }")
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((32, 4)) @ rng.standard_normal((4, 32))).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    result = onnxopt.prune(model, "factorize-weights{energy=1.0,multiple=1}", metric="sqnr", bench=False)
+    assert result.report.searched.best.judgement.score >= 120
+    assert result.report.after.bytes == 2 * 32 * 4 * 4

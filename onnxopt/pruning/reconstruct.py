@@ -18,6 +18,7 @@ from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, resul
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
 from onnxopt.pruning.cut import new_constant, set_constant
+from onnxopt.pruning.levels import FLOATS
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 from onnxopt.scope import scopes
@@ -102,11 +103,13 @@ def _add_biases(model: ir.Model, kept: Mapping[str, np.ndarray]) -> None:
 
 
 def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
-    """Whether the layer has a weight of its own."""
+    """Whether the layer has a weight of its own, in floating point."""
     if not has_rows(node) or int_attr(node, "transA", 0):
         return False
     weight = node.inputs[1]
-    return weight is not None and use_count(weight) == 1 and (node.outputs[0].name or "") in kept
+    if weight is None or use_count(weight) > 1 or weight.dtype not in FLOATS:
+        return False
+    return (node.outputs[0].name or "") in kept
 
 
 def _layer(node: ir.Node, place: Mapping[ir.Node, int], samples: int) -> _Layer:
