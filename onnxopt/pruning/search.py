@@ -35,7 +35,7 @@ _MOST = 8.0
 _STRENGTH: Mapping[str, Callable[[float, float], float]] = {
     **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda value, share: value * share),
     **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: round(1 - (1 - value) * share, 6)),
-    "number": lambda value, share: max(round(value * share), 1),
+    "number": lambda value, share: round(value * share),
 }
 """Option -> its value at a share of the strength; at 0, what a pass has of them together prunes nothing."""
 
@@ -172,8 +172,16 @@ def _trial(share: float, candidate: Candidate) -> Trial:
 
 
 def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:
-    """The pass with this share of multiply-adds to keep, where it could have one and says no amount."""
-    return replace(one, macs=macs) if hasattr(one, "macs") and not _strengths(one) else one  # type: ignore[type-var]
+    """The pass with an amount, where it says none: this share of multiply-adds to keep, or half of the zeros.
+
+    N:M patterns and masks say how much, too.
+    """
+    if any(value is not None for value in _amounts(one).values()):
+        return one
+    if hasattr(one, "macs"):
+        return replace(one, macs=macs)  # type: ignore[type-var]
+    says = getattr(one, "nm", None) or getattr(one, "masks", None)
+    return replace(one, sparsity=0.5) if hasattr(one, "sparsity") and not says else one  # type: ignore[type-var]
 
 
 def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
@@ -182,9 +190,14 @@ def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
 
 
 def _strengths(one: ir.passes.PassBase) -> dict[str, Any]:
-    """The options of a pass that say how much it prunes, as far as they are given."""
+    """The amounts of a pass that are more than nothing."""
+    return {name: value for name, value in _amounts(one).items() if value}
+
+
+def _amounts(one: ir.passes.PassBase) -> dict[str, Any]:
+    """The options of a pass that say how much it prunes; None where one is not given."""
     found = {option.name: getattr(one, option.name) for option in options_of(one)}
-    return {name: value for name, value in found.items() if name in _STRENGTH and value is not None}
+    return {name: value for name, value in found.items() if name in _STRENGTH}
 
 
 def _weighted(
