@@ -17,9 +17,11 @@ from onnxopt.calibration.exposing import Slices
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
-from onnxopt.pruning.cut import set_constant
+from onnxopt.pruning.cut import new_constant, set_constant
+from onnxopt.pruning.levels import FLOATS
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
+from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]
 
@@ -55,8 +57,10 @@ class _Layer:
 
 def reconstruct(
     model: ir.Model, whole: ir.Model, kept: Mapping[str, np.ndarray], samples: Sequence[Feeds]
-) -> None:
+) -> list[ir.Node]:
     """Change weights and biases in place, so that layers write what they wrote before, as well as they can.
+
+    A Conv or Gemm without a bias gets one. Gives the nodes whose constants are others.
 
     Args:
         model: with channels cut.
@@ -65,6 +69,7 @@ def reconstruct(
         samples: complete feeds.
     """
     samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
+    _add_biases(model, kept)
     order, start = list(model.graph), 0
     place = {node: number for number, node in enumerate(order)}
     layers = {node: _layer(node, place, len(samples)) for node in order if _can_learn(node, kept)}
@@ -82,14 +87,29 @@ def reconstruct(
             states = [{**one, **old, **new} for one, old, new in zip(samples, left, written, strict=True)]
             start = end
         _learn(layer, states, targets.pop(node.outputs[0].name or ""))
+    return list(layers)
+
+
+def _add_biases(model: ir.Model, kept: Mapping[str, np.ndarray]) -> None:
+    scope = next(iter(scopes(model)))
+    for node in list(model.graph):
+        has_one = node.op_type == "MatMul" or (len(node.inputs) > 2 and node.inputs[2] is not None)
+        weight = constant_array(node.inputs[1]) if not has_one and _can_learn(node, kept) else None
+        if weight is not None:
+            name = node.outputs[0].name or ""
+            zeros = np.zeros(int(kept[name].sum()), weight.dtype)
+            node.resize_inputs(3)
+            node.replace_input_with(2, new_constant(scope, node, zeros, f"{name}/bias"))
 
 
 def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
-    """Whether a weight of the layer's own is summed up over all channels."""
+    """Whether a weight of the layer's own, in floating point, is summed up over all channels."""
     if not has_rows(node) or int_attr(node, "transA", 0) or int_attr(node, "group", 1) != 1:
         return False
     weight = node.inputs[1]
-    return weight is not None and use_count(weight) == 1 and (node.outputs[0].name or "") in kept
+    if weight is None or use_count(weight) > 1 or weight.dtype not in FLOATS:
+        return False
+    return (node.outputs[0].name or "") in kept
 
 
 def _layer(node: ir.Node, place: Mapping[ir.Node, int], samples: int) -> _Layer:
@@ -138,8 +158,10 @@ def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: S
     if layer.beside:
         y = y - np.concatenate([result_rows(node, one[layer.beside], layer.most) for one in states])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    has_bias = constant_array(bias) is not None and use_count(bias) == 1 if bias is not None else False
-    mean, goal = x.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
+    held = constant_of(bias)
+    own = bias is not None and use_count(bias) == 1
+    has_bias = own and held is not None and held.size == y.shape[1]
+    mean, goal = (has_bias * rows.mean(0, dtype=np.float64) for rows in (x, y))
     x = x - mean.astype(x.dtype)
     missing = y - goal.astype(y.dtype) - x @ weight.T.astype(x.dtype)
     new = weight + _ridge(x, missing).T
