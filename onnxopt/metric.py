@@ -19,7 +19,7 @@ from onnxopt.data.python import told
 from onnxopt.errors import OnnxoptError, UsageError, did_you_mean
 from onnxopt.verification.distance import Distance
 
-__all__ = ["BUILTIN", "Budget", "Metric", "Run", "Split", "load_metric", "parse_drop"]
+__all__ = ["BUILTIN", "Budget", "Metric", "NoRowsError", "Run", "Split", "load_metric", "parse_drop"]
 
 Run = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Runs a complete feed (input name -> array) through a model; gives output name -> array."""
@@ -31,6 +31,10 @@ _MOST_DB = 150.0
 """More than float32 resolves: the SQNR of equal outputs."""
 _SLACK = 1e-9
 """Relative rounding error of a difference of two scores that is forgiven."""
+
+
+class NoRowsError(UsageError):
+    """Agreement says nothing of outputs without rows."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ def load_metric(
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a score may be lost: in the metric's own unit, or as a share of the score before."""
+    """How much of a score may be lost: in the metric's own unit, or as a share of the score before.
+
+    An infinite drop allows any score.
+    """
 
     drop: float
     relative: bool = False
@@ -109,9 +116,11 @@ class Budget:
         """Whether `after` is within the budget; rounding of the difference is forgiven."""
         limit = self.drop * abs(before) if self.relative else self.drop
         drop, slack = before - after, _SLACK * max(abs(before), abs(after))
-        return after >= before or (math.isfinite(drop) and drop <= limit + slack)
+        return after >= before or math.isinf(self.drop) or (math.isfinite(drop) and drop <= limit + slack)
 
     def __str__(self) -> str:
+        if math.isinf(self.drop):
+            return "anything"
         return f"{self.drop * 100:g}%" if self.relative else f"{self.drop:g}"
 
 
@@ -161,7 +170,7 @@ def _agreement(distances: Mapping[str, Distance]) -> float:
     ]
     rows = sum(count for _, count in counts)
     if not rows:
-        raise UsageError("metric agreement: no output has rows of scores or labels; take sqnr or mse")
+        raise NoRowsError("metric agreement: no output has rows of scores or labels; take sqnr or mse")
     return sum(agreeing for agreeing, _ in counts) / rows
 
 
