@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-SECTIONS = {"qat": "benchmarks.train_qat"}
-"""Section -> the module whose `main` takes the other arguments."""
+SECTIONS = {
+    **dict.fromkeys(("distill", "prune", "recover"), "benchmarks.train_distill"),
+    "qat": "benchmarks.train_qat",
+    "step": "benchmarks.train_step",
+}
+"""Section -> the module whose `main` takes the section and the other arguments."""
 
 
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in SECTIONS:
         sys.exit(f"usage: python benchmarks/train.py {'|'.join(SECTIONS)} [options]")
-    importlib.import_module(SECTIONS[arguments[0]]).main(arguments[1:])
+    importlib.import_module(SECTIONS[arguments[0]]).main(arguments)
 
 
 if __name__ == "__main__":

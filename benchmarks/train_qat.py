@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--only", nargs="*", default=list(MODELS))
     parser.add_argument("--variants", nargs="*", default=list(REAL))
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(arguments[1:])
     torch.set_num_threads(1)
     if given.seeds:
         digits(given.seeds)
