@@ -153,7 +153,7 @@ class Builder:
         maybe = [self._is_host(value) for value in node.inputs]
         all_host = operator.host and all(maybe) and node.op_type not in NONDETERMINISTIC
         inputs = [
-            self.slot(value, all_host or operator.raw or i in operator.static)
+            self.slot(value, all_host or operator.raw or i in (*operator.static, *operator.either))
             for i, value in enumerate(node.inputs)
         ]
         outputs = [self._new(value) if value.name else -1 for value in node.outputs]

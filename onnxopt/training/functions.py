@@ -17,7 +17,7 @@ __all__ = ["FunctionBody", "has_function"]
 
 _TYPES = {torch_type: dtype for dtype, torch_type in NATIVE.items()}
 
-_Types = tuple[ir.DataType | None, ...]
+_Types = tuple[tuple[ir.DataType | None, tuple[int, ...] | None], ...]
 
 
 def has_function(node: ir.Node, version: int) -> bool:
@@ -29,29 +29,40 @@ def has_function(node: ir.Node, version: int) -> bool:
 
 
 class FunctionBody:
-    """Runs a node by the function of its operator; one body for each combination of input types."""
+    """Runs a node by the function of its operator; one body for each combination of input types and shapes."""
 
     def __init__(self, node: onnx.NodeProto, version: int) -> None:
         self._node, self._version = node.SerializeToString(deterministic=True), version
-        self._bodies: dict[_Types, Body] = {}
+        self._bodies: dict[_Types, tuple[Body, tuple[int | None, ...]]] = {}
 
     def __call__(self, *args: Any, ctx: Context) -> Any:
-        types = tuple(known or _type_of(one) for known, one in zip(ctx.inputs, args, strict=True))
+        types = tuple(
+            (known or _type_of(one), tuple(one.shape) if isinstance(one, torch.Tensor | Host) else None)
+            for known, one in zip(ctx.inputs, args, strict=True)
+        )
         if types not in self._bodies:
             self._bodies[types] = self._expand(types)
         anchor = next((one for one in args if isinstance(one, torch.Tensor)), torch.empty(0))
-        return tuple(self._bodies[types](args, (), anchor))
+        body, places = self._bodies[types]
+        found = body(args, (), anchor)
+        return tuple(None if place is None else found[place] for place in places)
 
     @torch.compiler.disable
-    def _expand(self, types: _Types) -> Body:
+    def _expand(self, types: _Types) -> tuple[Body, tuple[int | None, ...]]:
+        """The body, and where its outputs are among those that it really gives."""
         from onnxopt.training.build import Builder
 
         node = onnx.NodeProto.FromString(self._node)
-        function = ir.serde.deserialize_function(_function(node, self._version, types))
+        proto = _function(node, self._version, types)
+        given = {name: None for one in proto.node for name in one.output} | dict.fromkeys(proto.input)
+        outputs = [name for name in proto.output if name in given]
+        places = tuple(outputs.index(name) if name in given else None for name in proto.output)
+        proto.output[:] = outputs
+        function = ir.serde.deserialize_function(proto)
         _fill_in(function, node, self._version)
-        for value, dtype in zip(function.inputs, types, strict=False):
+        for value, (dtype, _) in zip(function.inputs, types, strict=False):
             value.type = None if dtype is None else ir.TensorType(dtype)
-        return Body(Builder(function.opset_imports, {}).build(function.graph))
+        return Body(Builder(function.opset_imports, {}).build(function.graph)), places
 
 
 def _type_of(value: Any) -> ir.DataType | None:
@@ -67,10 +78,12 @@ def _function(node: onnx.NodeProto, version: int, types: _Types) -> onnx.Functio
         newest = max(v for v in schema.function_opset_versions if v <= version)
         return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(newest))
     given = []
-    for dtype in types:
+    for dtype, shape in types:
         proto = onnx.TypeProto()
         if dtype is not None:
             proto.tensor_type.elem_type = dtype
+        for size in shape or ():
+            proto.tensor_type.shape.dim.add(dim_value=size)
         given.append(proto.SerializeToString())
     newest = max(v for v in schema.context_dependent_function_opset_versions if v <= version)
     data = schema.get_context_dependent_function_with_opset_version(newest, node.SerializeToString(), given)

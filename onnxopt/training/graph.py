@@ -35,7 +35,7 @@ class Step:
     ) -> None:
         self.operator, self.options, self.ctx, self.name = operator, dict(options), ctx, name
         self.inputs, self.outputs, self.captures = tuple(inputs), tuple(outputs), tuple(captures)
-        self.plain = not (operator.static or maybe_host or captures or operator.raw)
+        self.plain = not (operator.static or operator.either or maybe_host or captures or operator.raw)
         self.free: tuple[int, ...] = ()
         self.tracks = False
         self.bind()
@@ -61,13 +61,17 @@ class Step:
             if self.captures:
                 return self.run(*args, outer=[values[i] for i in self.captures], anchor=anchor)
             return self.run(*args)
-        static = self.operator.static
-        if self.operator.host and all(one is None or isinstance(one, Host) for one in args):
+        operator, static = self.operator, self.operator.static
+        if operator.host and all(one is None or isinstance(one, Host) for one in args):
             return on_host(self.run, static, *args)
         device = next((one.device for one in args if isinstance(one, torch.Tensor)), anchor.device)
         return self.run(
             *[
-                numbers_of(one) if i in static else to_device(one, device) if isinstance(one, Host) else one
+                numbers_of(one)
+                if i in static
+                else to_device(one, device)
+                if isinstance(one, Host) and i not in operator.either
+                else one
                 for i, one in enumerate(args)
             ]
         )

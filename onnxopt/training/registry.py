@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -38,6 +38,7 @@ class Operator:
 
     run: the function. static: positions that it gets as numbers. raw: it gets all inputs as they come, on the
     host or not. host: it is computed on the host where all inputs are there. since: the first version.
+    either: positions that it gets on the host where they are there.
     Attributes go to the parameters of their name: also to those of inputs, which older versions have instead.
     """
 
@@ -47,6 +48,7 @@ class Operator:
     host: bool = True
     since: int = 1
     key: str = ""
+    either: tuple[int, ...] = ()
 
     @functools.cached_property
     def wants_context(self) -> bool:
@@ -70,10 +72,15 @@ Table = Mapping[str, Operator | tuple[Operator, ...]]
 
 
 def op(
-    run: Callable[..., Any], *static: int, since: int = 1, raw: bool = False, host: bool = True
+    run: Callable[..., Any],
+    *static: int,
+    since: int = 1,
+    raw: bool = False,
+    host: bool = True,
+    either: tuple[int, ...] = (),
 ) -> Operator:
     """A row of a table."""
-    return Operator(run, static, raw, host and not raw, since)
+    return Operator(run, static, raw, host and not raw, since, either=either)
 
 
 def same(functions: Mapping[str, Callable[..., Any]], *static: int) -> dict[str, Operator]:
@@ -99,9 +106,9 @@ def _rows() -> dict[str, tuple[Operator, ...]]:
     return {key: tuple(_named(key, rows)) for table in TABLES for key, rows in table.items()}
 
 
-def _named(key: str, rows: Operator | tuple[Operator, ...]) -> Iterable[Operator]:
+def _named(key: str, rows: Operator | tuple[Operator, ...]) -> Iterator[Operator]:
     for row in rows if isinstance(rows, tuple) else (rows,):
-        yield Operator(row.run, row.static, row.raw, row.host, row.since, key)
+        yield replace(row, key=key)
 
 
 def _row(key: str, since: int) -> Operator:

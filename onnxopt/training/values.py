@@ -105,8 +105,8 @@ def deliver(value: Any, dtype: ir.DataType | None, anchor: Tensor) -> Any:
         value = to_device(value, anchor.device)
     if dtype in _CARRIED and dtype in NATIVE and isinstance(value, Tensor):
         return value.to(NATIVE[dtype])
-    if dtype is not None and isinstance(value, Tensor) and not value.dtype.is_floating_point:
-        return value.to(CARRIERS[dtype]) if dtype in CARRIERS else value
+    if dtype in CARRIERS and isinstance(value, Tensor) and not CARRIERS[dtype].is_floating_point:
+        return value.to(CARRIERS[dtype])  # integers that are carried as floats
     return value
 
 

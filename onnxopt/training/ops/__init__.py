@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxopt.training.ops import index, math, nn, shape
+from onnxopt.training.ops import index, math, nn, quantize, shape
 
-TABLES = (index.TABLE, math.TABLE, nn.TABLE, shape.TABLE)
+TABLES = (index.TABLE, math.TABLE, nn.TABLE, quantize.TABLE, shape.TABLE)
 """All tables; no operator is in two."""

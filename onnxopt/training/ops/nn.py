@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onnxopt.training.registry import Context, op
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "conv"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -46,7 +46,7 @@ def _flat(begins: Sequence[int], ends: Sequence[int]) -> list[int]:
     return [n for pair in zip(reversed(begins), reversed(ends), strict=True) for n in pair]
 
 
-def _conv(
+def conv(
     x: Tensor,
     w: Tensor,
     b: Tensor | None = None,
@@ -227,8 +227,6 @@ def _batch_norm(
     momentum: float = 0.9,
     training_mode: int = 0,
     batch: bool = False,
-    spatial: int = 1,
-    ctx: Context,
 ) -> Any:
     if batch:
         return F.batch_norm(x, mean, var, scale, bias, True, 1 - momentum, epsilon)
@@ -253,13 +251,12 @@ def _layer_norm(
     *,
     axis: int = -1,
     epsilon: float = 1e-5,
-    stash_type: int = 1,
     ctx: Context,
 ) -> Any:
     shape = tuple(x.shape[axis % x.dim() :])
-    if ctx.outputs < 2 and scale is not None and tuple(scale.shape) == shape:
-        if bias is None or tuple(bias.shape) == shape:
-            return F.layer_norm(x, shape, scale, bias, epsilon)
+    fits = all(one is None or tuple(one.shape) == shape for one in (scale, bias))
+    if ctx.outputs < 2 and fits:
+        return F.layer_norm(x, shape, scale, bias, epsilon)
     axes = tuple(range(axis % x.dim(), x.dim()))
     mean = x.mean(axes, keepdim=True)
     deviation = torch.rsqrt((x - mean).square().mean(axes, keepdim=True) + epsilon)
@@ -280,9 +277,7 @@ def _instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1
     return F.instance_norm(x, None, None, scale, bias, True, 0.0, epsilon)
 
 
-def _group_norm(
-    x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1
-) -> Tensor:
+def _group_norm(x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsilon: float = 1e-5) -> Tensor:
     return F.group_norm(x, num_groups, scale, bias, epsilon)
 
 
@@ -306,9 +301,6 @@ def _dropout(
     x: Tensor,
     ratio: Sequence[float] | float = 0.5,
     training_mode: Sequence[bool] | None = None,
-    *,
-    seed: int | None = None,
-    ctx: Context,
 ) -> tuple[Tensor, ...]:
     rate = ratio if isinstance(ratio, float) else ratio[0] if ratio else 0.5
     if not (training_mode and training_mode[0]) or rate == 0:
@@ -331,7 +323,7 @@ def _mean_variance(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
 TABLE = {
     "AveragePool": op(_average_pool),
     "BatchNormalization": op(_batch_norm),
-    "Conv": op(_conv),
+    "Conv": op(conv),
     "ConvTranspose": op(_conv_transpose),
     "Dropout": op(_dropout, 1, 2),
     "GlobalAveragePool": op(lambda x: x.mean(_axes(x), keepdim=True)),

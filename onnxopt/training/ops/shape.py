@@ -133,10 +133,10 @@ def _reflected(size: int, begin: int, end: int, mode: str, device: torch.device)
     return (size - 1) - ((at % period) - (size - 1)).abs()
 
 
-def _constant(*, ctx: Context, **attributes: Any) -> Any:
+def _constant(**attributes: Any) -> Any:
     (name, value), *_ = attributes.items()
     if name == "value":
-        return value if isinstance(value, Host) else value
+        return value
     dtype = torch.float32 if name.startswith("value_float") else torch.int64
     shape = (len(value),) if name.endswith("s") else ()
     return Host(dtype, shape, tuple(value) if shape else (value,))
@@ -147,7 +147,7 @@ def _constant_of_shape(shape: Sequence[int], *, value: Any = None) -> Tensor:
     return torch.full(tuple(shape), filler.data[0], dtype=filler.dtype)
 
 
-def _range(start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any], *, ctx: Context) -> Tensor:
+def _range(start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any]) -> Tensor:
     count = max(math.ceil((limit[0] - start[0]) / delta[0]), 0)
     dtype = torch.int64 if isinstance(start[0], int) else torch.float32
     return torch.arange(count, dtype=dtype) * delta[0] + start[0]

@@ -1,0 +1,222 @@
+"""Quantization as the runtime does it, with gradients: a division, a clip, and then rounding half to even.
+
+Integers that QuantizeLinear gives are carried as floats, so that gradients reach what is before it; behind
+DequantizeLinear the two are one step, `fake_quantize`. Gradients: straight through the rounding, and for
+the scale those of LSQ (Esser et al., arXiv 1902.08153), which need the clip before the rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from onnxopt.training.minifloat import passed, round_to
+from onnxopt.training.registry import Context, op
+from onnxopt.training.values import CARRIERS, Host, to_device
+
+__all__ = ["TABLE", "dequantize", "fake_quantize", "limits", "quantize"]
+
+_T = ir.DataType
+_BITS = {
+    _T.INT2: (-2, 1),
+    _T.INT4: (-8, 7),
+    _T.INT8: (-128, 127),
+    _T.INT16: (-(2**15), 2**15 - 1),
+    _T.UINT2: (0, 3),
+    _T.UINT4: (0, 15),
+    _T.UINT8: (0, 255),
+    _T.UINT16: (0, 2**16 - 1),
+    _T.INT32: (-(2**31), 2**31 - 1),
+}
+
+Zero = Tensor | Host | None
+
+
+def limits(dtype: ir.DataType) -> tuple[int, int]:
+    """The least and the largest integer of a type.
+
+    Raises:
+        KeyError: the type is no integer of quantized data.
+    """
+    return _BITS[dtype]
+
+
+def spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
+    """Scales or zero points in a shape that goes with x: one, one a slice of `axis`, or one a block of it."""
+    if values.numel() == 1 and not block_size:
+        return values.reshape(())
+    if block_size:
+        return values.repeat_interleave(block_size, axis).narrow(axis, 0, x.shape[axis])
+    return values.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
+
+
+def _zero(zero: Zero, x: Tensor, axis: int, block_size: int) -> Tensor | float:
+    """A number where there is but one, whatever its shape: the quick way through `clamp`."""
+    if zero is None:
+        return 0.0
+    if isinstance(zero, Host):
+        if len(set(zero.data)) == 1:
+            return float(zero.data[0])
+        zero = to_device(zero, x.device)
+    return spread(zero.to(x.dtype), x, axis, block_size)
+
+
+class _Fake(torch.autograd.Function):
+    """Rounded, clipped and scaled back; of x and the scale alone, the zero point is in the limits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+        ctx.save_for_backward(x, scale, *(one for one in (low, high) if isinstance(one, Tensor)))
+        ctx.limits = None if isinstance(low, Tensor) else (low, high)
+        return (x / scale).clamp_(low, high).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, scale, *bounds = ctx.saved_tensors
+        low, high = ctx.limits or bounds
+        steps = x / scale
+        inside = (steps >= low) & (steps <= high)
+        by_scale = None
+        if ctx.needs_input_grad[1]:
+            error = steps.clamp(low, high).round_().sub_(steps * inside)
+            by_scale = (grad * error).sum_to_size(scale.shape)
+        return grad * inside, by_scale, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: int, high: int) -> Tensor:
+    """DequantizeLinear(QuantizeLinear(x)) in one step; scale and zero point in shapes that go with x."""
+    return _Fake.apply(x, scale, low - zero, high - zero)  # type: ignore[no-any-return]
+
+
+def _kind(ctx: Context, output_dtype: int, zero: Zero) -> ir.DataType:
+    found = ctx.results[0] or (ctx.inputs[2] if len(ctx.inputs) > 2 else None)
+    if found is None or not (output_dtype or zero is not None):
+        return _T(output_dtype) if output_dtype else _T.UINT8
+    return found
+
+
+def _wide(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one type, of 32 bits at least."""
+    kind = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    return x.to(kind), scale.to(kind)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero: Zero,
+    dtype: ir.DataType,
+    axis: int,
+    block_size: int,
+    saturate: bool = True,
+) -> Tensor:
+    """The integers (or small floats) of x, carried as floats."""
+    x, scale = _wide(x, scale)
+    steps = x / spread(scale, x, axis, block_size)
+    if dtype not in _BITS:
+        return round_to(steps, dtype, saturate=saturate)
+    low, high = _BITS[dtype]
+    offset = _zero(zero, x, axis, block_size)
+    clipped = steps.clamp(low - offset, high - offset)
+    return passed(clipped, clipped.detach().round()) + offset
+
+
+def dequantize(q: Tensor, scale: Tensor, zero: Zero, axis: int, block_size: int) -> Tensor:
+    """The floats that integers stand for, in the scale's type."""
+    wide = q if q.dtype == torch.float64 else q.float()
+    offset = _zero(zero, wide, axis, block_size)
+    shifted = wide if isinstance(offset, float) and offset == 0 else wide - offset
+    return (shifted * spread(scale.to(wide.dtype), wide, axis, block_size)).to(scale.dtype)
+
+
+def _quantize_linear(
+    x: Tensor,
+    scale: Tensor,
+    zero: Zero = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+    saturate: int = 1,
+    ctx: Context,
+) -> Tensor:
+    return quantize(x, scale, zero, _kind(ctx, output_dtype, zero), axis, block_size, bool(saturate))
+
+
+def _dequantize_linear(
+    q: Tensor,
+    scale: Tensor,
+    zero: Zero = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+) -> Tensor:
+    found = dequantize(q, scale, zero, axis, block_size)
+    return found.to(CARRIERS[_T(output_dtype)]) if output_dtype else found
+
+
+def _both(
+    x: Tensor,
+    scale: Tensor,
+    zero: Zero = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+    ctx: Context,
+) -> Tensor:
+    kind = x.dtype
+    wide, scale = _wide(x, scale)
+    low, high = limits(_kind(ctx, output_dtype, zero))
+    offset = _zero(zero, wide, axis, block_size)
+    return fake_quantize(wide, spread(scale, wide, axis, block_size), offset, low, high).to(kind)
+
+
+def _dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = (high - low) / 255
+    zero = (-low / scale).clamp(0, 255).round()
+    return quantize(x, scale, zero, _T.UINT8, 0, 0), scale, zero
+
+
+def _centred(x: Tensor, zero: Zero, axis: int) -> Tensor:
+    """Integers less their zero point, as doubles: sums of products of them are exact."""
+    wide = x.double()
+    if zero is None:
+        return wide
+    zero = to_device(zero, x.device) if isinstance(zero, Host) else zero
+    zero = zero.double()
+    if zero.numel() == 1:
+        return wide - zero.reshape(())
+    return wide - (
+        zero if zero.dim() > 1 else zero.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
+    )
+
+
+def _matmul_integer(a: Tensor, b: Tensor, zero_a: Zero = None, zero_b: Zero = None) -> Tensor:
+    found = _centred(a, zero_a, -2) @ _centred(b, zero_b, -1)
+    return found.to(torch.int32)
+
+
+def _conv_integer(
+    x: Tensor, w: Tensor, zero_x: Zero = None, zero_w: Zero = None, **attributes: Any
+) -> Tensor:
+    from onnxopt.training.ops.nn import conv
+
+    return conv(_centred(x, zero_x, 1), _centred(w, zero_w, 0), **attributes).to(torch.int32)
+
+
+TABLE = {
+    "ConvInteger": op(_conv_integer, either=(2, 3)),
+    "DequantizeLinear": op(_dequantize_linear, either=(2,)),
+    "DynamicQuantizeLinear": op(_dynamic),
+    "MatMulInteger": op(_matmul_integer, either=(2, 3)),
+    "QuantizeLinear": op(_quantize_linear, either=(2,)),
+    "com.microsoft::DequantizeLinear": op(_dequantize_linear, either=(2,)),
+    "com.microsoft::QuantizeLinear": op(_quantize_linear, either=(2,)),
+    "onnxopt::FakeQuantize": op(_both, either=(2,)),
+}
