@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.api import Package, optimize, pack, quantize, unpack
+    from onnxopt.api import Package, optimize, pack, prune, quantize, unpack
     from onnxopt.benchmarking import Timing, bench
     from onnxopt.claims import Pass
     from onnxopt.diagnosis import diagnose
@@ -64,6 +64,7 @@ _HOMES = {
     "optimize": "api",
     "pack": "api",
     "parse_pass": "recipe",
+    "prune": "api",
     "quantize": "api",
     "save": "storage",
     "unpack": "api",
@@ -99,6 +100,7 @@ __all__ = [
     "optimize",
     "pack",
     "parse_pass",
+    "prune",
     "quantize",
     "save",
     "unpack",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxopt.claims import KINDS, Kind, Pass, kind_of, pass_name
+from onnxopt.errors import UsageError
 from onnxopt.graph import nodes, tensors
 from onnxopt.ledger import Ledger, Rewrite
 from onnxopt.protobuf import skeleton
@@ -89,6 +90,8 @@ def attempt(
             done.model = _apply(one, done.model, ledger)
             ledger.visiting = None
             done.problem = _problem(one, done, signature, tolerated)
+        except UsageError:  # an option that this model has no use for is the user's to change
+            raise
         except Exception as error:
             done.problem = f"{type(error).__name__}: {error}"
         if done.problem is not None:

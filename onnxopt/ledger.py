@@ -84,6 +84,10 @@ class Ledger:
         self.retract(rule, site)
         return True
 
+    def has_granted(self, rule: str) -> bool:
+        """Whether the pass that runs has made such a rewrite before, in an earlier round."""
+        return any((one.pass_name, one.rule) == (self.pass_name, rule) for one in self.granted)
+
     def retract(self, rule: str, site: str) -> None:
         """Forget why a rewrite was declined before, which now is made, or no longer applies."""
         if self.declined:

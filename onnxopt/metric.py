@@ -100,7 +100,10 @@ def load_metric(
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a score may be lost: in the metric's own unit, or as a share of the score before."""
+    """How much of a score may be lost: in the metric's own unit, or as a share of the score before.
+
+    An infinite drop allows any score.
+    """
 
     drop: float
     relative: bool = False
@@ -109,9 +112,11 @@ class Budget:
         """Whether `after` is within the budget; rounding of the difference is forgiven."""
         limit = self.drop * abs(before) if self.relative else self.drop
         drop, slack = before - after, _SLACK * max(abs(before), abs(after))
-        return after >= before or (math.isfinite(drop) and drop <= limit + slack)
+        return after >= before or math.isinf(limit) or (math.isfinite(drop) and drop <= limit + slack)
 
     def __str__(self) -> str:
+        if math.isinf(self.drop):
+            return "anything"
         return f"{self.drop * 100:g}%" if self.relative else f"{self.drop:g}"
 
 

@@ -1,4 +1,4 @@
-"""What `optimize`, `quantize` and the trainings give back, and how it is written."""
+"""What `optimize`, `quantize`, `prune` and the trainings give back, and how it is written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxopt.model import ModelLike
 from onnxopt.protobuf import dump
 from onnxopt.reporting import Report
+from onnxopt.reporting.pruning import PruningReport
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.reporting.report import SESSION_SCHEMA, session_file
 from onnxopt.reporting.training import TrainingReport
@@ -22,7 +23,7 @@ from onnxopt.storage import check_target, save, staging
 __all__ = ["Result"]
 
 
-Told = TypeVar("Told", Report, QuantizationReport, TrainingReport)
+Told = TypeVar("Told", Report, QuantizationReport, PruningReport, TrainingReport)
 
 
 @dataclass(frozen=True)

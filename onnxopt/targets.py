@@ -89,7 +89,8 @@ class Target:
     domains outside the ONNX standard. recipe: the pipeline that prepares a model for it. opset: the
     version of the standard operators that a pass may raise a model to; None: the model's own stays.
     placement: how int8 is written for it; empty where int8 does not pay. sessions: whether it runs in
-    sessions of ONNX Runtime, for which settings may be proposed.
+    sessions of ONNX Runtime, for which settings may be proposed. multiple: of so many channels its kernels
+    work on at once.
     """
 
     name: str
@@ -100,12 +101,22 @@ class Target:
     placement: str
     about: str
     sessions: bool = True
+    multiple: int = 8
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "cpu", True, "cpu", 23, "x86", "ONNX Runtime on the CPU; its own fused operators, too"),
+        Target(
+            "cpu",
+            "cpu",
+            True,
+            "cpu",
+            23,
+            "x86",
+            "ONNX Runtime on the CPU; its own fused operators, too",
+            multiple=16,
+        ),
         Target("arm", "cpu", True, "cpu", 23, "arm", "ONNX Runtime on ARM; its own fused operators, too"),
         Target(
             "cuda",

@@ -13,6 +13,7 @@ import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxopt.claims import Kind, Pass
+from onnxopt.errors import UsageError
 from onnxopt.ledger import Ledger, Rewrite, site_of
 from onnxopt.model import opener
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
@@ -134,6 +135,21 @@ def test_a_pass_that_raises_without_a_claim_is_left_out_whole() -> None:
     assert [str(left.rewrite) for left in outcome.left_out] == ["raises: the whole pass"]
     assert len(outcome.model.graph) == 5
     assert_equivalent(text_model(CHAIN), outcome.model)
+
+
+@dataclass(frozen=True)
+class Useless(Pass):
+    """Has an option that this model has no use for."""
+
+    name = "useless"
+
+    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+        raise UsageError("useless: there is nothing to choose from")
+
+
+def test_an_option_that_is_of_no_use_is_the_users_to_change() -> None:
+    with pytest.raises(UsageError, match="nothing to choose from"):
+        Pipeline((Useless(),)).run(opener(text_model(CHAIN)))
 
 
 def break_order(model: ir.Model) -> None:

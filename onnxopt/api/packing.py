@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import onnx
 
 from onnxopt.api.common import silent
 from onnxopt.errors import ModelError, UsageError
+from onnxopt.graph import tensor_bytes
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, reusable
 from onnxopt.packing import is_packed
@@ -23,7 +25,10 @@ from onnxopt.packing.unpacker import move, restore
 from onnxopt.protobuf import serialize
 from onnxopt.storage import Staged, commit, save, staging
 
-__all__ = ["Package", "pack", "unpack"]
+__all__ = ["Package", "pack", "packed_sizes", "unpack"]
+
+_QUICK = 256 << 20
+"""Bytes of a model that is packed just to know how large it gets."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,19 @@ def unpack(
         index = restore(source, folder, progress or silent)
         move(index, folder, target.resolve())
     return _package(index, source.stat().st_size)
+
+
+def packed_sizes(*models: ModelLike) -> tuple[int, ...] | None:
+    """How many bytes models take once they are packed; None without zstandard, or of more than 256 MB."""
+    if importlib.util.find_spec("zstandard") is None:
+        return None
+    sizes = []
+    with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
+        for model in models:
+            if tensor_bytes(load(model)) > _QUICK:
+                return None
+            sizes.append(pack(model, Path(folder, "pack")).packed_bytes)
+    return tuple(sizes)
 
 
 @contextmanager

@@ -31,19 +31,38 @@ class Layer:
     """A Conv, Gemm or MatMul with a constant weight, and what it is multiplied with.
 
     weight: float64 [groups, channels of a group, summands]. shape: of the weight as it is stored. moments:
-    float64 [groups, summands, summands], the sum of the outer products of what the weight is multiplied with.
+    float64 [groups, summands, summands], the sum of the outer products of what the weight is multiplied with;
+    only the diagonals [groups, summands] where `diagonal`. sums: float64 [groups, summands], the sum of it.
+    positions: int64 [], how many were added up.
     waiting: float32 [groups, positions, summands] of samples, whose moments are still to be added.
     """
 
     node: ir.Node
     weight: np.ndarray
     shape: tuple[int, ...]
+    diagonal: bool = False
     moments: np.ndarray = field(init=False)
+    sums: np.ndarray = field(init=False)
+    positions: np.ndarray = field(init=False)
     waiting: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups, _, summands = self.weight.shape
-        object.__setattr__(self, "moments", np.zeros((groups, summands, summands)))
+        object.__setattr__(self, "moments", np.zeros((groups, summands) + (summands,) * (not self.diagonal)))
+        object.__setattr__(self, "sums", np.zeros((groups, summands)))
+        object.__setattr__(self, "positions", np.zeros((), np.int64))
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Of what the weight is multiplied with: float64 [groups, summands]."""
+        mean: np.ndarray = self.sums / max(int(self.positions), 1)
+        return mean
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Of the same, times the positions: float64 [groups, summands, summands]."""
+        covariance: np.ndarray = self.moments - self.sums[:, :, None] * self.mean[:, None]
+        return covariance
 
     @property
     def source(self) -> str:
@@ -57,6 +76,8 @@ def layers_with_moments(
     nodes: Sequence[ir.Node],
     samples: Sequence[Feeds],
     seen: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    *,
+    diagonal: bool = False,
 ) -> Iterator[Layer]:
     """Those of the nodes that have rows (`windows.has_rows`) of at most 2048 summands, with their moments.
 
@@ -65,16 +86,17 @@ def layers_with_moments(
         nodes: which of them.
         samples: complete feeds.
         seen: what a layer sees of its first operand: from its name and float32 rows to rows; None: the rows.
+        diagonal: only the mean squares of the summands, of layers of any size.
 
     Moments of at most 256 MB are held at once, and the samples run once for each such batch.
     """
-    for batch in _batches(nodes):
-        layers = [_layer(node) for node in batch]
+    for batch in _batches(nodes, diagonal):
+        layers = [_layer(node, diagonal) for node in batch]
         _add_moments(model, layers, samples, seen)
         yield from layers
 
 
-def _batches(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
+def _batches(nodes: Sequence[ir.Node], diagonal: bool) -> list[list[ir.Node]]:
     """The layers in batches whose moments fit the memory."""
     batches: list[list[ir.Node]] = [[]]
     filled = 0
@@ -83,9 +105,9 @@ def _batches(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
         if weight is None:
             continue
         groups, _, summands = weight_rows(node, np.broadcast_to(np.float32(0), sizes_of(weight))).shape
-        if summands > MOST_SUMMANDS:
+        if summands > MOST_SUMMANDS and not diagonal:
             continue
-        size = groups * summands**2 * 8
+        size = weight.size * 8 if diagonal else groups * summands**2 * 8
         if batches[-1] and filled + size > _MEMORY:
             batches.append([])
             filled = 0
@@ -94,11 +116,11 @@ def _batches(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     return [batch for batch in batches if batch]
 
 
-def _layer(node: ir.Node) -> Layer:
+def _layer(node: ir.Node, diagonal: bool) -> Layer:
     tensor = constant_of(node.inputs[1])
     assert tensor is not None  # it has rows
     array = tensor.numpy().astype(np.float64)
-    return Layer(node, weight_rows(node, array), array.shape)
+    return Layer(node, weight_rows(node, array), array.shape, diagonal)
 
 
 def _add_moments(
@@ -133,5 +155,8 @@ def _add_waiting(layer: Layer) -> None:
     """Many rows at once take a fraction of the time of a sample's few."""
     if layer.waiting:
         rows = np.concatenate(layer.waiting, axis=1)
-        layer.moments[...] += rows.swapaxes(1, 2) @ rows
+        squares = np.einsum("gps,gps->gs", rows, rows) if layer.diagonal else rows.swapaxes(1, 2) @ rows
+        layer.moments[...] += squares
+        layer.sums[...] += rows.sum(axis=1, dtype=np.float64)
+        layer.positions[...] += rows.shape[1]
         layer.waiting.clear()

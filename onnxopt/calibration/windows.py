@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
 
-__all__ = ["from_rows", "has_rows", "operand_rows", "weight_rows"]
+__all__ = ["from_rows", "has_rows", "operand_rows", "pads_of", "result_rows", "weight_rows"]
 
 
 def has_rows(node: ir.Node) -> bool:
@@ -54,6 +54,13 @@ def operand_rows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...], most
     return np.asarray(found).reshape(len(found), int_attr(node, "group", 1), -1)
 
 
+def result_rows(node: ir.Node, array: np.ndarray, most: int) -> np.ndarray:
+    """What a node writes where `operand_rows` takes what it reads: [positions, channels]."""
+    rows = np.moveaxis(array, 1, -1) if node.op_type == "Conv" else array
+    rows = rows.reshape(-1, rows.shape[-1])
+    return np.asarray(rows[_some(len(rows), most)])
+
+
 def _some(count: int, most: int) -> np.ndarray:
     if count <= most:
         return np.arange(count)
@@ -65,16 +72,24 @@ def _windows(node: ir.Node, array: np.ndarray, kernel: tuple[int, ...]) -> np.nd
     ones = (1,) * len(kernel)
     strides, dilations = ints_attr(node, "strides") or ones, ints_attr(node, "dilations") or ones
     extents = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
-    pads = _pads(node, array.shape[2:], extents, strides)
+    pads = pads_of(node, array.shape[2:], extents, strides)
     padded = np.pad(array, ((0, 0), (0, 0), *pads))
     found = sliding_window_view(padded, extents, axis=tuple(range(2, array.ndim)))
     steps = tuple(slice(None, None, step) for step in (*strides, *dilations))
     return found[(slice(None), slice(None), *steps)]
 
 
-def _pads(
+def pads_of(
     node: ir.Node, sizes: tuple[int, ...], extents: tuple[int, ...], strides: tuple[int, ...]
 ) -> list[tuple[int, int]]:
+    """Of each spatial axis of a Conv, what is put in front and behind.
+
+    Args:
+        node: Conv.
+        sizes: of the input; they matter only where `auto_pad` is SAME and strides are above 1.
+        extents: of the kernel, dilated.
+        strides: of the Conv.
+    """
     mode, rank = str_attr(node, "auto_pad", "NOTSET"), len(sizes)
     if mode == "NOTSET":
         pads = ints_attr(node, "pads") or (0,) * (2 * rank)

@@ -23,6 +23,7 @@ _COMMANDS = {
     "quantize": "Quantize a model, and save it if it keeps its accuracy and gains.",
     "pack": "Write a model as one small file, without loss.",
     "passes": "List passes and recipes.",
+    "prune": "Prune a model: fewer channels, zeros, shared weights, lower rank.",
     "train": "Train the graph itself: finetune it on your data.",
     "unpack": "Write the model that a pack holds.",
     "verify": "Prove that two models compute the same.",

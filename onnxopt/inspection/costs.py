@@ -12,7 +12,7 @@ from onnxopt.inspection.amounts import UNKNOWN, ZERO, Amount, product
 from onnxopt.inspection.contents import op_name
 from onnxopt.inspection.sizes import Shapes
 
-__all__ = ["NodeCost", "costs", "has_cost", "macs_of", "sizes_read"]
+__all__ = ["NodeCost", "costs", "has_cost", "layer_macs", "macs_of", "multiplies", "sizes_read"]
 
 Cost = Callable[[ir.Node, Shapes], Amount]
 
@@ -116,12 +116,25 @@ def has_cost(node: ir.Node) -> bool:
     return op_name(node) in _COSTS or node.domain in ("", "ai.onnx")
 
 
+def multiplies(node: ir.Node) -> bool:
+    """Whether it is an operator whose multiply-accumulates are counted."""
+    return op_name(node) in _COSTS
+
+
 def sizes_read(node: ir.Node) -> Iterator[ir.Value]:
     """The values whose sizes tell what the node costs."""
     if op_name(node) in _COSTS:
         yield from (value for value in (*node.inputs, *node.outputs) if value is not None and value.name)
     elif node.op_type == "Scan":
         yield from (value for value in node.inputs if value is not None)
+
+
+def layer_macs(graph: ir.Graph, at: Shapes) -> Iterator[tuple[ir.Node, Amount]]:
+    """The nodes that multiply, those in bodies too, and what one execution of each costs."""
+    for node in walk(graph):
+        cost = _COSTS.get(op_name(node))
+        if cost is not None:
+            yield node, cost(node, at)
 
 
 def macs_of(graph: ir.Graph, at: Shapes, scope: str = "") -> Amount:

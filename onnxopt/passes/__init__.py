@@ -6,6 +6,7 @@ if __name__ != "onnxopt.passes":
     raise ImportError(f"import onnxopt.passes, not {__name__!r}: the passes would exist twice")
 
 from onnxopt.claims import Pass
+from onnxopt.passes.cluster.cluster_weights import ClusterWeights
 from onnxopt.passes.dedupe_initializers import DedupeInitializers
 from onnxopt.passes.eliminate.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
@@ -14,6 +15,7 @@ from onnxopt.passes.eliminate.eliminate_identity import EliminateIdentity
 from onnxopt.passes.eliminate.eliminate_noop import EliminateNoop
 from onnxopt.passes.eliminate.eliminate_pairs import EliminatePairs
 from onnxopt.passes.eliminate.eliminate_zero_bias import EliminateZeroBias
+from onnxopt.passes.factorize.factorize_weights import FactorizeWeights
 from onnxopt.passes.fold.fold_batchnorm import FoldBatchnorm
 from onnxopt.passes.fold.fold_constants import FoldConstants
 from onnxopt.passes.fold.fold_shapes import FoldShapes
@@ -58,6 +60,10 @@ from onnxopt.passes.merge.merge_slice import MergeSlice
 from onnxopt.passes.merge.merge_split import MergeSplit
 from onnxopt.passes.merge.merge_squeeze import MergeSqueeze
 from onnxopt.passes.merge.merge_transpose import MergeTranspose
+from onnxopt.passes.prune.drop_layers import DropLayers
+from onnxopt.passes.prune.prune_channels import PruneChannels
+from onnxopt.passes.prune.prune_weights import PruneWeights
+from onnxopt.passes.prune.shrink_kernels import ShrinkKernels
 from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_floats import QuantizeFloats
@@ -129,12 +135,18 @@ BUILTIN: tuple[type[Pass], ...] = (
     EliminateZeroBias,
     MergeDistantLayout,
     MergeSplit,
+    PruneChannels,
+    DropLayers,
+    ShrinkKernels,
+    FactorizeWeights,
     QuantizeFloats,
     EliminateCommonSubexpressions,
     EliminateDead,
     DedupeInitializers,
     ReorderNodes,
+    PruneWeights,
     QuantizeDynamic,
     QuantizeWeights,
+    ClusterWeights,
 )
 """In the order in which they run best."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from onnxopt.calibration.compensation import change_summands, square_error
 from onnxopt.calibration.moments import Layer, layers_with_moments
 from onnxopt.calibration.windows import from_rows
 from onnxopt.data import Feeds
@@ -22,9 +23,7 @@ from onnxopt.quantization.saturation import can_saturate
 
 __all__ = ["round_rows", "round_weights"]
 
-_DAMPING = 0.01
 _BLOCK = 64
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
@@ -66,27 +65,14 @@ def round_rows(target: np.ndarray, moments: np.ndarray, low: float, high: float)
     order = np.argsort(-size, axis=1, kind="stable")
     left = np.take_along_axis(target, order[:, None], 2)
     sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, None], 2), order[:, :, None], 1)
-    damping = _DAMPING * size.mean(1) + _TINY
-    sorted_moments += damping[:, None, None] * np.eye(target.shape[2])
-    factor = np.linalg.cholesky(np.linalg.inv(sorted_moments)).swapaxes(1, 2)
-    whole = np.empty_like(left)
-    for start in range(0, target.shape[2], _BLOCK):
-        stop = min(start + _BLOCK, target.shape[2])
-        errors = np.empty_like(left[..., start:stop])
-        for i in range(start, stop):
-            whole[..., i] = np.rint(left[..., i]).clip(low, high)
-            error = (left[..., i] - whole[..., i]) / factor[:, i, i, None]
-            left[..., i:stop] -= error[..., None] * factor[:, i, None, i:stop]
-            errors[..., i - start] = error
-        left[..., stop:] -= errors @ factor[:, start:stop, stop:]
+    ends = [*range(_BLOCK, target.shape[2], _BLOCK), target.shape[2]]
+    whole = change_summands(
+        left, sorted_moments, ends, lambda i, left, _: np.rint(left[..., i]).clip(low, high)
+    )
     found = np.empty_like(whole)
     np.put_along_axis(found, np.broadcast_to(order[:, None], whole.shape), whole, 2)
-    return np.where(_loss(found - target, moments) < _loss(nearest - target, moments), found, nearest)
-
-
-def _loss(error: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """The mean square of what an error of the weight does to the sums: [groups, rows, 1]."""
-    return np.asarray(((error @ moments) * error).sum(-1, keepdims=True))
+    better = square_error(found - target, moments) < square_error(nearest - target, moments)
+    return np.where(better, found, nearest)
 
 
 def _rounded(layer: Layer, ints: np.ndarray, params: QuantParams, limit: float) -> np.ndarray:

@@ -1,0 +1,161 @@
+"""onnxopt's pruning beside onnxsim's, in one run: score, multiply-adds, bytes, packed bytes, latency.
+
+    python benchmarks/prune.py --models MODELS --evals EVALS --results RESULTS [--only ...]
+
+EVALS holds a score.py whose `load(NAME)` gives `calib` (complete feeds), `run(session)`, `score(outputs)` and
+`metric`. Passes are fitted to `calib`, the score is on the test items; nothing is trained. Two tables:
+
+- channels: half the multiply-adds, and 30 % of the channels, by the plain scores of weights and with samples;
+- weights: 80 % and 90 % zeros, and 90 % with 5 bits a weight; packed bytes are those of `onnxopt pack`, for
+  all tools, over the bytes of the float32 file.
+
+CPU time is that of a run on one thread, as a ratio to the original at the runtime's default level, paired;
+A/A is the original to itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+import onnxopt
+from benchmarks.peers import ENVIRONMENTS, ORT, Peer, run
+from benchmarks.real_models import load_scores
+from benchmarks.rewrite import row, table
+from onnxopt.inspection import macs
+from onnxopt.pruning.weights import sparsity
+
+SAMPLES = 4
+"""Calibration samples that latency is measured on, in turn."""
+
+_READ = """
+import glob, numpy as np
+paths = sorted(glob.glob(more[0] + "/*.npz"))
+feeds = [{k: v for k, v in np.load(path).items()} for path in paths]
+"""
+
+
+def ours(passes: str, *, data: bool) -> Peer:
+    fed = "data=more[0], " if data else ""
+    body = f"result = onnxopt.prune(source, {passes!r}, {fed}bench=False)\n"
+    return Peer("", (), "import onnxopt, onnxopt.api", body + "result.save(target)")
+
+
+def onnxsim(call: str) -> Peer:
+    body = _READ + f"onnx.save(onnxsim.{call}, target)"
+    return Peer("onnxsim", ("onnxsim==0.8.1", *ORT), "import onnx, onnxsim", body)
+
+
+CHANNELS = {
+    "onnxopt macs=0.5": ours("prune-channels{macs=0.5}", data=False),
+    "onnxopt macs=0.5, samples": ours("prune-channels{macs=0.5}", data=True),
+    "onnxopt ratio=0.3": ours("prune-channels{ratio=0.3}", data=False),
+    "onnxopt ratio=0.3, samples": ours("prune-channels{ratio=0.3}", data=True),
+    "onnxsim sparsity=0.3": onnxsim("apply_structured_pruning(source, sparsity=0.3)"),
+    "onnxsim wanda, samples": onnxsim(
+        "apply_structured_wanda_pruning(source, calibration_data=feeds, sparsity=0.3)"
+    ),
+}
+WEIGHTS = {
+    "onnxopt 80 %": ours("prune-weights{sparsity=0.8}", data=False),
+    "onnxopt 80 %, obs": ours("prune-weights{sparsity=0.8,score=obs}", data=True),
+    "onnxopt 90 %": ours("prune-weights{sparsity=0.9}", data=False),
+    "onnxopt 90 %, 5 bits": ours("prune-weights{sparsity=0.9},cluster-weights{bits=5}", data=False),
+    "onnxsim 80 %": onnxsim("apply_magnitude_pruning(source, sparsity=0.8, global_sparsity=True)"),
+    "onnxsim 80 %, sparsegpt": onnxsim(
+        "apply_sparsegpt_pruning(source, calibration_data=feeds, sparsity=0.8)"
+    ),
+    "onnxsim 90 %": onnxsim("apply_magnitude_pruning(source, sparsity=0.9, global_sparsity=True)"),
+}
+OF_CHANNELS = ("cifar10_resnet8_bn", "efficientnet_lite0_bn", "kws_dscnn_bn", "ppocr_cls")
+OF_WEIGHTS = ("cifar10_resnet8_bn", "dtln_1", "efficientnet_lite0_bn", "kws_dscnn_bn", "ppocrv4_rec")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model with its evaluation."""
+
+    model: Path
+    evaluation: Any
+    scores: Any
+    args: argparse.Namespace
+
+    def line(self, name: str, tool: Peer) -> list[str]:
+        target = self.args.results / f"{self.model.stem}-{name.replace(' ', '_').replace('%', '')}.onnx"
+        ran = run(tool, self.args.environments, self.model, target, self.data(), seconds=self.args.timeout)
+        if ran.fault:
+            return [name, *[""] * 8, ran.fault]
+        score = self.evaluation.score(self.evaluation.run(self.scores.open_session(target)))
+        return [name, f"{score:.4f}", *self.sizes(target), *self.latency(target), f"{ran.wall:.0f}", ""]
+
+    def sizes(self, target: Path) -> tuple[str, ...]:
+        before, after = onnxopt.load(self.model), onnxopt.load(target)
+        feeds = {name: array.shape for name, array in self.evaluation.calib[0].items()}
+        was, now = (macs(one, feeds) for one in (before, after))
+        kept = f"{now / was:.2f}" if isinstance(was, int) and isinstance(now, int) else ""
+        layers = sparsity(after)
+        zeros = sum(one.zeros for one in layers) / max(sum(one.elements for one in layers), 1)
+        packed = target.with_suffix(".onnxpack")
+        onnxopt.pack(target, packed)
+        size = self.model.stat().st_size
+        return kept, f"{zeros:.2f}", *(f"{path.stat().st_size / size:.3f}" for path in (target, packed))
+
+    def latency(self, target: Path) -> tuple[str, str]:
+        if not self.args.seconds:
+            return "", ""
+        feeds = [self.evaluation.calib[index] for index in range(SAMPLES)]
+        timing = onnxopt.bench(self.model, target, feeds=feeds, seconds=self.args.seconds).to_dict()["cpu"]
+        return f"{timing['ratio']['value']:.3f}", f"{timing['control']['value']:.3f}"
+
+    def data(self) -> Path:
+        folder: Path = self.args.results / f"{self.model.stem}-calib"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for index in range(len(self.evaluation.calib)):
+                np.savez(folder / f"{index:04}.npz", **self.evaluation.calib[index])
+        return folder
+
+
+def show(title: str, names: tuple[str, ...], tools: Mapping[str, Peer], args: argparse.Namespace) -> None:
+    scores = load_scores(args.evals / "score.py")
+    for name in names:
+        model = args.models / f"{name}.onnx"
+        if (args.only and name not in args.only) or not model.exists():
+            continue
+        bench = Bench(model, scores.load(name), scores, args)
+        whole = bench.evaluation.score(bench.evaluation.run(scores.open_session(model)))
+        columns = ("score", "MACs", "zeros", "bytes", "packed", "CPU time", "A/A", "s", "remark")
+        print(f"\n### {title}: {name}, {bench.evaluation.metric} {whole:.4f}\n")
+        table(("tool", *columns))
+        for tool, peer in tools.items():
+            row(bench.line(tool, peer))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--evals", type=Path, required=True, help="a folder with a score.py")
+    parser.add_argument("--results", type=Path, required=True, help="models are kept here")
+    parser.add_argument("--only", nargs="*", default=[], help="models")
+    parser.add_argument("--seconds", type=float, default=6, help="for one latency; 0: measure none")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for a tool on a model")
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS)
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    ort.set_default_logger_severity(3)
+    show("channels", OF_CHANNELS, CHANNELS, args)
+    show("weights", OF_WEIGHTS, WEIGHTS, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Passes that let elements of weights share few values."""

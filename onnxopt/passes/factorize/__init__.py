@@ -1,0 +1,1 @@
+"""Passes that make several small ops of a large one."""

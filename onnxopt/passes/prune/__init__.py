@@ -1,0 +1,1 @@
+"""Passes that take out what a model can nearly do without."""

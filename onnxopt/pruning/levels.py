@@ -1,0 +1,122 @@
+"""What stored integers stand for: where their scale and their zero point are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, sizes_of
+from onnxopt.index import operator_of
+from onnxopt.quantization.operands import MOVES
+
+__all__ = ["FLOATS", "INTEGERS", "Levels", "Reader", "levels_of", "passes_on"]
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_RETYPES = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
+_MS = "com.microsoft::"
+_SECOND: dict[int, tuple[int | None, int]] = {1: (None, 3)}
+INTEGERS: dict[str, dict[int, tuple[int | None, int]]] = {
+    "ConvInteger": _SECOND,
+    "MatMulInteger": _SECOND,
+    "QLinearConv": {3: (4, 5)},
+    "QLinearMatMul": {3: (4, 5)},
+    _MS + "DynamicQuantizeLSTM": {1: (8, 9), 2: (10, 11)},
+    _MS + "DynamicQuantizeMatMul": {1: (2, 3)},
+    _MS + "MatMulIntegerToFloat": {1: (3, 5)},
+    _MS + "QAttention": {1: (4, 7)},
+    _MS + "QGemm": {3: (4, 5)},
+}
+"""Operator -> its inputs that are integer weights -> those that are their scale, if any, and zero point."""
+
+
+class Reader(NamedTuple):
+    """A node that multiplies with a weight, the position of that input, and what stands in between."""
+
+    node: ir.Node
+    position: int
+    between: tuple[ir.Node, ...]
+
+
+class Levels(NamedTuple):
+    """What stored integers stand for: (stored - zero) * scale; scale None: not known."""
+
+    scale: np.ndarray | None
+    zero: np.ndarray
+
+
+def passes_on(node: ir.Node, position: int, size: int, dtype: ir.DataType) -> bool:
+    """Whether a weight of so many elements is still one behind a node that reads it: zero stays zero there.
+
+    Of stored integers, a smaller constant may be taken away: their zero point.
+    """
+    if node.domain or has_reference(node):
+        return False
+    if node.op_type in MOVES | _RETYPES:
+        return position == 0
+    if node.op_type not in ("Div", "Mul", "Sub") or (position and node.op_type != "Mul"):
+        return False
+    other = constant_of(node.inputs[1 - position])
+    return other is not None and other.size < size and (node.op_type != "Sub" or dtype not in FLOATS)
+
+
+def levels_of(reader: Reader, tensor: ir.TensorProtocol) -> Levels | str | None:
+    """What stored elements stand for; or why that is not known; None: for themselves, also of integers."""
+    node, position, between = reader
+    ports = INTEGERS.get(operator_of(node), {}).get(position)
+    shape = sizes_of(tensor)
+    if ports is not None:
+        axis = 0 if "Conv" in node.op_type or "LSTM" in node.op_type else -1
+        return _levels(node, ports, shape, axis)
+    found, moved, scaled = Levels(np.ones((), np.float32), np.zeros(())), False, False
+    for one in between:
+        moved = moved or one.op_type in MOVES
+        if one.op_type in MOVES or one.op_type in ("Cast", "QuantizeLinear"):
+            continue
+        if moved:
+            return "is moved before it is scaled"
+        if one.op_type == "DequantizeLinear":
+            if not scaled and tensor.dtype not in FLOATS:
+                levels = _levels(one, (1, 2), shape, int_attr(one, "axis", 1), int_attr(one, "block_size", 0))
+                if isinstance(levels, str):
+                    return levels
+                found = levels
+        else:
+            found = _after(one, found)
+        scaled = True
+    return found if scaled else None
+
+
+def _after(node: ir.Node, levels: Levels) -> Levels:
+    """What is stood for where a Sub, Mul or Div with a constant follows."""
+    scale, zero = levels
+    assert scale is not None
+    other = next(array for value in node.inputs[::-1] if (array := constant_array(value)) is not None)
+    other = other.astype(np.float32)
+    if node.op_type == "Sub":
+        return Levels(scale, zero + other / scale)
+    return Levels(scale * other if node.op_type == "Mul" else scale / other, zero)
+
+
+def _levels(
+    node: ir.Node, ports: tuple[int | None, int], shape: Sequence[int], axis: int, block: int = 0
+) -> Levels | str:
+    values = [node.inputs[p] if p is not None and p < len(node.inputs) else None for p in ports]
+    arrays = [constant_array(value) for value in values]
+    if any(value is not None and array is None for value, array in zip(values, arrays, strict=True)):
+        return "has a scale or zero point that is computed at run time"
+    scale, zero = (None if one is None else _spread(one, shape, axis, block) for one in arrays)
+    return Levels(None if scale is None else scale.astype(np.float32), np.zeros(()) if zero is None else zero)
+
+
+def _spread(array: np.ndarray, shape: Sequence[int], axis: int, block: int) -> np.ndarray:
+    """Scales or zero points, shaped to broadcast with the elements."""
+    if array.size == 1:
+        return array.reshape(())
+    if block:
+        return np.repeat(array, block, axis).take(range(shape[axis]), axis)
+    if array.ndim == 1:
+        return array.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+    return array[:, None] if array.ndim < len(shape) else array  # [directions, rows] of a recurrent layer

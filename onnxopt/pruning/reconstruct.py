@@ -1,0 +1,176 @@
+"""Weights that make up for channels that are gone, by least squares on samples, layer after layer.
+
+Source: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", 2017, sections 3.1 and 3.3:
+what a layer of the cut model reads is fitted to what it wrote in the whole one, and in front of an Add to
+what the sum is to become. Ridge regression starts from the weights that are there, not from zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.calibration.exposing import Slices
+from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
+from onnxopt.data import Feeds
+from onnxopt.graph import constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
+from onnxopt.pruning.cut import set_constant
+from onnxopt.quantization.segments import needed_from, part_of
+from onnxopt.runtimes import open_session
+
+__all__ = ["reconstruct"]
+
+_SAMPLES = 64
+"""Samples that are looked at: what all of them need next is held at once."""
+_PER_SUMMAND, _LEAST = 4, 4096
+"""Positions of a layer that are looked at, in all samples together."""
+_MEMORY = 256 << 20
+"""Bytes of what layers wrote that are exposed at once."""
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of the mean square of what a layer reads; which, each layer tells by half of the samples."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """node: of the cut model. target: the value of the whole one that it is fitted to.
+
+    beside: the value that is added to what the layer writes; empty where it is fitted to that itself.
+    most: positions that are looked at in each sample.
+    """
+
+    node: ir.Node
+    target: str
+    beside: str
+    most: int
+
+    @property
+    def source(self) -> str:
+        """The name of what it reads."""
+        value = self.node.inputs[0]
+        return (value.name if value is not None else None) or ""
+
+
+def reconstruct(
+    model: ir.Model, whole: ir.Model, kept: Mapping[str, np.ndarray], samples: Sequence[Feeds]
+) -> None:
+    """Change weights and biases in place, so that layers write what they wrote before, as well as they can.
+
+    Args:
+        model: with channels cut.
+        whole: as it was, with the same names.
+        kept: name of what a layer writes -> which of its channels are left, bool [channels before].
+        samples: complete feeds.
+    """
+    samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
+    order, start = list(model.graph), 0
+    place = {node: number for number, node in enumerate(order)}
+    layers = {node: _layer(node, place, len(samples)) for node in order if _can_learn(node, kept)}
+    targets = _targets(whole, list(layers.values()), kept, samples)
+    states: list[Mapping[str, np.ndarray]] = [dict(feeds) for feeds in samples]
+    for node, layer in layers.items():
+        end = place[node]
+        made = {value.name for one in order[start:end] for value in one.outputs}
+        needed = needed_from(order, end, model.graph.outputs)
+        wanted = [name for name in needed if name in made]
+        if wanted:
+            with open_session(part_of(model, start, end, wanted, states[0]), level="none") as session:
+                written = [session.run(state) for state in states]
+            left = [{name: state[name] for name in needed if name not in made} for state in states]
+            states = [{**one, **old, **new} for one, old, new in zip(samples, left, written, strict=True)]
+            start = end
+        _learn(layer, states, targets.pop(node.outputs[0].name or ""))
+
+
+def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
+    """Whether a weight of the layer's own is summed up over all channels."""
+    if not has_rows(node) or int_attr(node, "transA", 0) or int_attr(node, "group", 1) != 1:
+        return False
+    weight = node.inputs[1]
+    return weight is not None and use_count(weight) == 1 and (node.outputs[0].name or "") in kept
+
+
+def _layer(node: ir.Node, place: Mapping[ir.Node, int], samples: int) -> _Layer:
+    array = constant_array(node.inputs[1])
+    assert array is not None
+    most = -(-max(_LEAST, _PER_SUMMAND * weight_rows(node, array).shape[2]) // samples)
+    output = node.outputs[0]
+    reader = sole_user(output)
+    if reader is not None and reader.op_type == "Add" and not reader.domain:
+        other = next((value for value in reader.inputs if value is not output), None)
+        maker = other.producer() if other is not None else None
+        before = maker is not None and place.get(maker, len(place)) < place[node]
+        if other is not None and before and other.shape is not None and other.shape == output.shape:
+            return _Layer(node, reader.outputs[0].name or "", other.name or "", most)
+    return _Layer(node, output.name or "", "", most)
+
+
+def _targets(
+    whole: ir.Model, layers: Sequence[_Layer], kept: Mapping[str, np.ndarray], samples: Sequence[Feeds]
+) -> dict[str, list[np.ndarray]]:
+    """What the layers are fitted to, by the name of their outputs: [positions, channels] of each sample."""
+    wanted: dict[str, list[_Layer]] = {}
+    for layer in layers:
+        wanted.setdefault(layer.target, []).append(layer)
+    found: dict[str, list[np.ndarray]] = {layer.node.outputs[0].name or "": [] for layer in layers}
+    slices = Slices(whole, list(wanted))
+    for group in slices.groups(samples[0], _MEMORY):
+        with slices.runner(group) as run:
+            for feeds in samples:
+                for name, array in run(feeds):
+                    for layer in wanted[name]:
+                        written = layer.node.outputs[0].name or ""
+                        rows = result_rows(layer.node, array, layer.most)
+                        found[written].append(rows[:, kept[written]])
+    return found
+
+
+def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: Sequence[np.ndarray]) -> None:
+    """Give a layer the weight, and the bias if it has one, that fit the targets best."""
+    node, name = layer.node, layer.source
+    array = constant_array(node.inputs[1])
+    assert array is not None  # it has rows
+    weight = weight_rows(node, array)[0].astype(np.float64)
+    read = [operand_rows(node, one[name], array.shape[2:], layer.most)[:, 0] for one in states]
+    x, y = np.concatenate(read), np.concatenate(targets)
+    if layer.beside:
+        y = y - np.concatenate([result_rows(node, one[layer.beside], layer.most) for one in states])
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    has_bias = constant_array(bias) is not None and use_count(bias) == 1 if bias is not None else False
+    mean, goal = x.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
+    x = x - mean.astype(x.dtype)
+    missing = y - goal.astype(y.dtype) - x @ weight.T.astype(x.dtype)
+    new = weight + _ridge(x, missing).T
+    _store(node.inputs[1], from_rows(node, new[None], array.shape))
+    if has_bias:
+        _store(bias, goal - new @ mean)
+
+
+def _store(value: ir.Value | None, array: np.ndarray) -> None:
+    """Give a constant other numbers."""
+    tensor = constant_of(value)
+    if value is not None and tensor is not None:
+        set_constant(value, array.reshape(sizes_of(tensor)).astype(tensor.dtype.numpy()))
+
+
+def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The solution of x @ solution = y, as regular as the second half of the rows asks for."""
+    half = len(x) // 2
+    seen, unseen = (_moments(x[part], y[part]) for part in (slice(half), slice(half, None)))
+    values, vectors = np.linalg.eigh(seen[0])
+    turned, best, chosen = vectors.T @ seen[1], 0.0, None
+    for ridge in _RIDGES:
+        delta = vectors @ (turned / (values.clip(0) + ridge * values.mean() + 1e-12)[:, None])
+        gain = 2 * float((delta * unseen[1]).sum()) - float((delta * (unseen[0] @ delta)).sum())
+        if gain > best:
+            best, chosen = gain, ridge
+    if chosen is None:
+        return np.zeros((x.shape[1], y.shape[1]))
+    gram, cross = seen[0] + unseen[0], seen[1] + unseen[1]
+    return np.asarray(np.linalg.solve(gram + chosen * np.trace(gram) / len(gram) * np.eye(len(gram)), cross))
+
+
+def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (x.T @ x).astype(np.float64), (x.T @ y).astype(np.float64)

@@ -1,0 +1,143 @@
+"""How much each channel matters: the larger its score, the more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.data import Feeds
+from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.evaluation import known_array
+from onnxopt.graph import constant_array, walk
+from onnxopt.pruning.damage import damage, readers_of
+from onnxopt.pruning.structure import Group, Structure
+
+__all__ = ["SCORES", "Score", "score_channels"]
+
+Score = Callable[[Structure, Group], np.ndarray]
+"""A number for each channel of a group, in its order: float [channels]."""
+
+_LARGEST = 1 << 31
+"""Bytes of a weight that is looked at."""
+
+
+def score_channels(
+    structure: Structure,
+    score: str | Score,
+    *,
+    seed: int = 0,
+    model: ir.Model | None = None,
+    samples: Sequence[Feeds] = (),
+) -> tuple[np.ndarray, ...]:
+    """The scores of each group's channels, float64; all groups are compared by them.
+
+    Norms of weights, and scales, are divided by their mean in the group: weights of a layer can be scaled at
+    will where a normalisation or the next layer scales back, so that they only say what channels are to
+    others of their group. `obs` needs a model and samples: the share of what its readers write that is lost
+    with a channel, over the root of its multiply-accumulates.
+
+    Raises:
+        UsageError: there is no such score, or a function gives none for some channel.
+    """
+    if isinstance(score, str) and score not in (*SCORES, "obs"):
+        raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, (*SCORES, 'obs'))}")
+    if score == "obs" and (model is None or not len(samples)):
+        raise UsageError("prune-channels: obs looks at what channels carry: give samples")
+    if score == "obs" and model is not None:
+        of = _by_damage(structure, model, samples)
+    else:
+        of = (
+            SCORES[score](structure, seed)
+            if isinstance(score, str)
+            else lambda group: score(structure, group)
+        )
+    found = []
+    for group in structure.groups:
+        numbers = np.asarray(of(group), np.float64)
+        if numbers.shape != group.channels.shape or not np.isfinite(numbers).all():
+            raise UsageError(
+                f"prune-channels: group {group.name!r}: expected {len(group.channels)} finite scores, "
+                f"found shape {numbers.shape}, {int(np.isfinite(numbers).sum())} of them finite"
+            )
+        found.append(numbers)
+    return tuple(found)
+
+
+def _relative(numbers: np.ndarray) -> np.ndarray:
+    mean = numbers.mean() if numbers.size else 0.0
+    return np.asarray(numbers / mean if mean > 0 else np.ones_like(numbers))
+
+
+def _by_norm(order: int) -> Callable[[Structure, int], Callable[[Group], np.ndarray]]:
+    """The norm of all weights that write a channel; of several layers, of each by its own mean, added."""
+
+    def prepare(structure: Structure, _: int) -> Callable[[Group], np.ndarray]:
+        count, opset = len(structure.solution.pinned), structure.scope.opset
+        total = np.zeros(count)
+        for layer in structure.elements.layers:
+            value = layer.node.inputs[layer.weight]
+            channels = structure.channels_of(value, layer.writes)
+            array = known_array(value, opset, _LARGEST)
+            if array is None or not len(channels):
+                continue
+            rest = tuple(axis for axis in range(array.ndim) if axis != layer.writes % array.ndim)
+            powers = (np.abs(array.astype(np.float64)) ** order).sum(rest)
+            norms = np.bincount(channels, powers, count) ** (1 / order)
+            mean = norms[np.unique(channels)].mean()
+            total += norms / mean if mean > 0 else norms
+        return lambda group: _relative(total[group.channels])
+
+    return prepare
+
+
+def _by_gamma(structure: Structure, _: int) -> Callable[[Group], np.ndarray]:
+    """The scale that BatchNormalization gives a channel."""
+    total = np.zeros(len(structure.solution.pinned))
+    for node in walk(structure.scope.graph):
+        if node.op_type == "BatchNormalization" and not node.domain:
+            channels, scale = structure.channels_of(node.inputs[1], 0), constant_array(node.inputs[1])
+            if scale is not None and len(channels):
+                total += np.bincount(channels, np.abs(scale.astype(np.float64)), len(total))
+
+    def of(group: Group) -> np.ndarray:
+        found = total[group.channels]
+        if not found.any():
+            raise UsageError(
+                f"prune-channels: group {group.name!r} has no BatchNormalization to score by; "
+                "take another score, or prune before they are folded"
+            )
+        return _relative(found)
+
+    return of
+
+
+def _by_chance(_: Structure, seed: int) -> Callable[[Group], np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return lambda group: rng.random(len(group.channels))
+
+
+def _by_damage(
+    structure: Structure, model: ir.Model, samples: Sequence[Feeds]
+) -> Callable[[Group], np.ndarray]:
+    """What the readers of a channel lose with it, over the root of what it costs."""
+    readers, macs = readers_of(model, structure, samples), structure.macs()
+
+    def of(group: Group) -> np.ndarray:
+        found = damage(readers.get(group.name, ()), len(group.channels))
+        gone = np.zeros(len(structure.solution.pinned), bool)
+        gone[group.channels[0]] = True
+        saved = max(1 - structure.macs(gone) / macs, 1e-12) if macs else 1.0
+        return np.asarray(found / saved**0.5)
+
+    return of
+
+
+SCORES: dict[str, Callable[[Structure, int], Callable[[Group], np.ndarray]]] = {
+    "bn-gamma": _by_gamma,
+    "l1": _by_norm(1),
+    "l2": _by_norm(2),
+    "random": _by_chance,
+}
+"""Name -> what scores the groups of a model, given a seed; besides them, there is obs."""

@@ -1,0 +1,153 @@
+"""The strongest pruning that keeps a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import onnx_ir as ir
+
+from onnxopt.claims import options_of
+from onnxopt.pipeline import Step
+from onnxopt.quantization.judge import Judgement
+
+__all__ = ["ByParts", "Candidate", "Passes", "Searched", "Trial", "strongest", "weaker"]
+
+Passes = tuple[ir.passes.PassBase, ...]
+
+_STEPS = 5
+"""Halvings of the strength: a thirty-second of what is asked for."""
+_MOST = 8.0
+"""What a part's scores are multiplied with, or divided by, at most: scores go with the noise's root."""
+
+_STRENGTH: Mapping[str, Callable[[float, float], float]] = {
+    **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda value, share: value * share),
+    **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: 1 - (1 - value) * share),
+    "number": lambda value, share: round(value * share),
+}
+"""Option -> its value at a share of the strength; at 0 nothing is pruned."""
+
+
+@runtime_checkable
+class ByParts(Protocol):
+    """A pass that chooses among parts of the model, as layers, by scores that can be weighted."""
+
+    importance: Mapping[str, float]
+    """Part -> what its scores are multiplied with; 1 where it has none."""
+
+    def parts(self, model: ir.Model) -> Mapping[str, ir.passes.PassBase]:
+        """Part -> a pass that prunes as strongly, there alone."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What passes make of the prepared model. steps: what each did. judgement: what that keeps."""
+
+    passes: Passes
+    model: ir.Model
+    steps: tuple[Step, ...]
+    judgement: Judgement
+
+    @property
+    def changes(self) -> int:
+        """How often the model was changed."""
+        return sum(step.changes for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A strength, as a share of what is asked for, and how that was judged."""
+
+    share: float
+    ok: bool
+    summary: str
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The strongest candidate that keeps the budget; the weakest one tried, where none does.
+
+    trials: in order. sensitivity: part -> the noise over the signal where it alone is pruned; empty where
+    the passes were not weighted.
+    """
+
+    best: Candidate
+    trials: tuple[Trial, ...] = ()
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+
+
+def strongest(
+    passes: Passes,
+    model: ir.Model,
+    make: Callable[[Passes], Candidate],
+    noise: Callable[[Passes], float],
+    *,
+    guarded: bool,
+) -> Searched:
+    """Look for the strongest pruning that keeps the budget, as a share of what `passes` ask for.
+
+    As they are first. Where that loses too much, each part of the model is pruned alone, scores are weighted
+    with the noise that this makes, and the share is bisected, 5 times.
+
+    Args:
+        passes: at the full strength.
+        model: that they are for; not changed.
+        make: runs passes on a copy of it and judges the result.
+        noise: runs them and gives the noise of the outputs over the signal.
+        guarded: whether there is a budget; without one there is no search.
+    """
+    full = make(passes)
+    trials = [_trial(1.0, full)]
+    if not guarded or full.judgement.ok or not any(map(_strengths, passes)):
+        return Searched(full, tuple(trials))
+    passes, sensitivity = _weighted(passes, model, noise)
+    best, tried, low, high = None, full, 0.0, 2.0 if sensitivity else 1.0
+    for _ in range(_STEPS + bool(sensitivity)):
+        share = (low + high) / 2
+        tried = make(tuple(weaker(one, share) for one in passes))
+        trials.append(_trial(share, tried))
+        if tried.judgement.ok:
+            best, low = tried, share
+            if share == 1.0:
+                break
+        else:
+            high = share
+    return Searched(best or tried, tuple(trials), sensitivity)
+
+
+def _trial(share: float, candidate: Candidate) -> Trial:
+    return Trial(share, candidate.judgement.ok, candidate.judgement.summary)
+
+
+def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
+    """The pass at a share of its strength; one that has no strength stays as it is."""
+    return replace(one, **{name: _STRENGTH[name](value, share) for name, value in _strengths(one).items()})  # type: ignore[type-var]
+
+
+def _strengths(one: ir.passes.PassBase) -> dict[str, Any]:
+    """The options of a pass that say how much it prunes, as far as they are given."""
+    found = {option.name: getattr(one, option.name) for option in options_of(one)}
+    return {name: value for name, value in found.items() if name in _STRENGTH and value is not None}
+
+
+def _weighted(
+    passes: Passes, model: ir.Model, noise: Callable[[Passes], float]
+) -> tuple[Passes, dict[str, float]]:
+    """The passes with the importance of parts, and part -> the noise that pruning it alone makes."""
+    found: dict[str, float] = {}
+    weighted = []
+    for one in passes:
+        if not isinstance(one, ByParts):
+            weighted.append(one)
+            continue
+        alone = {part: noise((only,)) for part, only in one.parts(model).items()}
+        heard = [math.log(value) for value in alone.values() if 0 < value < math.inf]
+        typical = math.exp(sum(heard) / len(heard)) if heard else 1.0
+        importance = {
+            part: min(max(math.sqrt(value / typical), 1 / _MOST), _MOST) for part, value in alone.items()
+        }
+        found |= alone
+        weighted.append(replace(one, importance=importance))  # type: ignore[type-var]
+    return tuple(weighted), found

@@ -1,0 +1,66 @@
+"""The report of one `prune` on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from onnxopt.claims import spelling
+from onnxopt.reporting.pruning import PruningReport
+from onnxopt.reporting.tables import (
+    amount,
+    count_bytes,
+    plain_table,
+    print_settings,
+    print_timing,
+    print_written,
+    size_table,
+)
+
+__all__ = ["print_pruning"]
+
+
+def print_pruning(
+    report: PruningReport, console: Console, *, written: Path | None, list_layers: bool = False
+) -> None:
+    """Print what went, what it saves and what it costs, and where the result is."""
+    best = report.searched.best
+    console.print(f"[bold]{escape(report.source)}[/]  target {report.target}")
+    console.print()
+    table = size_table(report.before, report.after)
+    if report.packed is not None:
+        table.add_row(
+            "packed", *map(count_bytes, report.packed), f"{report.packed[1] / report.packed[0] - 1:+.1%}"
+        )
+    console.print(table)
+    console.print()
+    for one, step in zip(best.passes, best.steps, strict=True):
+        console.print(Text(f"{spelling(one)}: {step.changes} changes"))
+        for reason, sites in step.declined.items():
+            console.print(Text(f"  left: {len(sites)} x {reason}, first {sites[0]}", style="yellow"))
+    if list_layers:
+        layers = plain_table("weight", ">elements", ">zeros")
+        for layer in report.layers:
+            layers.add_row(layer.weight, amount(layer.elements), f"{layer.share:.1%}")
+        console.print(layers)
+    for trial in report.searched.trials if len(report.searched.trials) > 1 else ():
+        style = "green" if trial.ok else "red"
+        console.print(
+            Text(f"tried    {trial.share:.0%} of the strength: ") + Text(trial.summary, style=style)
+        )
+    style = "green" if best.judgement.ok else "red"
+    console.print(Text("accuracy ", style="bold") + Text(best.judgement.summary, style=style))
+    for sentence in report.savings:
+        console.print(Text("saves    ", style="bold") + Text(sentence))
+    if report.timing is not None:
+        print_timing(report.timing, console)
+    print_settings(report.settings, console)
+    for note in report.notes:
+        console.print(Text(f"note     {note}", style="dim"))
+    if report.reason:
+        console.print(Text(f"nothing was written: {report.reason}", style="red"))
+    if written is not None:
+        print_written(written, report.settings, console)
