@@ -173,10 +173,12 @@ class Builder:
         inner: list[Builder] = []
         known = operator.attributes
         for name, attr in node.attributes.items():
+            if known is not None and name not in known:
+                continue
             if attr.type == _GRAPH:
                 inner.append(Builder(self.opsets, self.states, self))
                 options[name] = Body(inner[-1].build(attr.as_graph()))
-            elif known is None or name in known:
+            else:
                 options[name] = _plain(attr)
         keys = list(dict.fromkeys(key for builder in inner for key in builder.captures))
         for builder in inner:  # all bodies of a node read the same list

@@ -29,7 +29,7 @@ def has_function(node: ir.Node, version: int) -> bool:
 
 
 class FunctionBody:
-    """Runs a node by the function of its operator; one body for each combination of input types and shapes."""
+    """Runs a node by the function of its operator; one body for each combination of types and shapes."""
 
     def __init__(self, node: onnx.NodeProto, version: int) -> None:
         self._node, self._version = node.SerializeToString(deterministic=True), version

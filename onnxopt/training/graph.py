@@ -37,6 +37,7 @@ class Step:
         self.inputs, self.outputs, self.captures = tuple(inputs), tuple(outputs), tuple(captures)
         self.plain = not (operator.static or operator.either or maybe_host or captures or operator.raw)
         self.free: tuple[int, ...] = ()
+        self.bodies = any(isinstance(one, Body) for one in options.values())
         self.tracks = False
         self.bind()
 
@@ -58,7 +59,7 @@ class Step:
         """The outputs, of inputs some of which may be on the host. `anchor` is on the device to use."""
         args = [values[i] if i >= 0 else None for i in self.inputs]
         if self.operator.raw:
-            if self.captures:
+            if self.bodies:
                 return self.run(*args, outer=[values[i] for i in self.captures], anchor=anchor)
             return self.run(*args)
         operator, static = self.operator, self.operator.static

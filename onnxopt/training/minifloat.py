@@ -49,16 +49,19 @@ def round_to(x: Tensor, dtype: ir.DataType, *, saturate: bool = True, round_mode
         return _power_of_two(x, saturate, round_mode)
     x = x.clamp(-LARGEST[dtype], LARGEST[dtype]) if saturate or dtype == _T.FLOAT4E2M1 else x
     if dtype != _T.FLOAT4E2M1:
-        return passed(x, x.detach().to(_NATIVE[dtype]).to(torch.float32))
-    size = x.detach().abs()
+        found = x.detach().to(_NATIVE[dtype]).to(torch.float32)
+        if dtype == _T.FLOAT8E4M3FN:  # torch saturates by itself; half a step above 448 is still 448
+            found = torch.where(x.detach().abs() > 464, torch.nan, found)
+        return passed(x, found)
+    size = x.detach().nan_to_num(-0.0).abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return passed(x, torch.copysign((size / step).round() * step, x.detach()))
+    return passed(x, torch.copysign((size / step).round() * step, x.detach().nan_to_num(-0.0)))
 
 
 def _power_of_two(x: Tensor, saturate: bool, round_mode: str) -> Tensor:
     fraction, exponent = torch.frexp(x.detach().double().abs())
     least = {"up": fraction > 0.5, "nearest": fraction >= 0.75, "down": fraction > 1}[round_mode]
-    power = exponent - 1 + least.to(exponent.dtype)
+    power = torch.where(fraction == 0, -127, exponent - 1 + least.to(exponent.dtype))
     value = torch.ldexp(torch.ones_like(fraction), power.clamp(-127, 127))
     if not saturate:
         value = torch.where((power > 127) | (power < -127), torch.nan, value)

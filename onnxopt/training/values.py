@@ -92,6 +92,8 @@ def tensor_of(array: np.ndarray, dtype: ir.DataType) -> Tensor:
 
 def receive(value: Any, dtype: ir.DataType | None) -> Any:
     """A graph input as the graph carries it."""
+    if isinstance(value, list):
+        return [receive(one, dtype) for one in value]
     if isinstance(value, np.ndarray | np.generic) and dtype is not None:
         return tensor_of(np.asarray(value), dtype)
     if not isinstance(value, Tensor):
@@ -101,6 +103,8 @@ def receive(value: Any, dtype: ir.DataType | None) -> Any:
 
 def deliver(value: Any, dtype: ir.DataType | None, anchor: Tensor) -> Any:
     """A graph output as a tensor of its own type."""
+    if isinstance(value, list):
+        return [deliver(one, dtype, anchor) for one in value]
     if isinstance(value, Host):
         value = to_device(value, anchor.device)
     if dtype in _CARRIED and dtype in NATIVE and isinstance(value, Tensor):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from onnxopt.training.ops import index, math, nn, quantize, shape
+from onnxopt.training.ops import attention, control, index, math, nn, quantize, recurrent, shape, vision
 
-TABLES = (index.TABLE, math.TABLE, nn.TABLE, quantize.TABLE, shape.TABLE)
+TABLES = (
+    *(attention.TABLE, control.TABLE, index.TABLE, math.TABLE, nn.TABLE),
+    *(quantize.TABLE, recurrent.TABLE, shape.TABLE, vision.TABLE),
+)
 """All tables; no operator is in two."""

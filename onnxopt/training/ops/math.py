@@ -205,6 +205,8 @@ def _extreme(largest: bool) -> Callable[[Tensor, tuple[int, ...], bool], Tensor]
     def reduced(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
         if 0 not in [x.shape[axis] for axis in axes]:
             return run(x.byte(), axes, keep).bool() if x.dtype == torch.bool else run(x, axes, keep)
+        if x.dtype == torch.bool:
+            return x.any(axes[0], keep) if largest else x.all(axes[0], keep)
         if x.dtype.is_floating_point:
             return (x.sum(axes, keep) + (-math.inf if largest else math.inf)).to(x.dtype)
         info = torch.iinfo(x.dtype)

@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
 from onnxopt.training.registry import Context, op
-from onnxopt.training.values import Host
+from onnxopt.training.values import CARRIERS, Host
 
 __all__ = ["TABLE"]
+
+_INT, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 
 def _shape(x: Any, *, start: int = 0, end: int | None = None) -> Host:
@@ -147,9 +150,10 @@ def _constant_of_shape(shape: Sequence[int], *, value: Any = None) -> Tensor:
     return torch.full(tuple(shape), filler.data[0], dtype=filler.dtype)
 
 
-def _range(start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any]) -> Tensor:
+def _range(start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any], *, ctx: Context) -> Tensor:
     count = max(math.ceil((limit[0] - start[0]) / delta[0]), 0)
-    dtype = torch.int64 if isinstance(start[0], int) else torch.float32
+    known = ctx.inputs[0] or (_INT if isinstance(start[0], int) else _FLOAT)
+    dtype = CARRIERS[known]
     return torch.arange(count, dtype=dtype) * delta[0] + start[0]
 
 
@@ -163,10 +167,11 @@ def _depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     return x.reshape(n, c // b**2, h * b, w * b)
 
 
-def _space_to_depth(x: Tensor, *, blocksize: int) -> Tensor:
+def _space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     n, c, h, w = x.shape
     b = blocksize
-    x = x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
+    x = x.reshape(n, c, h // b, b, w // b, b)
+    x = x.permute((0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4))
     return x.reshape(n, c * b * b, h // b, w // b)
 
 
