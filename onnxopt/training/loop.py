@@ -190,7 +190,7 @@ class Trainer:
                 if last:
                     loss = loss + penalty(self.trained.values(), self.recipe.l1, self.recipe.l2)
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            total = total + loss.detach()
         norm = self._clip()
         total = self.world.mean(total)
         if not (total + norm).isfinite().item():
@@ -223,7 +223,7 @@ class Trainer:
                 other = self.objective(outputs, mirrored)  # type: ignore[misc]
                 parts = [shares * parts[0] + (1 - shares) * other]
             parts += [one for hook in self.hooks if (one := hook.loss(self, outputs, arrays)) is not None]
-            return torch.stack([part.float().mean() for part in parts]).sum()
+            return torch.stack([part.mean() for part in parts]).sum()
         except OnnxoptError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:

@@ -1,10 +1,10 @@
 """What is minimized: a weighted sum of losses, each of one output and one label.
 
     cross-entropy
-    0.7*kl{temperature=4}@logits:teacher+0.3*cross-entropy:y
+    0.7*kl{temperature=4}@logits=teacher+0.3*cross-entropy=y
     loss.py:focal
 
-`@` names the output, by default the model's only float one; `:` the label, by default the only one.
+`@` names the output, by default the model's only float one; `=` the label, by default the only one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onnxopt.recipe import parse_spelled
 __all__ = ["LOSSES", "Loss", "Objective", "Term", "parse_loss"]
 
 _TERM = re.compile(
-    r"(?:(?P<weight>[-+.\deE]+)\*)?(?P<loss>[\w-]+(?:\{[^}]*\})?)(?:@(?P<output>[^:]+))?(?::(?P<label>.+))?"
+    r"(?:(?P<weight>[-+.\deE]+)\*)?(?P<loss>[\w-]+(?:\{[^}]*\})?)(?:@(?P<output>[^=]+))?(?:=(?P<label>.+))?"
 )
 
 
@@ -217,10 +217,10 @@ def parse_loss(spec: str | Callable[..., Any]) -> Objective:
     if names_target(spec):
         return Objective((), python_target(spec))
     terms = []
-    for part in re.split(r"(?<![eE*])\+(?![^{]*\})", spec.replace(" ", "")):
+    for part in re.split(r"(?<!\d[eE])\+(?![^{]*\})", spec.replace(" ", "")):
         match = _TERM.fullmatch(part)
         if match is None:
-            raise UsageError(f"loss {spec!r}: cannot read {part!r}: expected [weight*]name[@output][:label]")
+            raise UsageError(f"loss {spec!r}: cannot read {part!r}: expected [weight*]name[@output][=label]")
         loss = parse_spelled(match["loss"], LOSSES, "loss")
         try:
             weight = float(match["weight"] or 1)

@@ -1,0 +1,302 @@
+"""From a file to a file: accuracy in ONNX Runtime rises, kill -9 and two processes change nothing, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs torch")
+
+from models.digits_cnn import digits
+from onnxopt.cli import main
+from onnxopt.data import synthesize
+from onnxopt.errors import UsageError
+from onnxopt.model import load
+from onnxopt.training import Recipe, finetune
+from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
+from tests.support import assert_equivalent, execute, text_model
+from tests.training.support import write_digits
+
+QUICK = {"labels": "y", "epochs": 2, "lr": 3e-3, "batch_size": 64}
+
+
+@pytest.fixture(name="place")
+def digits_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path)
+    return tmp_path
+
+
+def test_digits_that_the_model_does_not_know_are_learned(place: Path) -> None:
+    before = onnx.load("model.onnx")
+    said: list[str] = []
+    options = {**QUICK, "epochs": 6, "test": "test.npz"}
+    result = finetune("model.onnx", "train.npz", progress=lambda what, _: said.append(what), **options)
+    report = result.report
+    assert report.final.before < 0.4
+    assert report.final.after > report.final.before + 0.4
+    assert (report.final.unseen, report.choice.unseen, report.choice.metric) == (True, False, "accuracy")
+    assert (report.samples, report.steps, report.ok) == ((461, 51, 500), 48, True)
+    images, labels = (np.load("test.npz")[name] for name in ("image", "y"))
+    after = ir.to_proto(result.graph)
+    (logits,) = execute(after, {"image": images})
+    assert report.final.after == pytest.approx((logits.argmax(1) == labels).mean())
+    assert [n.op_type for n in after.graph.node] == [n.op_type for n in before.graph.node]
+    names = [[tensor.name for tensor in one.graph.initializer] for one in (before, after)]
+    assert sorted(names[0]) == sorted(names[1])
+    assert any(what.startswith("epoch 6/6 loss") for what in said)
+    shown = json.loads(json.dumps(report.to_dict()))
+    assert shown["schema"] == "onnxopt.train/1"
+    assert len(shown["curves"]["loss"]) == len(shown["curves"]["score"]) == 6
+    assert shown["recipe"]["epochs"] == 6
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_models_stay_as_they_were(place: Path) -> None:
+    model = onnx.load("model.onnx")
+    bytes_before = model.SerializeToString()
+    data = dict(np.load("train.npz"))
+
+    def trained(seed: int) -> bytes:
+        result = finetune(model, data, **QUICK, seed=seed, transforms=("noise",), steps=3, max_drop=1)
+        assert isinstance(result.model, onnx.ModelProto)
+        return result.model.SerializeToString(deterministic=True)
+
+    assert trained(1) == trained(1) != trained(2)
+    assert model.SerializeToString() == bytes_before
+
+
+def test_a_final_softmax_is_looked_through(place: Path) -> None:
+    def proto(tail: str, output: str) -> onnx.ModelProto:
+        return text_model(
+            f"agraph (float[n, 4] x) => (float[n, 3] {output}) "
+            f"<float[4, 3] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}> {{ {tail} }}"
+        )
+
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    data = {"x": x, "y": x[:, :3].argmax(1)}
+    plain = finetune(proto("y0 = MatMul(x, w)", "y0"), data, **QUICK, metric="loss", holdout=0)
+    soft = finetune(proto("a = MatMul(x, w) y0 = Softmax(a)", "y0"), data, **QUICK, metric="loss", holdout=0)
+    weights = [one.graph.graph.initializers["w"].const_value.numpy() for one in (plain, soft)]  # type: ignore[union-attr]
+    np.testing.assert_array_equal(*weights)
+    assert plain.report.final.after == pytest.approx(soft.report.final.after, rel=1e-5)
+    assert plain.report.final.after > plain.report.final.before
+    assert "the metric was measured on the samples that were trained on" in plain.report.notes[0]
+
+
+def test_a_fixed_batch_and_metrics_of_other_names(place: Path) -> None:
+    proto = onnx.load("model.onnx")
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    Path("metric.py").write_text("def ones(run):\n    return float(len(run(feed)))\n" + _FEED)
+    for metric in ("agreement", "metric.py:ones", "accuracy"):
+        options = {**QUICK, "epochs": 1, "metric": metric, "max_drop": 1}
+        report = finetune(proto if metric == "accuracy" else "model.onnx", "train.npz", **options).report
+        assert report.final.metric == metric
+    assert report.final.after > report.final.before
+
+
+_FEED = "import numpy as np\nfeed = {'image': np.zeros((1, 1, 8, 8), np.float32)}\n"
+
+
+def test_batchnorm_is_put_in_as_identity_and_folded_back_under_the_old_names() -> None:
+    proto = text_model(
+        "agraph (float[n, 2, 6, 6] x) => (float[n, 4, 6, 6] y) "
+        "<float[3, 2, 1, 1] w1 = {1,2,3,4,5,6}, float[3] b1 = {1,2,3}, float[4, 3, 1, 1] w2 = "
+        "{1,2,3,4,5,6,7,8,9,1,2,3}> { a = Conv(x, w1, b1) c = Relu(a) d = Conv(c, w2) y = Relu(d) }"
+    )
+    model, samples = load(proto), synthesize(proto, seed=0, shapes={"x": (4, 2, 6, 6)})
+    inner, sites = with_batchnorm(model, samples)
+    assert [node.op_type for node in inner.graph].count("BatchNormalization") == len(sites) == 2
+    assert_equivalent(proto, ir.to_proto(inner), kind="reorder")
+    for name in ("a_bn_scale", "d_bn_var"):
+        value = inner.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 2, name=name)
+    changed = ir.to_proto(inner)
+    fold_batchnorm(inner, sites)
+    assert_equivalent(changed, ir.to_proto(inner), kind="reorder")
+    assert [node.op_type for node in inner.graph] == [node.op_type for node in model.graph]
+    assert list(inner.graph.initializers) == [*model.graph.initializers, "d_bias"]
+
+
+def test_training_with_batchnorm_gives_the_graph_without(place: Path) -> None:
+    plain = ir.to_proto(with_batchnorm(load("model.onnx"), [])[0])
+    assert [n.op_type for n in plain.graph.node].count("BatchNormalization") == 3  # all have one already
+    text = (
+        "agraph (float[n, 1, 8, 8] image) => (float[n, 10] y) <float[8, 1, 3, 3] c = {}, float[8] d = {},"
+        "float[10, 288] f = {}> { a = Conv(image, c, d) b = Relu(a) e = Flatten(b) y = Gemm<transB=1>(e, f) }"
+    )
+    proto = text_model(text)
+    for tensor, shape in zip(proto.graph.initializer, ((8, 1, 3, 3), (8,), (10, 288)), strict=True):
+        array = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    options = {**QUICK, "epochs": 4, "lr": 0.01, "loss": "cross-entropy=y"}
+    result = finetune(proto, "train.npz", **options, batchnorm=True)
+    assert [node.op_type for node in result.graph.graph] == ["Conv", "Relu", "Flatten", "Gemm"]
+    assert list(result.graph.graph.initializers) == ["c", "d", "f"]
+    assert result.report.final.after > result.report.final.before
+
+
+def options_of(**more: Any) -> list[str]:
+    given = {**QUICK, "interval": 2, **more}
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def started(output: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "onnxopt", "train", "finetune", "model.onnx", "-o", output, *more]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*command, "--data", "train.npz", *options_of(devices="cpu")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_kill_9_and_resume_give_the_bytes_of_an_uninterrupted_run(place: Path) -> None:
+    whole = finetune("model.onnx", "train.npz", **QUICK, interval=2, devices="cpu", folder="whole")
+    whole.save("whole.onnx")
+    process = started("out.onnx")
+    log = Path("out.onnx.train/log.jsonl")
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        if log.exists() and len(log.read_bytes().splitlines()) >= 5:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not Path("out.onnx").exists()
+    rows = len(log.read_bytes().splitlines())
+    resumed = started("out.onnx", "--resume", "--json", "r.json")
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    assert Path("out.onnx").read_bytes() == Path("whole.onnx").read_bytes()
+    assert log.read_bytes() == Path("whole/log.jsonl").read_bytes()
+    assert rows < len(log.read_bytes().splitlines())
+    report = json.loads(Path("r.json").read_text())
+    assert report["curves"] == vars_of(whole.report.curves)
+
+
+def vars_of(curves: Any) -> dict[str, list[float]]:
+    return {name: list(curve) for name, curve in curves.items()}
+
+
+def test_two_processes_are_one_on_the_union_of_their_batches(place: Path) -> None:
+    alone = finetune("model.onnx", "train.npz", **QUICK, interval=2, devices="cpu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "t"}
+    both = [started("out.onnx", "--json", "r.json", RANK=str(rank), **shared) for rank in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    report = json.loads(Path("r.json").read_text())
+    assert report["process"] == [0, 2]
+    np.testing.assert_allclose(report["curves"]["loss"], alone.report.curves["loss"], rtol=1e-4)
+    for tensor in onnx.load("out.onnx").graph.initializer:
+        wanted = alone.graph.graph.initializers[tensor.name].const_value
+        assert wanted is not None
+        np.testing.assert_allclose(onnx.numpy_helper.to_array(tensor), wanted.numpy(), atol=2e-4)
+
+
+Ran = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(name="run")
+def command(capsys: pytest.CaptureFixture[str], place: Path) -> Ran:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "finetune", *arguments])
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def test_the_command_writes_prints_and_reports(run: Ran) -> None:
+    Path("r.toml").write_text('data = "train.npz"\nlabels = ["y"]\nlr = 0.003\nepochs = 9\n')
+    code, out, err = run(
+        *["model.onnx", "-o", "o.onnx", "--recipe", "r.toml", "--epochs", "1", "--json", "r.json"]
+    )
+    assert (code, err) == (0, "")
+    for part in ("accuracy", "best", "written o.onnx", "15 steps in", "give others with test="):
+        assert part in " ".join(out.split())
+    report = json.loads(Path("r.json").read_text())
+    assert (report["recipe"]["epochs"], report["recipe"]["lr"], report["ok"]) == (1, 0.003, True)
+    onnx.checker.check_model(onnx.load("o.onnx"))
+    assert sorted(path.name for path in Path("o.onnx.train").iterdir()) == [
+        "best.onnx",
+        "checkpoint.pt",
+        "last.onnx",
+        "log.jsonl",
+    ]
+
+
+def test_what_got_worse_is_not_written_unless_asked_for(run: Ran) -> None:
+    images, labels = digits(256, 5)
+    np.savez("known.npz", image=images, y=(labels + 1) % 10)
+    np.savez("true.npz", image=images, y=labels)
+    given = ("model.onnx", "-o", "o.onnx", "--data", "known.npz", "--labels", "y", "--test", "true.npz")
+    code, out, _ = run(*given, "--lr", "0.01", "--epochs", "2")
+    assert code == 1
+    assert "nothing was written: accuracy" in out
+    assert not Path("o.onnx").exists()
+    code, out, _ = run(*given, "--lr", "0.01", "--epochs", "2", "--max-drop", "1")
+    assert (code, Path("o.onnx").exists()) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ("", 2, "say where to write: -o OUT"),
+        ("-o o.onnx", 2, "train: there is nothing to train on: give --data"),
+        (
+            "-o o.onnx --data train.npz",
+            2,
+            "loss: 0 possible labels (none): labels=NAME says which",
+        ),
+        ("-o o.onnx --data train.npz --labels z", 2, "no array for label 'z' (known: image, y)"),
+        ("-o o.onnx --data train.npz --labels y --loss cros-entropy", 2, "did you mean 'cross-entropy'?"),
+        ("-o o.onnx --data train.npz --labels y --metric acuracy", 2, "unknown metric 'acuracy'"),
+        ("-o o.onnx --data train.npz --labels y --epoch 3", 2, "No such option"),
+        ("-o o.onnx --data train.npz --labels y --loss mse", 2, "loss mse: the label is"),
+        (
+            "-o o.onnx --data train.npz --labels y --devices cuda:7",
+            2,
+            "devices 'cuda:7': cannot be used",
+        ),
+        ("-o o.onnx --data train.npz --labels y --init fc=he", 2, "init: no parameter is called 'fc'"),
+        ("-o o.onnx --data train.npz --labels y --lr 1e20", 1, "take a lower lr, or clip_norm"),
+        ("-o o.onnx --data nowhere --labels y", 2, "no such file or folder"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(run: Ran, arguments: str, code: int, told: str) -> None:
+    found, out, err = run("model.onnx", *arguments.split())
+    assert (found, out) == (code, "")
+    assert told in err
+    assert err.count("\n") == 1
+    assert not Path("o.onnx").exists()
+
+
+def test_python_is_told_the_same(place: Path) -> None:
+    with pytest.raises(UsageError, match="resume: give the folder"):
+        finetune("model.onnx", "train.npz", labels="y", resume=True)
+    with pytest.raises(UsageError, match=r"unknown option 'batchsize' \(did you mean 'batch_size'\?\)"):
+        finetune("model.onnx", "train.npz", labels="y", batchsize=3)
+    recipe = Recipe(labels=("y",), epochs=1, steps=1)
+    assert finetune("model.onnx", "train.npz", recipe=recipe, max_drop=1).report.steps == 1
