@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +22,13 @@ from onnxopt.cli.common import (
     write_json,
 )
 from onnxopt.data import FeedSource
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxopt.job import Progress
+    from onnxopt.reporting.training import TrainingReport
+    from onnxopt.result import Result
 
 __all__ = ["command", "spelled"]
 
@@ -49,6 +59,10 @@ __all__ = ["command", "spelled"]
 @click.option("--target", default="cpu", show_default=True, help="cpu, cuda, tensorrt or generic.")
 @click.option("--metric", help="file.py:function called as metric(run), or agreement, mse, sqnr.")
 @click.option("--max-drop", help="Prune less where more of the metric would be lost: 0.005, or 1%.")
+@click.option("--recover", is_flag=True, help="Train what is left to say what MODEL says on --data.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="How to recover: options of train prune, in TOML."
+)
 @click.option(
     "--freeze-initializers", is_flag=True, help="Prune initializers that callers could override, too."
 )
@@ -80,6 +94,8 @@ def command(
     target: str,
     metric: str | None,
     max_drop: str | None,
+    recover: bool,
+    recipe: Path | None,
     freeze_initializers: bool,
     shape: tuple[str, ...],
     seed: int,
@@ -94,6 +110,7 @@ def command(
     onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/
     onnxopt prune model.onnx -o sparse.onnx --weights --sparsity 0.9 --cluster bits=5
     onnxopt prune model.onnx -o out.onnx --channels --macs 0.5 --data samples/ --max-drop 1%
+    onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/ --recover
 
     Exit codes: 0 written, 1 nothing was pruned or the budget was not kept, 2 bad input.
     """
@@ -101,6 +118,7 @@ def command(
     from onnxopt.pruning.masks import read_masks, write_masks
     from onnxopt.pruning.weights import kept_elements
     from onnxopt.reporting.pruning_tables import print_pruning
+    from onnxopt.reporting.training_tables import print_training
     from onnxopt.storage import check_target
 
     keep_apart(json_file, model, output, masks)
@@ -124,6 +142,13 @@ def command(
     if unused:
         flag = "--channels" if unused[0] == "macs" else "--weights"
         raise click.UsageError(f"--{unused[0]} is of {flag}, which is not given")
+    trained = None
+    if recover:
+        learn = _recovery(
+            model, data, metric, recipe, seed, clustered=any("cluster" in one for one in (*asked, *passes))
+        )
+    elif recipe is not None:
+        raise click.UsageError("--recipe is of --recover, which is not given")
     with progress() as show:
         result = prune(
             model,
@@ -140,12 +165,47 @@ def command(
             metadata=not no_metadata,
             progress=show,
         )
+        if recover and result.report.ok:
+            trained = learn(result.graph, show)
+            result = replace(result, graph=trained.graph)
         written = result.save(output) if result.report.ok else None
-    print_pruning(result.report, console(json_file), written=written, list_layers=list_layers)
-    write_json(result.report.to_dict(), json_file)
+    shown = console(json_file)
+    print_pruning(result.report, shown, written=None if trained else written, list_layers=list_layers)
+    report = result.report.to_dict()
+    if trained is not None:
+        print_training(trained.report, shown, written=written)
+        report["recovered"] = trained.report.to_dict()
+    write_json(report, json_file)
     if save_masks is not None and written is not None:
         write_masks(kept_elements(result.graph), save_masks)
     return int(not result.report.ok)
+
+
+def _recovery(
+    model: Path,
+    data: FeedSource | None,
+    metric: str | None,
+    recipe: Path | None,
+    seed: int,
+    *,
+    clustered: bool,
+) -> Callable[[ir.Model, Progress], Result[TrainingReport]]:
+    """What trains a pruned model; what it needs is looked for before anything is pruned."""
+    from onnxopt.data import read_feeds
+    from onnxopt.model import load
+    from onnxopt.training import recover
+
+    if data is None:
+        raise click.UsageError("--recover learns from real inputs, made-up ones teach nothing: give --data")
+    if clustered:
+        raise click.UsageError(
+            "--recover would train weights apart that are shared: recover first, then --cluster"
+        )
+    samples = read_feeds(data, load(model))
+    given = {} if metric is None else {"metric": metric}
+    return lambda pruned, show: recover(
+        pruned, model, samples, recipe=recipe, progress=show, **{"seed": seed, **given}
+    )
 
 
 def spelled(options: dict[str, str | None]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
+from onnxopt.training.kinds import DistillRecipe, PruneRecipe
 from onnxopt.training.recipe import Recipe
 
 __all__ = ["command"]
@@ -104,3 +105,38 @@ def finetune(
     input.
     """
     return run_training("finetune", model, output, recipe, resume, json_file, given)
+
+
+@command.command("distill")
+@training_options(DistillRecipe)
+def distill(
+    model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
+) -> int:
+    """Train MODEL to say what its teachers say, with labels or without.
+
+    \b
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data inputs.npz --epochs 20
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data train.npz --labels y
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data inputs.npz --match hidden=hidden_t
+
+    Inputs have to be real ones: what a model says to noise teaches little.
+    Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
+    """
+    return run_training("distill", model, output, recipe, resume, json_file, given)
+
+
+@command.command("prune")
+@training_options(PruneRecipe)
+def prune(
+    model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
+) -> int:
+    """Set weights of MODEL to zero, and train the rest to do without them.
+
+    \b
+    onnxopt train prune model.onnx -o out.onnx --data train.npz --labels y --sparsity 0.9 --ramp cubic
+    onnxopt train prune model.onnx -o out.onnx --data inputs.npz --nm 2:4
+
+    Without labels the model itself, as it was, is the teacher. `onnxopt prune --recover` trains what is left
+    when channels or layers are cut. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
+    """
+    return run_training("prune", model, output, recipe, resume, json_file, given)

@@ -21,11 +21,11 @@ from onnxopt.storage import save
 from onnxopt.training.dataset import Batch, Dataset
 from onnxopt.training.losses import CrossEntropy, Objective
 
-__all__ = ["FileJudge", "final_activations", "find_metric", "score"]
+__all__ = ["INVERSES", "FileJudge", "final_activations", "find_metric", "outputs_of", "score"]
 
 _TOGETHER = 64
 """Samples in a run of the runtime, where the model takes any number of them."""
-_INVERSES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+INVERSES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "Softmax": lambda p: np.log(np.maximum(p, np.finfo(p.dtype).tiny)),
     "LogSoftmax": lambda y: y,
     "Sigmoid": lambda p: np.log(np.maximum(p, np.finfo(p.dtype).tiny)) - np.log1p(-np.minimum(p, 1 - 1e-7)),
@@ -61,7 +61,7 @@ def find_metric(
 
         def measured(run: Run, split: Split = "search") -> float:
             figures, weights = [], []
-            for batch, outputs in _outputs(splits[split], run):
+            for batch, outputs in outputs_of(splits[split], run):
                 figures.append(of_batch(objective, activations, batch, outputs))
                 weights.append(batch.size)
             return float(np.average(figures, weights=weights))
@@ -83,7 +83,7 @@ def final_activations(model: ir.Model) -> dict[str, str]:
     return {
         name: node.op_type
         for name, node in producers.items()
-        if node is not None and node.op_type in _INVERSES
+        if node is not None and node.op_type in INVERSES
     }
 
 
@@ -110,7 +110,7 @@ class FileJudge:
             save(self.best, self.folder / "best.onnx")
 
 
-def _outputs(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+def outputs_of(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each batch of a dataset and what the model gives for it; a fixed batch size is filled up."""
     inputs = data.contract.required
     fixed = next((one.dims[0] for one in inputs if one.dims and isinstance(one.dims[0], int)), None)
@@ -146,7 +146,7 @@ def _negated_loss(
 ) -> float:
     given = {
         name: torch.from_numpy(
-            _INVERSES[activations[name]](y) if _looks_through(objective, name, activations) else y
+            INVERSES[activations[name]](y) if _looks_through(objective, name, activations) else y
         )
         for name, y in outputs.items()
         if y.dtype.kind in "fiub"
