@@ -144,9 +144,11 @@ def command(
         raise click.UsageError(f"--{unused[0]} is of {flag}, which is not given")
     trained = None
     if recover:
-        learn = _recovery(
-            model, data, metric, recipe, seed, clustered=any("cluster" in one for one in (*asked, *passes))
-        )
+        if any("cluster" in one for one in (*asked, *passes)):
+            raise click.UsageError(
+                "--recover would train apart what --cluster makes equal: cluster the result"
+            )
+        learn = _recovery(model, data, metric, recipe, seed)
     elif recipe is not None:
         raise click.UsageError("--recipe is of --recover, which is not given")
     with progress() as show:
@@ -182,13 +184,7 @@ def command(
 
 
 def _recovery(
-    model: Path,
-    data: FeedSource | None,
-    metric: str | None,
-    recipe: Path | None,
-    seed: int,
-    *,
-    clustered: bool,
+    model: Path, data: FeedSource | None, metric: str | None, recipe: Path | None, seed: int
 ) -> Callable[[ir.Model, Progress], Result[TrainingReport]]:
     """What trains a pruned model; what it needs is looked for before anything is pruned."""
     from onnxopt.data import read_feeds
@@ -197,10 +193,6 @@ def _recovery(
 
     if data is None:
         raise click.UsageError("--recover learns from real inputs, made-up ones teach nothing: give --data")
-    if clustered:
-        raise click.UsageError(
-            "--recover would train weights apart that are shared: recover first, then --cluster"
-        )
     samples = read_feeds(data, load(model))
     given = {} if metric is None else {"metric": metric}
     return lambda pruned, show: recover(

@@ -117,7 +117,7 @@ def distill(
     \b
     onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data inputs.npz --epochs 20
     onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data train.npz --labels y
-    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data inputs.npz --match hidden=hidden_t
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data in.npz --match hidden=hidden_t
 
     Inputs have to be real ones: what a model says to noise teaches little.
     Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.

@@ -28,6 +28,7 @@ from onnxopt.result import Result
 from onnxopt.training.dataset import Dataset
 from onnxopt.training.hooks import Hook
 from onnxopt.training.kinds import DistillRecipe
+from onnxopt.training.likeness import Answer, Match, differing
 from onnxopt.training.loop import Trainer
 from onnxopt.training.losses import LOSSES, CrossEntropy, Kl, Loss, parse_loss
 from onnxopt.training.module import GraphModule

@@ -91,9 +91,7 @@ class PruneRecipe(DistillRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.sparsity < 1 or not 0 <= self.ramp_begin <= self.ramp_end < 1:
-            raise UsageError(
-                "sparsity is from 0 to less than 1, and so are ramp_begin and, after it, ramp_end"
-            )
+            raise UsageError("sparsity, ramp_begin and, after it, ramp_end are from 0 to less than 1")
         if self.ramp_updates < 1:
             raise UsageError(f"ramp_updates: {self.ramp_updates} is less than 1")
         if self.nm and self.ramp != "one-shot":

@@ -61,13 +61,15 @@ class Match:
 def differing(match: Match, mine: Sequence[int], theirs: Sequence[int]) -> tuple[int, int, int] | None:
     """The axis along which a linear map is needed, and its sizes; None where none is."""
     a, b = list(mine), list(theirs)
+    told = (
+        f"{match.mine!r} is {'x'.join(map(str, a))}, the teacher's {match.theirs!r} {'x'.join(map(str, b))}"
+    )
+    if match.attends and min(len(a), len(b)) < 3:
+        raise UsageError(f"distill: {told}: attention is of samples, channels or heads, and places")
     axis = 1 if match.attends or len(a) == 4 else len(a) - 1
     others = [(x, y) for i, (x, y) in enumerate(zip(a, b, strict=False)) if i != axis]
     if len(a) != len(b) or len(a) < 2 or any(x != y for x, y in others):
-        raise UsageError(
-            f"distill: {match.mine!r} is {'x'.join(map(str, a))} and the teacher's {match.theirs!r} "
-            f"{'x'.join(map(str, b))}: only axis {axis} may differ"
-        )
+        raise UsageError(f"distill: {told}: only axis {axis} may differ")
     return None if a == b or match.attends else (axis, a[axis], b[axis])
 
 

@@ -54,8 +54,8 @@ def open_source(source: Any, *, labels: Sequence[str], preprocess: str | None = 
         source: one ``.npz`` (arrays by name, mapped unless it is compressed); a folder of ``.npz``, a file
             a sample; a folder of ``.npy``, named as inputs and labels, mapped; a folder of folders of images,
             each a class; ``.csv``; ``file.py:function`` or ``module:function``; a folder of Hugging Face
-            ``datasets``, or ``hf:NAME:SPLIT``; a callable that gives batches; a mapping of arrays; `Samples`; an
-            iterable of batches such as a torch DataLoader; a Dataset of Hugging Face.
+            ``datasets``, or ``hf:NAME:SPLIT``; a callable that gives batches; a mapping of arrays; `Samples`;
+            an iterable of batches such as a torch DataLoader; a Dataset of Hugging Face.
         labels: their names; images and CSV files give theirs the first one.
         preprocess: how images become arrays; by default ``preprocess.toml`` in the folder says it.
 

@@ -8,6 +8,7 @@ al., "Stabilizing the Lottery Ticket Hypothesis", 2019 (1903.01611).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -164,13 +165,12 @@ class Masks(Hook):
     def start(self, trainer: Trainer) -> None:
         module = trainer.module
         assert isinstance(module, GraphModule)
-        parameters = {
-            name: module.get_parameter(key) for name, key in module.keys.items() if _has(module, key)
-        }
-        self._weights = {name: parameters[name] for name in kept_elements(self.model) if name in parameters}
+        named = dict(module.named_parameters())
+        keys = {name: module.keys.get(name, "") for name in kept_elements(self.model)}
+        self._weights = {name: named[key] for name, key in keys.items() if key in named}
         self._times = ramp(self.recipe, trainer.total)
         for name, one in self._weights.items():
-            one.register_hook(lambda gradient, name=name: self._held(gradient, name))
+            one.register_hook(functools.partial(self._held, name))  # type: ignore[no-untyped-call]
         self._choose(self._times.get(0, 0.0))
         if self.recipe.rewind == 0:
             self._early = {name: one.detach().clone() for name, one in module.named_parameters()}
@@ -210,9 +210,7 @@ class Masks(Hook):
         model = clone(self.model)
         _apply(self._pass(share, score), model)
         if share and all(one.all() for one in kept_elements(model).values()):
-            raise UsageError(
-                "prune: there is no weight that could be pruned; options=small=0 takes small ones"
-            )
+            raise UsageError("prune: no weight could be pruned; options=small=0 takes small ones")
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,7 +256,7 @@ class Masks(Hook):
             if name in self._weights and not one.all()
         }
 
-    def _held(self, tensor: Tensor, name: str) -> Tensor:
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.masked_fill(~self.kept[name], 0) if name in self.kept else tensor
 
     def _hold(self) -> None:
@@ -267,17 +265,13 @@ class Masks(Hook):
 
     def _rewind(self, trainer: Trainer) -> None:
         """The weights of an early step again, with a fresh optimizer and moving average."""
-        for name, one in trainer.module.named_parameters():
-            one.copy_(self._early[name])
+        named = dict(trainer.module.named_parameters())
+        for name, early in self._early.items():
+            named[name].copy_(early)
         trainer.optimizer.state.clear()
         if trainer.ema is not None:
             trainer.ema.n_averaged.zero_()
         self._early = {}
-
-
-def _has(module: GraphModule, key: str) -> bool:
-    owner, _, last = key.rpartition(".")
-    return last in module.get_submodule(owner)._parameters
 
 
 def _apply(one: PruneWeights, model: ir.Model) -> None:
