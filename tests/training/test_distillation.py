@@ -143,20 +143,21 @@ def test_a_teacher_of_a_fixed_batch_size_serves_any() -> None:
 
 def test_hidden_tensors_are_matched_through_a_map_that_leaves_no_trace() -> None:
     student, teacher = net(1, 5), net(2, 8)
+    x = np.random.default_rng(1).normal(size=(1024, 6)).astype(np.float32)
     options: dict[str, Any] = {
-        "epochs": 40,
+        "epochs": 3,
         "lr": 0.02,
         "batch_size": 16,
         "holdout": 0.0,
         "match_weight": 20.0,
     }
-    plain = distill(student, {"x": X}, teacher=teacher, **options)
-    matched = distill(student, {"x": X}, teacher=teacher, match="hidden", **options)
+    plain = distill(student, {"x": x}, teacher=teacher, **options)
+    matched = distill(student, {"x": x}, teacher=teacher, match="hidden", **options)
 
     def fit(model: ir.Model) -> float:
         """What of the teacher's hidden tensor no linear map of the student's gives."""
         hidden = [
-            np.tanh(X @ onnx.numpy_helper.to_array(one.graph.initializer[0]))
+            np.tanh(x @ onnx.numpy_helper.to_array(one.graph.initializer[0]))
             for one in (ir.to_proto(model), teacher)
         ]
         return float(np.linalg.lstsq(*hidden, rcond=None)[1].sum())
@@ -200,7 +201,10 @@ def test_attention_is_matched_where_channels_differ() -> None:
 
 
 def test_without_labels_what_pruning_lost_is_recovered(half: ir.Model) -> None:
-    result = distill(half, {"image": IMAGES}, teacher=digits_cnn(), epochs=25, lr=5e-3, test={"image": SEEN})
+    quick: dict[str, Any] = {"batch_size": 16, "schedule": "linear"}
+    result = distill(
+        half, {"image": IMAGES}, teacher=digits_cnn(), epochs=10, lr=8e-3, test={"image": SEEN}, **quick
+    )
     report = result.report
     assert accuracy(half) < 0.6
     assert accuracy(result.graph) > 0.95
@@ -219,7 +223,7 @@ def test_a_result_that_is_worse_is_not_kept() -> None:
     model = net(2, 8)
     result = distill(model, {"x": X}, teacher=model, epochs=1, lr=0.5)
     assert "; max_drop is 0" in result.report.reason
-    assert ir.to_proto(result.graph).graph == model.graph
+    assert ir.to_proto(result.graph).graph.initializer == model.graph.initializer
 
 
 def test_noise_is_told_from_images_and_tables() -> None:
@@ -247,7 +251,7 @@ def test_noise_is_told_from_images_and_tables() -> None:
             "teacher has no tensor 'hiden'.*hidden",
         ),
         ({"teacher": net(2, 8), "match": "=hidden"}, UsageError, "expected STUDENT=TEACHER"),
-        ({"teacher": net(2, 8), "attend": "hidden"}, UsageError, "'hidden' is 1x5 .* 1x8: attention is"),
+        ({"teacher": net(2, 8), "attend": "hidden"}, UsageError, "'hidden' is 1x5, .* 1x8: attention is"),
         ({"teacher": net(2, 8), "outputs": "y=z9"}, UsageError, "no output goes with 'y' among 'y'"),
         ({"teacher": digits_cnn()}, OnnxoptError, "the run on .* failed"),
         ({"teacher": net(2, 8), "metric": "accuracy"}, UsageError, "metric accuracy: it needs labels"),
