@@ -272,7 +272,7 @@ def test_prune_recovers_what_it_lost_in_one_command(place: Path) -> None:
     assert run(*cut, "-o", "cut.onnx") == 0
     assert run(*cut, "-o", "out.onnx", "--recover", "--recipe", "how.toml", "--json", "report.json") == 0
     before, after = (accuracy(onnx.load(name)) for name in ("cut.onnx", "out.onnx"))
-    assert before < 0.8
+    assert before < 0.9
     assert after > 0.95
     shapes = [
         [tuple(one.dims) for one in onnx.load(name).graph.initializer] for name in ("cut.onnx", "out.onnx")
