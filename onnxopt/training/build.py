@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import NONDETERMINISTIC, constant_of
+from onnxopt.graph import NONDETERMINISTIC, constant_of, sizes_of, sole_user, subgraphs_of, walk
+from onnxopt.index import operator_of
 from onnxopt.inference import refine
+from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training import registry
+from onnxopt.training.frozen import FrozenPart
 from onnxopt.training.functions import FunctionBody, has_function
 from onnxopt.training.graph import Body, Plan, Step
+from onnxopt.training.quantized import add_quantized
 from onnxopt.training.registry import Context, Operator
 from onnxopt.training.state import State
 from onnxopt.training.values import HOST_LIMIT, host_of, tensor_of
 
-__all__ = ["Builder", "label", "operator_for"]
+__all__ = ["Builder", "label", "operator_for", "unknown_nodes"]
 
 _SHAPES = ("Shape", "Size")
 _GRAPH = ir.AttributeType.GRAPH
@@ -26,6 +30,17 @@ _GRAPH = ir.AttributeType.GRAPH
 def label(node: ir.Node, version: int) -> str:
     """How messages call a node: operator, domain, version and name."""
     return f"{node.domain or 'ai.onnx'}::{node.op_type}-{version} (node {node.name!r})"
+
+
+def unknown_nodes(graph: ir.Graph) -> list[tuple[ir.Node, str]]:
+    """The nodes of a main graph that cannot be computed here, by themselves or for what is in them."""
+    found = []
+    for node in graph:
+        for inner in (node, *(one for body in subgraphs_of(node) for one in walk(body))):
+            version = graph.opset_imports.get(inner.domain, 1)
+            if operator_of(inner) not in QUANTIZED and operator_for(inner, version) is None:
+                found.append((node, label(inner, version)))
+    return found
 
 
 def operator_for(node: ir.Node, version: int) -> Operator | None:
@@ -40,19 +55,31 @@ class Builder:
     """Builds the plan of one graph; that of a body knows the builder of the graph around it.
 
     states: constants that are held by the module, as parameter or buffer, by value; what the plan needs of
-    them is noted in `needed`, in the root's builder.
+    them is noted in `needed`, in the root's builder. shown: names of values that are not to be fused away.
     """
 
     def __init__(
-        self, opsets: Mapping[str, int], states: Mapping[ir.Value, State], outer: Builder | None = None
-    ):
-        self.opsets, self.states, self.outer = opsets, states, outer
+        self,
+        opsets: Mapping[str, int],
+        states: Mapping[ir.Value, State],
+        outer: Builder | None = None,
+        shown: Sequence[str] = (),
+    ) -> None:
+        self.opsets, self.states, self.outer, self.shown = opsets, states, outer, frozenset(shown)
         self.plan = Plan()
         self.slots: dict[tuple[ir.Value, bool], int] = {}
         self.needed: dict[ir.Value, int] = {}
         self.captures: list[tuple[ir.Value, bool]] = []
         self._host: set[ir.Value] = set()
-        self._skip: set[ir.Node] = set()
+        self.done: set[ir.Node] = set()
+
+    def add_frozen(self, part: FrozenPart) -> None:
+        """Let the runtime compute a part; it comes first."""
+        inputs = [self._new(value) for value in part.inputs]
+        outputs = [self._new(value) for value in part.results]
+        ctx = Context(1, len(outputs), (None,) * len(inputs), (None,) * len(outputs))
+        self.plan.steps.append(Step(part.operator, {}, ctx, inputs, outputs, (), False, "frozen part"))
+        self.done.update(part.nodes)
 
     def build(self, graph: ir.Graph | ir.Function) -> Plan:
         """The plan of a graph; its inputs are given in order.
@@ -61,13 +88,16 @@ class Builder:
             ModelError: an operator that nothing is known of.
         """
         body = graph.graph if isinstance(graph, ir.Function) else graph
-        self.plan.inputs = tuple(self._new(value) for value in body.inputs)
+        self.plan.inputs = tuple(
+            self.slots[value, False] if (value, False) in self.slots else self._new(value)
+            for value in body.inputs
+        )
         if self.outer is not None:
             self._host.update(body.inputs)
         for node in body:
             if node.op_type == "Constant" and not node.domain and node.outputs[0] in self.states:
                 continue
-            if node not in self._skip:
+            if node not in self.done and not add_quantized(self, node) and not self._add_linear(node):
                 self._add(node)
         self.plan.outputs = tuple(self.slot(value, False) for value in body.outputs)
         self.plan.captured = tuple(self.slots[key] for key in self.captures)
@@ -133,6 +163,44 @@ class Builder:
 
     def _root(self) -> Builder:
         return self if self.outer is None else self.outer._root()
+
+    def emit(
+        self,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[int],
+        options: Mapping[str, Any],
+        node: ir.Node,
+        result: ir.DataType | None = None,
+    ) -> int:
+        """Add a step that is part of a node; the number of its result."""
+        version = self.opsets.get(domain, 1)
+        operator = registry.find(domain, op_type, version)
+        assert operator is not None
+        known = operator.attributes or ()
+        kept = {name: value for name, value in options.items() if name in known}
+        ctx, output = Context(version, 1, (None,) * len(inputs), (result,)), self._next()
+        self.plan.steps.append(Step(operator, kept, ctx, inputs, (output,), (), False, node.name or ""))
+        return output
+
+    def attributes(self, node: ir.Node) -> dict[str, Any]:
+        """The attributes of a node without bodies, by name."""
+        return {name: _plain(attr) for name, attr in node.attributes.items()}
+
+    def _add_linear(self, node: ir.Node) -> bool:
+        """MatMul by a matrix whose only reader adds a vector to it: one product for torch."""
+        add, value = sole_user(node.outputs[0]), node.outputs[0]
+        if node.op_type != "MatMul" or node.domain or add is None or add.op_type != "Add" or add.domain:
+            return False
+        x, weight = node.inputs
+        bias = add.inputs[1] if add.inputs[0] is value else add.inputs[0]
+        sizes = [sizes_of(one) for one in map(constant_of, (weight, bias)) if one is not None]
+        if len(sizes) < 2 or len(sizes[0]) != 2 or sizes[1] != sizes[0][1:] or value.name in self.shown:
+            return False
+        inputs = [self.slot(one, False) for one in (x, weight, bias)]
+        self.slots[add.outputs[0], False] = self.emit("onnxopt", "Linear", inputs, {}, node)
+        self.done.add(add)
+        return True
 
     def _add(self, node: ir.Node) -> None:
         version = self.opsets.get(node.domain, 1)

@@ -24,7 +24,7 @@ def has_function(node: ir.Node, version: int) -> bool:
     """Whether the operator's schema says how others compute it."""
     if not onnx.defs.has(node.op_type, version, node.domain):
         return False
-    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    schema = _schema(node.op_type, version, node.domain)
     return bool(schema.has_function or schema.has_context_dependent_function)
 
 
@@ -47,7 +47,6 @@ class FunctionBody:
         found = body(args, (), anchor)
         return tuple(None if place is None else found[place] for place in places)
 
-    @torch.compiler.disable
     def _expand(self, types: _Types) -> tuple[Body, tuple[int | None, ...]]:
         """The body, and where its outputs are among those that it really gives."""
         from onnxopt.training.build import Builder
@@ -65,6 +64,11 @@ class FunctionBody:
         return Body(Builder(function.opset_imports, {}).build(function.graph)), places
 
 
+def _schema(op_type: str, version: int, domain: str) -> Any:
+    """The stubs of onnx know little of what a schema has."""
+    return onnx.defs.get_schema(op_type, version, domain)
+
+
 def _type_of(value: Any) -> ir.DataType | None:
     if isinstance(value, list):
         return _type_of(value[0]) if value else None
@@ -73,7 +77,7 @@ def _type_of(value: Any) -> ir.DataType | None:
 
 def _function(node: onnx.NodeProto, version: int, types: _Types) -> onnx.FunctionProto:
     """The function that the schema has for this node: the one for the newest operator set."""
-    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    schema = _schema(node.op_type, version, node.domain)
     if schema.has_function:
         newest = max(v for v in schema.function_opset_versions if v <= version)
         return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(newest))

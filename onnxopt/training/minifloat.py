@@ -34,9 +34,12 @@ class _Passed(torch.autograd.Function):
         return grad, None
 
 
+_through: Any = _Passed.apply
+
+
 def passed(x: Tensor, rounded: Tensor) -> Tensor:
     """`rounded`, with the gradient of `x`: the straight-through estimator."""
-    return _Passed.apply(x, rounded) if x.requires_grad else rounded  # type: ignore[no-any-return]
+    return _through(x, rounded) if x.requires_grad else rounded
 
 
 def round_to(x: Tensor, dtype: ir.DataType, *, saturate: bool = True, round_mode: str = "up") -> Tensor:

@@ -12,9 +12,10 @@ from torch import nn
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import int_attr
 from onnxopt.model import ModelLike, load
-from onnxopt.training.build import Builder
+from onnxopt.training.build import Builder, unknown_nodes
+from onnxopt.training.frozen import frozen_part
 from onnxopt.training.preparation import initial, prepare
-from onnxopt.training.state import State, Tying, collect
+from onnxopt.training.state import Options, State, Tying, collect
 from onnxopt.training.values import deliver, receive
 
 __all__ = ["GraphModule", "Logits", "to_torch"]
@@ -37,6 +38,7 @@ def to_torch(
     expose: Sequence[str] = (),
     batch_statistics: bool = False,
     tied: Tying = "auto",
+    outputs: Sequence[str] | None = None,
 ) -> GraphModule:
     """The model as an ordinary `nn.Module`.
 
@@ -50,14 +52,15 @@ def to_torch(
         tied: what stays one parameter of what several nodes read: "auto" all but tensors that hold one
             number all over, which exporters share because they are equal before training; "all"; "none".
 
+        outputs: the graph outputs that are computed; by default all.
+
     Raises:
         ModelError: not a model, or an operator that cannot be computed here.
         UsageError: an exposed tensor, or a pattern, that the model does not have.
     """
-    graph = prepare(load(model))
-    states = collect(graph, trainable, tied)
-    module = GraphModule(graph, states, batch_statistics)
-    module.trainable, module.tied = None if trainable is None else tuple(trainable), tied
+    chosen = None if outputs is None else tuple(outputs)
+    options = Options(None if trainable is None else tuple(trainable), tied, chosen)
+    module = GraphModule(prepare(load(model), options), options, batch_statistics, expose)
     module.expose(*expose)
     return module
 
@@ -70,21 +73,29 @@ class GraphModule(nn.Module):
     key of each name.
     """
 
-    def __init__(self, graph: ir.Model, states: Sequence[State], batch_statistics: bool) -> None:
+    def __init__(
+        self, graph: ir.Model, options: Options, batch_statistics: bool = False, shown: Sequence[str] = ()
+    ) -> None:
         super().__init__()
+        self.options = options
+        states = collect(graph, options)
+        self._anchor: torch.Tensor
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         initializers = graph.graph.initializers
         self._inputs = tuple(
             (value.name or "", value.dtype) for value in graph.graph.inputs if value.name not in initializers
         )
         self._outputs = [(value.name or "", value.dtype) for value in graph.graph.outputs]
-        builder = Builder(graph.graph.opset_imports, {state.value: state for state in states})
+        by_value = {state.value: state for state in states}
+        builder = Builder(graph.graph.opset_imports, by_value, shown=shown)
+        trained = {state.value for state in states if state.trainable}
+        part = frozen_part(graph, unknown_nodes(graph.graph), trained)
+        if part is not None:
+            builder.add_frozen(part)
         self._plan = builder.build(graph.graph)
         self._named = builder.named()
         self._logits = _logits(graph.graph)
         self.keys: dict[str, str] = {}
-        self.trainable: tuple[str, ...] | None = None
-        self.tied: Tying = "auto"
         self._owners: list[tuple[int, nn.Module, str]] = []
         for state in states:
             if state.value in builder.needed:

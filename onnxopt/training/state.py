@@ -7,16 +7,19 @@ output of the Constant node, that holds it. See `State` for the integers of quan
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, graphs, walk
+from onnxopt.index import operator_of
+from onnxopt.passes.shared.quantized import QUANTIZED
+from onnxopt.training.quantized import reading
 from onnxopt.training.values import FLOATS
 
-__all__ = ["Site", "State", "Tying", "collect", "constants", "is_constant_node", "nodes_of"]
+__all__ = ["Options", "Site", "State", "Tying", "collect", "constants", "is_constant_node", "nodes_of"]
 
 Tying = Literal["auto", "all", "none"]
 """What stays tied of what several nodes read: all but tensors of one number all over, which exporters share
@@ -58,6 +61,15 @@ _WEIGHTS: Mapping[str, tuple[int, ...]] = {
     "SkipSimplifiedLayerNormalization": (2, 3),
     "SimplifiedLayerNormalization": (1,),
 }
+_QUANTIZED_WEIGHTS = {
+    name.split("::")[-1]: (
+        *(port.data for i, port in enumerate(row.inputs) if row.weight in (None, i)),
+        row.bias,
+    )
+    for name, row in QUANTIZED.items()
+    if row.float_op
+}
+"""Of operators on quantized data, by their own table: weight and bias."""
 _MOVES = frozenset(
     {
         *("Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile"),
@@ -112,20 +124,32 @@ def nodes_of(model: ir.Model) -> list[ir.Node]:
     return list(walk(model.graph))
 
 
-def collect(model: ir.Model, trainable: Sequence[str] | None, tied: Tying) -> list[State]:
+@dataclass(frozen=True)
+class Options:
+    """What `to_torch` was asked for, see there; `write_back` prepares the model in the same way."""
+
+    trainable: tuple[str, ...] | None = None
+    tied: Tying = "auto"
+    outputs: tuple[str, ...] | None = None
+
+
+def collect(model: ir.Model, options: Options) -> list[State]:
     """The constants of a model as states. What is un-shared becomes a value of its own in `model`."""
     numbers = {node: number for number, node in enumerate(nodes_of(model))}
     states: list[State] = []
     for name, value in constants(model):
         state = State(name, value, _form(value), source=name)
         if _dtype(value) in FLOATS or state.form != "float":
+            patterns = options.trainable
             state.trainable = (
                 is_weight(value)
-                if trainable is None
-                else any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable)
-            )
+                if patterns is None
+                else any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            ) and not any(use.idx > 2 and use.node.op_type == "BatchNormalization" for use in value.uses())
+            if not state.trainable and state.form == "integers":
+                state.form = "float"
         states.append(state)
-        if state.trainable and state.form == "float" and _unties(value, tied):
+        if state.trainable and state.form == "float" and _unties(value, options.tied):
             states += _copies(state, numbers, model.graph)
     return states
 
@@ -141,6 +165,8 @@ def is_weight(value: ir.Value) -> bool:
             places = table.get(user.op_type, ())
             if position in places or _ANY in places:
                 return True
+            if position in _QUANTIZED_WEIGHTS.get(user.op_type, ()):
+                return True
             if user.op_type in _MOVES and position == 0:
                 work += [one for one in user.outputs if one not in seen]
                 seen.update(user.outputs)
@@ -149,12 +175,7 @@ def is_weight(value: ir.Value) -> bool:
 
 def _form(value: ir.Value) -> Literal["float", "integers", "bias"]:
     """How a constant is held: integers that are only dequantized, always alike, as the floats they mean."""
-    users = [use.node for use in value.uses()]
-    if _dtype(value) in FLOATS or not users or value.is_graph_output():
-        return "float"
-    if any(user.op_type != "DequantizeLinear" or user.inputs[0] is not value for user in users):
-        return "float"
-    if len({tuple(user.inputs) for user in users}) > 1 or constant_of(users[0].inputs[1]) is None:
+    if _dtype(value) in FLOATS or reading(value) is None:
         return "float"
     return "bias" if _dtype(value) == ir.DataType.INT32 else "integers"
 
@@ -168,7 +189,7 @@ def _dtype(value: ir.Value) -> ir.DataType | None:
 def _unties(value: ir.Value, tied: Tying) -> bool:
     if tied == "all" or len(tuple(value.uses())) < 2 or value.is_graph_output():
         return False
-    if any(use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx for use in value.uses()):
+    if any(operator_of(use.node) in QUANTIZED for use in value.uses()):
         return False
     if tied == "none":
         return True

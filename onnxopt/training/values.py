@@ -94,7 +94,7 @@ def receive(value: Any, dtype: ir.DataType | None) -> Any:
     """A graph input as the graph carries it."""
     if isinstance(value, list):
         return [receive(one, dtype) for one in value]
-    if isinstance(value, np.ndarray | np.generic) and dtype is not None:
+    if isinstance(value, np.ndarray | np.generic) and dtype in CARRIERS:
         return tensor_of(np.asarray(value), dtype)
     if not isinstance(value, Tensor):
         return value
@@ -131,8 +131,7 @@ def numbers_of(value: Any) -> tuple[Any, ...] | None:
     return value.data if isinstance(value, Host) else tuple(value.reshape(-1).tolist())
 
 
-@torch._dynamo.assume_constant_result
-def on_host(run: Callable[..., Any], static: tuple[int, ...], *values: Host | None) -> Any:
+def _on_host(run: Callable[..., Any], static: tuple[int, ...], *values: Host | None) -> Any:
     """Run an operator on host values, on the CPU; the results, as host values unless they are large."""
     args = [
         numbers_of(one) if i in static else to_device(one) if one is not None else None
@@ -143,6 +142,10 @@ def on_host(run: Callable[..., Any], static: tuple[int, ...], *values: Host | No
     if isinstance(found, tuple):
         return tuple(_kept(one) for one in found)
     return _kept(found)
+
+
+on_host: Callable[..., Any] = torch._dynamo.assume_constant_result(_on_host)
+"""`_on_host`, of whose results `torch.compile` makes constants."""
 
 
 def _kept(one: Any) -> Any:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from onnxopt.training.ops import attention, control, index, math, nn, quantize, recurrent, shape, vision
+from onnxopt.training.ops import (
+    attention,
+    contrib,
+    control,
+    index,
+    math,
+    nn,
+    quantize,
+    recurrent,
+    shape,
+    vision,
+)
+from onnxopt.training.registry import Table
 
-TABLES = (
-    *(attention.TABLE, control.TABLE, index.TABLE, math.TABLE, nn.TABLE),
+TABLES: tuple[Table, ...] = (
+    *(attention.TABLE, contrib.TABLE, control.TABLE, index.TABLE, math.TABLE, nn.TABLE),
     *(quantize.TABLE, recurrent.TABLE, shape.TABLE, vision.TABLE),
 )
 """All tables; no operator is in two."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import Context, op
+from onnxopt.training.registry import Context, Table, op
 from onnxopt.training.values import CARRIERS
 
 __all__ = ["TABLE", "attend", "merged", "split_heads"]
@@ -132,4 +132,4 @@ def _attention(
     return (merged(y) if flat else y), *present, shown[qk_matmul_output_mode]
 
 
-TABLE = {"Attention": op(_attention, host=False)}
+TABLE: Table = {"Attention": op(_attention, host=False)}

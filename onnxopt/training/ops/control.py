@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onnxopt.training.graph import Body
-from onnxopt.training.registry import Operator, op
+from onnxopt.training.registry import Operator, Table, op
 from onnxopt.training.values import Host, numbers_of, to_device
 
 __all__ = ["TABLE"]
@@ -144,7 +144,7 @@ def _map(first: list[Any], *others: Any, body: Body, outer: Sequence[Any], ancho
     return tuple(map(list, zip(*rows, strict=True)))
 
 
-TABLE = {
+TABLE: Table = {
     "ConcatFromSequence": _control(_concat_from_sequence),
     "If": _control(_if),
     "Loop": _control(_loop),

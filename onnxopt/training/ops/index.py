@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxopt.training.registry import op
+from onnxopt.training.registry import Table, op
 from onnxopt.training.values import CARRIERS
 
 __all__ = ["TABLE"]
@@ -141,7 +141,7 @@ def _tensor_scatter(
     return cache.scatter(axis, (at % size if mode == "circular" else at).expand(update.shape), update)
 
 
-TABLE = {
+TABLE: Table = {
     "Compress": op(_compress),
     "EyeLike": op(_eye_like),
     "Gather": op(_gather),

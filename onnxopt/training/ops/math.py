@@ -13,10 +13,10 @@ import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
 from onnxopt.training.minifloat import round_to
-from onnxopt.training.registry import Context, op, same
-from onnxopt.training.values import CARRIERS
+from onnxopt.training.registry import Context, Table, op, same
+from onnxopt.training.values import CARRIERS, NATIVE
 
-__all__ = ["TABLE", "convert"]
+__all__ = ["TABLE", "convert", "gemm", "linear"]
 
 _T = ir.DataType
 _BITS = {_T.INT4: 4, _T.UINT4: 4, _T.INT2: 2, _T.UINT2: 2, _T.UINT16: 16, _T.UINT32: 32}
@@ -286,7 +286,7 @@ def _running(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return over
 
 
-def _gemm(
+def gemm(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
@@ -320,6 +320,12 @@ def _einsum(*values: Tensor, equation: str) -> Tensor:
     return torch.einsum(equation.replace(" ", ""), *values)
 
 
+def _bit_cast(x: Tensor, *, to: int, ctx: Context) -> Tensor:
+    source = ctx.inputs[0]
+    own = x if source is None or source not in NATIVE else x.to(NATIVE[source])
+    return own.view(NATIVE[_T(to)]).to(CARRIERS[_T(to)])
+
+
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(condition, a, b)
 
@@ -351,7 +357,7 @@ def _cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = 
     return x.to(like.dtype) if to is None else convert(x, to, bool(saturate), round_mode)
 
 
-TABLE = {
+TABLE: Table = {
     **same(_UNARY),
     **same(_ACTIVATIONS),
     **{name: _binary(run) for name, run in _BINARY.items()},
@@ -359,14 +365,16 @@ TABLE = {
     **{name: _reduction(run) for name, run in _REDUCTIONS.items()},
     "ArgMax": op(_arg(torch.argmax)),
     "ArgMin": op(_arg(torch.argmin)),
+    "BitCast": op(_bit_cast),
     "BitShift": op(_shift),
+    "onnxopt::Linear": op(linear),
     "Cast": op(_cast),
     "CastLike": op(_cast_like),
     "Clip": op(_clip),
     "CumProd": op(_running(torch.cumprod), 1),
     "CumSum": op(_running(torch.cumsum), 1),
     "Einsum": op(_einsum),
-    "Gemm": op(_gemm),
+    "Gemm": op(gemm),
     "Hardmax": _softmax(_hardmax),
     "LogSoftmax": _softmax(torch.log_softmax),
     "MatMul": op(_matmul),

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import Context, op
+from onnxopt.training.registry import Context, Table, op
 
 __all__ = ["TABLE", "conv"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MAX_POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def _pads(
@@ -320,7 +320,7 @@ def _mean_variance(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
     return (x - mean) / (deviation + 1e-9)
 
 
-TABLE = {
+TABLE: Table = {
     "AveragePool": op(_average_pool),
     "BatchNormalization": op(_batch_norm),
     "Conv": op(conv),

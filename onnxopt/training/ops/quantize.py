@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onnxopt.training.minifloat import passed, round_to
-from onnxopt.training.registry import Context, op
+from onnxopt.training.registry import Context, Table, op
 from onnxopt.training.values import CARRIERS, Host, to_device
 
 __all__ = ["TABLE", "dequantize", "fake_quantize", "limits", "quantize"]
@@ -53,7 +53,7 @@ def spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
     return values.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
-def _zero(zero: Zero, x: Tensor, axis: int, block_size: int) -> Tensor | float:
+def _zero(zero: Zero, x: Tensor, axis: int, block_size: int) -> Any:
     """A number where there is but one, whatever its shape: the quick way through `clamp`."""
     if zero is None:
         return 0.0
@@ -86,9 +86,12 @@ class _Fake(torch.autograd.Function):
         return grad * inside, by_scale, None, None
 
 
+_fake: Any = _Fake.apply
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: int, high: int) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x)) in one step; scale and zero point in shapes that go with x."""
-    return _Fake.apply(x, scale, low - zero, high - zero)  # type: ignore[no-any-return]
+    return _fake(x, scale, low - zero, high - zero)
 
 
 def _kind(ctx: Context, output_dtype: int, zero: Zero) -> ir.DataType:
@@ -166,13 +169,16 @@ def _both(
     *,
     axis: int = 1,
     block_size: int = 0,
-    output_dtype: int = 0,
-    ctx: Context,
+    offset: float | Tensor = 0.0,
+    output_dtype: int,
 ) -> Tensor:
-    kind = x.dtype
+    """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all."""
+    kind, dtype = scale.dtype, _T(output_dtype)
+    if dtype not in _BITS:
+        return dequantize(quantize(x, scale, None, dtype, axis, block_size), scale, None, axis, block_size)
     wide, scale = _wide(x, scale)
-    low, high = limits(_kind(ctx, output_dtype, zero))
-    offset = _zero(zero, wide, axis, block_size)
+    low, high = limits(dtype)
+    offset = offset if zero is None else _zero(zero, wide, axis, block_size)
     return fake_quantize(wide, spread(scale, wide, axis, block_size), offset, low, high).to(kind)
 
 
@@ -210,7 +216,7 @@ def _conv_integer(
     return conv(_centred(x, zero_x, 1), _centred(w, zero_w, 0), **attributes).to(torch.int32)
 
 
-TABLE = {
+TABLE: Table = {
     "ConvInteger": op(_conv_integer, either=(2, 3)),
     "DequantizeLinear": op(_dequantize_linear, either=(2,)),
     "DynamicQuantizeLinear": op(_dynamic),

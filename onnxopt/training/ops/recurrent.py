@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import op
+from onnxopt.training.registry import Table, op
 
 __all__ = ["TABLE"]
 
@@ -33,16 +33,20 @@ _ACTIVATIONS: dict[str, tuple[tuple[float, ...], Callable[..., Tensor]]] = {
 Cell = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
+def _with(run: Callable[..., Tensor], numbers: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    return lambda x: run(x, *numbers)
+
+
 def _activations(
     names: Sequence[str], alphas: Sequence[float] | None, betas: Sequence[float] | None
 ) -> list[Callable[[Tensor], Tensor]]:
     """The functions, each with its own numbers: the lists hold those of functions that have any."""
     left = [list(alphas or ()), list(betas or ())]
-    found = []
+    found: list[Callable[[Tensor], Tensor]] = []
     for name in names:
         defaults, run = _ACTIVATIONS[name.lower()]
         numbers = [given.pop(0) if given else usual for given, usual in zip(left, defaults, strict=False)]
-        found.append(lambda x, run=run, numbers=tuple(numbers): run(x, *numbers))
+        found.append(_with(run, numbers))
     return found
 
 
@@ -220,4 +224,4 @@ def _recurrent(kind: str) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-TABLE = {kind: op(_recurrent(kind), host=False) for kind in _GATES}
+TABLE: Table = {kind: op(_recurrent(kind), host=False) for kind in _GATES}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import Context, op
+from onnxopt.training.registry import Context, Table, op
 from onnxopt.training.values import CARRIERS, Host
 
 __all__ = ["TABLE"]
@@ -80,12 +80,13 @@ def _slice(
     where: list[Any] = [slice(None)] * x.dim()
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         axis, step = (axes[i] if axes else i) % x.dim(), steps[i] if steps else 1
-        if step < 0:
-            chosen = range(x.shape[axis])[start : end if end >= -x.shape[axis] else None : step]
-            x = x.flip(axis)
-            last = x.shape[axis] - 1
-            start, end, step = last - chosen.start, last - chosen.stop, -step
-        where[axis] = slice(start, end, step)
+        size = x.shape[axis]
+        chosen = range(size)[start : None if step < 0 and end < -size else end : step]
+        if step > 0:
+            where[axis] = slice(chosen.start, max(chosen.stop, chosen.start), step)
+            continue
+        x = x.flip(axis)
+        where[axis] = slice(size - 1 - chosen.start, max(size - 1 - chosen.stop, 0), -step)
     return x[tuple(where)]
 
 
@@ -175,7 +176,7 @@ def _space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     return x.reshape(n, c * b * b, h // b, w // b)
 
 
-TABLE = {
+TABLE: Table = {
     "Concat": op(_concat),
     "Constant": op(_constant, raw=True),
     "ConstantOfShape": op(_constant_of_shape, 0),

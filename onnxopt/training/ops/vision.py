@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.registry import op
+from onnxopt.training.registry import Table, op
 
 __all__ = ["TABLE"]
 
@@ -359,7 +359,7 @@ def _suppress(
     return torch.tensor(found, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
 
 
-TABLE = {
+TABLE: Table = {
     "Col2Im": op(_col2im, 1, 2),
     "DFT": op(_dft, 1, 2),
     "DeformConv": op(_deform_conv),
