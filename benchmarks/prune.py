@@ -49,7 +49,7 @@ def ours(passes: str, *, data: bool) -> Peer:
 
 
 def onnxsim(call: str) -> Peer:
-    body = _READ + f"onnx.save(onnxsim.{call}, target)"
+    body = _READ + "model = onnxsim.simplify(source)[0]\n" + f"onnx.save(onnxsim.{call}, target)"
     return Peer("onnxsim", ("onnxsim==0.8.1", *ORT), "import onnx, onnxsim", body)
 
 
@@ -58,21 +58,25 @@ CHANNELS = {
     "onnxopt macs=0.5, samples": ours("prune-channels{macs=0.5}", data=True),
     "onnxopt ratio=0.3": ours("prune-channels{ratio=0.3}", data=False),
     "onnxopt ratio=0.3, samples": ours("prune-channels{ratio=0.3}", data=True),
-    "onnxsim sparsity=0.3": onnxsim("apply_structured_pruning(source, sparsity=0.3)"),
+    "onnxsim sparsity=0.3": onnxsim("apply_structured_pruning(model, sparsity=0.3)"),
     "onnxsim wanda, samples": onnxsim(
-        "apply_structured_wanda_pruning(source, calibration_data=feeds, sparsity=0.3)"
+        "apply_structured_wanda_pruning(model, calibration_data=feeds, sparsity=0.3)"
     ),
 }
+_ALL = "protect=,small=0"
+"""Depthwise and small layers too, as of the other tools."""
 WEIGHTS = {
-    "onnxopt 80 %": ours("prune-weights{sparsity=0.8}", data=False),
-    "onnxopt 80 %, obs": ours("prune-weights{sparsity=0.8,score=obs}", data=True),
-    "onnxopt 90 %": ours("prune-weights{sparsity=0.9}", data=False),
-    "onnxopt 90 %, 5 bits": ours("prune-weights{sparsity=0.9},cluster-weights{bits=5}", data=False),
-    "onnxsim 80 %": onnxsim("apply_magnitude_pruning(source, sparsity=0.8, global_sparsity=True)"),
-    "onnxsim 80 %, sparsegpt": onnxsim(
-        "apply_sparsegpt_pruning(source, calibration_data=feeds, sparsity=0.8)"
+    "onnxopt 80 %": ours(f"prune-weights{{sparsity=0.8,{_ALL}}}", data=False),
+    "onnxopt 80 %, obs": ours(f"prune-weights{{sparsity=0.8,score=obs,{_ALL}}}", data=True),
+    "onnxopt 90 %": ours(f"prune-weights{{sparsity=0.9,{_ALL}}}", data=False),
+    "onnxopt 90 %, 5 bits": ours(
+        f"prune-weights{{sparsity=0.9,{_ALL}}},cluster-weights{{bits=5,depthwise=true}}", data=False
     ),
-    "onnxsim 90 %": onnxsim("apply_magnitude_pruning(source, sparsity=0.9, global_sparsity=True)"),
+    "onnxsim 80 %": onnxsim("apply_magnitude_pruning(model, sparsity=0.8, global_sparsity=True)"),
+    "onnxsim 80 %, sparsegpt": onnxsim(
+        "apply_sparsegpt_pruning(model, calibration_data=feeds, sparsity=0.8)"
+    ),
+    "onnxsim 90 %": onnxsim("apply_magnitude_pruning(model, sparsity=0.9, global_sparsity=True)"),
 }
 OF_CHANNELS = ("cifar10_resnet8_bn", "efficientnet_lite0_bn", "kws_dscnn_bn", "ppocr_cls")
 OF_WEIGHTS = ("cifar10_resnet8_bn", "dtln_1", "efficientnet_lite0_bn", "kws_dscnn_bn", "ppocrv4_rec")

@@ -112,7 +112,7 @@ class Budget:
         """Whether `after` is within the budget; rounding of the difference is forgiven."""
         limit = self.drop * abs(before) if self.relative else self.drop
         drop, slack = before - after, _SLACK * max(abs(before), abs(after))
-        return after >= before or math.isinf(limit) or (math.isfinite(drop) and drop <= limit + slack)
+        return after >= before or math.isinf(self.drop) or (math.isfinite(drop) and drop <= limit + slack)
 
     def __str__(self) -> str:
         if math.isinf(self.drop):

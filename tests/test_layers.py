@@ -85,6 +85,23 @@ def test_library_rooms_do_not_import_the_command_line() -> None:
             assert "cli" not in imports_of(file), file
 
 
+def test_the_trainer_has_one_door() -> None:
+    users = {
+        file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py") if "training" in imports_of(file)
+    }
+    assert {name for name in users if not name.startswith("training/")} == {"cli/train.py"}
+
+
+def test_without_torch_the_trainer_says_what_it_needs() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import onnxopt.cli as c\n"
+        "c.main(['train', 'finetune', 'm.onnx', '-o', 'o.onnx', '--data', 'd.npz'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "onnxopt: training needs torch: pip install 'onnxopt[train]'\n"
+
+
 def test_all_public_names_resolve_and_are_sorted() -> None:
     assert onnxopt.__all__ == sorted(onnxopt.__all__)
     for name in onnxopt.__all__:

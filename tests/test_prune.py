@@ -74,6 +74,13 @@ def test_zeros_are_written_counted_and_told() -> None:
     assert held["passes"] == ["prune-weights{sparsity=0.5,small=0}"]
 
 
+def test_zeros_of_shared_numbers_count() -> None:
+    spelled = "prune-weights{sparsity=0.75,small=0},cluster-weights{bits=3,small=0}"
+    report = onnxopt.prune(net(), spelled, data=samples(), bench=False).report
+    assert report.zeros == pytest.approx(0.75)
+    assert [one.elements for one in report.layers] == [16 * WIDTH, WIDTH * 10]
+
+
 def test_channels_are_cut_and_fewer_products_left() -> None:
     result = onnxopt.prune(net(), "prune-channels{macs=0.5,multiple=1}", data=samples(), bench=False)
     report = result.report

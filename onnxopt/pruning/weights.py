@@ -16,7 +16,17 @@ import onnx_ir as ir
 
 from onnxopt.boxes import Box
 from onnxopt.evaluation import CannotEvaluateError, evaluate
-from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, nested, roots, sizes_of
+from onnxopt.graph import (
+    constant_array,
+    constant_of,
+    has_reference,
+    int_attr,
+    nested,
+    nodes,
+    roots,
+    sizes_of,
+    sole_user,
+)
 from onnxopt.index import operator_of
 from onnxopt.ledger import site_of
 from onnxopt.pruning.levels import FLOATS, INTEGERS, Levels, Reader, levels_of, passes_on
@@ -151,8 +161,9 @@ class LayerSparsity:
 
 
 def sparsity(model: ir.Model) -> tuple[LayerSparsity, ...]:
-    """How much of each weight is zero, in the order in which the weights are stored."""
-    return tuple(
+    """How much of each weight is zero: stored ones in their order, then those that share the numbers of a
+    codebook (`cluster-weights`)."""
+    stored = (
         LayerSparsity(
             one.name,
             one.site,
@@ -162,6 +173,21 @@ def sparsity(model: ir.Model) -> tuple[LayerSparsity, ...]:
         )
         for one in find_weights(model)
     )
+    return (*stored, *_clustered(model))
+
+
+def _clustered(model: ir.Model) -> Iterator[LayerSparsity]:
+    for node in nodes(model):
+        cast = node.inputs[1].producer() if node.op_type == "Gather" and node.inputs[1] else None
+        codes = constant_array(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else None
+        codebook = constant_array(node.inputs[0]) if codes is not None else None
+        reader = sole_user(node.outputs[0])
+        if codes is None or codebook is None or codebook.ndim != 1 or reader is None:
+            continue
+        zeros = np.count_nonzero(np.isin(codes.astype(np.int32), np.flatnonzero(codebook == 0)))
+        assert cast is not None  # it has codes
+        name = cast.inputs[0].name if cast.inputs[0] is not None else ""
+        yield LayerSparsity(name or "", site_of(reader), reader.op_type, codes.size, int(zeros))
 
 
 def kept_elements(model: ir.Model) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 from onnxopt.benchmarking.settings import Setting
 from onnxopt.reporting.report import Size
 
-__all__ = ["SCHEMA", "Score", "TrainingReport"]
+__all__ = ["SCHEMA", "Score", "TrainingReport", "plain"]
 
 SCHEMA = "onnxopt.train/1"
 """Name and version of the layout of `TrainingReport.to_dict`."""
@@ -70,4 +71,13 @@ class TrainingReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has; laid out as docs/report.md says."""
-        return {"schema": SCHEMA, "ok": self.ok, **asdict(self)}
+        return {"schema": SCHEMA, "ok": self.ok, **plain(asdict(self))}
+
+
+def plain(value: Any) -> Any:
+    """Nested values as JSON has them: infinities and NaN are the strings "inf", "-inf" and "nan"."""
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

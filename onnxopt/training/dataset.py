@@ -7,6 +7,7 @@ sees what it would have seen, and so do the processes of a parallel one, each it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +31,16 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: all arrays by name, and for mixup the share that each keeps of itself."""
+    """Some samples: all arrays by name, their rows in the source, and for mixup what each keeps of itself."""
 
     arrays: Arrays
-    size: int
+    rows: np.ndarray
     shares: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -158,11 +164,8 @@ class Dataset:
     def evaluated(self, size: int) -> Iterator[Batch]:
         """All samples in their order, transformed without chance, in batches of at most `size`."""
         if isinstance(self.source, Stream):
-            for arrays in batches_of(self.source, self.labels):
-                whole = self._fitted(arrays, None, np.arange(_length(arrays)))
-                for first in range(0, _length(whole), size):
-                    piece = {name: array[first : first + size] for name, array in whole.items()}
-                    yield Batch(piece, _length(piece))
+            for arrays in _recut(batches_of(self.source, self.labels), itertools.repeat(size)):
+                yield self._made(arrays, np.arange(_length(arrays)), None)
             return
         for first in range(0, self.length or 0, size):
             yield self._batch(np.arange(first, min(first + size, self.length or 0)), None)
@@ -189,7 +192,7 @@ class Dataset:
             shares = np.array(
                 [self._random(epoch, row, 1).beta(mixes[0].alpha, mixes[0].alpha) for row in rows], np.float32
             )
-        return Batch(fitted, len(rows), shares)
+        return Batch(fitted, rows, shares)
 
     def _random(self, epoch: int, row: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, int(row), purpose))
@@ -210,9 +213,9 @@ class Dataset:
                 given[name] = given[name][:, 0]  # a sample axis in front of complete feeds
             changes = [one for one in self.transforms if _is_for(one, item, given[name])]
             if changes:
-                given[name] = np.stack(
-                    [self._changed(x, changes, epoch, row) for x, row in zip(given[name], rows, strict=True)]
-                )
+                array = given[name].astype(item.dtype) if given[name].dtype == np.uint8 else given[name]
+                pairs = zip(array, rows, strict=True)
+                given[name] = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
         feeds = _any_batch(self.contract).check(given, "data")
         return {**feeds, **{name: given[name] for name in given if name in self.labels}}
 
@@ -276,4 +279,4 @@ def _any_batch(contract: Contract) -> Contract:
 def _is_for(one: Transform, item: Input, array: np.ndarray) -> bool:
     if one.input:
         return one.input == item.name
-    return array.ndim > 2 and array.dtype.kind == "f"
+    return array.ndim > 2 and item.dtype.kind == "f" and (array.dtype.kind == "f" or array.dtype == np.uint8)

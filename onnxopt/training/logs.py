@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxopt.errors import UsageError
+from onnxopt.reporting.training import plain
 
 __all__ = ["Log"]
 
@@ -33,8 +34,7 @@ class Log:
     def __call__(self, step: int, **figures: Any) -> None:
         """Note the figures of a step."""
         if self._stream is not None:
-            shown = {name: figure if _finite(figure) else str(figure) for name, figure in figures.items()}
-            self._stream.write(json.dumps({"step": step, **shown}).encode() + b"\n")
+            self._stream.write(json.dumps({"step": step, **plain(figures)}).encode() + b"\n")
             self._stream.flush()
         if self._board is not None:
             for name, figure in figures.items():
@@ -46,10 +46,6 @@ class Log:
             self._stream.close()
         if self._board is not None:
             self._board.close()
-
-
-def _finite(figure: Any) -> bool:
-    return not isinstance(figure, float) or math.isfinite(figure)
 
 
 def _board(folder: Path) -> Any:

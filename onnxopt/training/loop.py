@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -47,47 +48,38 @@ class Curves:
         return max(range(len(self.score)), key=lambda one: (self.score[one], -one), default=-1)
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains a module that maps a dict of inputs to a dict of outputs.
 
-    objective: None where hooks give the loss. outputs: of the module, of what the objective calls them.
-    folder: where checkpoint and log go; None: nowhere. made_for: stands for model and recipe in checkpoints.
+    objective: None where hooks give the loss. folder: where checkpoint and log go; None: nowhere. made_for:
+    stands for model and recipe in checkpoints.
 
-    `step` counts optimizer steps, `epoch` and `batch` say where in the data it is.
+    `step` counts optimizer steps, `epoch` and `batch` say where in the data it is, `piece` what samples the
+    loss is being worked out for. `trained` are the parameters that are, by name.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        objective: Objective | None,
-        data: Dataset,
-        recipe: Recipe,
-        judge: Judge,
-        *,
-        world: World,
-        hooks: Sequence[Hook] = (),
-        folder: Path | None = None,
-        made_for: str = "",
-        progress: Callable[[str, float | None], None] = lambda _what, _share: None,
-    ) -> None:
-        self.module, self.objective, self.data, self.recipe, self.judge = (
-            module,
-            objective,
-            data,
-            recipe,
-            judge,
-        )
-        self.world, self.hooks, self.folder, self.made_for, self.progress = (
-            world,
-            hooks,
-            folder,
-            made_for,
-            progress,
-        )
-        self.step = self.epoch = self.batch = 0
-        self.curves = Curves()
-        self._losses: list[float] = [0.0, 0.0]
-        """Sum of the losses of this epoch, and how many samples it has seen."""
+    module: nn.Module
+    objective: Objective | None
+    data: Dataset
+    recipe: Recipe
+    judge: Judge
+    world: World
+    hooks: Sequence[Hook] = ()
+    folder: Path | None = None
+    made_for: str = ""
+    progress: Callable[[str, float | None], None] = lambda _what, _share: None
+    step: int = field(default=0, init=False)
+    epoch: int = field(default=0, init=False)
+    batch: int = field(default=0, init=False)
+    piece: Batch | None = field(default=None, init=False)
+    curves: Curves = field(default_factory=Curves, init=False)
+    trained: dict[str, nn.Parameter] = field(init=False)
+    _losses: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
+    """Sum of the losses of this epoch, and how many samples it has seen."""
+
+    def __post_init__(self) -> None:
+        recipe, module, data, world = self.recipe, self.module, self.data, self.world
         self._schedule = parse_schedule(recipe.schedule, recipe.warmup)
         self._sizes = parse_sizes(recipe.batch_size, parse_schedule(recipe.batch_schedule), recipe.seed)
         steps = data.steps(self._sizes, recipe.epochs)
@@ -95,7 +87,7 @@ class Trainer:
             raise UsageError("steps: a stream has no length: say how many steps to train, with steps=")
         self.total = min(steps or recipe.steps, recipe.steps or steps)
         module.to(world.device)
-        for hook in hooks:
+        for hook in self.hooks:
             hook.start(self)
         named = dict(module.named_parameters())
         for name in frozen(named, recipe.freeze):
@@ -110,7 +102,7 @@ class Trainer:
         )
         # over the parameters alone: a list that holds them, not copies
         self._parameters = nn.ParameterList(self.trained.values())
-        average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+        average = get_ema_multi_avg_fn(recipe.ema)
         self.ema = AveragedModel(self._parameters, multi_avg_fn=average) if recipe.ema else None
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
         self._forward: Any = world.wrapped(module)
@@ -174,7 +166,7 @@ class Trainer:
 
     def _train_on(self, size: int, pieces: Sequence[Batch]) -> tuple[float, float]:
         """One step of the optimizer; the mean loss over all processes, and the learning rate."""
-        torch.manual_seed((self.recipe.seed << 32) + self.step * self.world.size + self.world.rank)
+        self.world.seed((self.recipe.seed << 32) + self.step * self.world.size + self.world.rank)
         rate = self.recipe.lr * self._schedule(self.clock)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
@@ -182,14 +174,13 @@ class Trainer:
         total = torch.zeros((), device=self.world.device)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
-            arrays = {
-                name: torch.from_numpy(_own(a)).to(self.world.device) for name, a in piece.arrays.items()
-            }
+            self.piece = piece
+            arrays = {name: self._tensor(array) for name, array in piece.arrays.items()}
             with contextlib.nullcontext() if last or self.world.size == 1 else self._forward.no_sync():
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
                 if last:
                     loss = loss + penalty(self.trained.values(), self.recipe.l1, self.recipe.l2)
-                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                self._scaler.scale(loss).backward()
             total = total + loss.detach()
         norm = self._clip()
         total = self.world.mean(total)
@@ -208,7 +199,7 @@ class Trainer:
         """The mean loss of one piece."""
         shares = None
         if piece.shares is not None:  # mixup: each sample with the one as far from the other end
-            shares = torch.from_numpy(piece.shares).to(self.world.device)
+            shares = self._tensor(piece.shares)
             names = [name for name in self.module.input_names if arrays[name].is_floating_point()]  # type: ignore[union-attr]
             for name in names:
                 own = shares.reshape(-1, *[1] * (arrays[name].ndim - 1))
@@ -229,6 +220,10 @@ class Trainer:
         except (RuntimeError, IndexError, ValueError) as error:
             shown = ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in arrays.items())
             raise UsageError(f"train: step {self.step + 1} on {shown} failed: {one_line(error)}") from error
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        whole = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+        return torch.from_numpy(whole).to(self.world.device)
 
     def _clip(self) -> Tensor:
         """Clip the gradients, and give their norm; 0 where the scaler of float16 looks after them."""
@@ -303,8 +298,3 @@ class Trainer:
         for hook, own in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(own)
         return int(state["log"])
-
-
-def _own(array: Any) -> Any:
-    """An array that torch may hold: writable and contiguous."""
-    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()

@@ -57,7 +57,7 @@ class CrossEntropy(Loss):
     def __call__(self, y: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point():
             axis = 1 if y.ndim == 2 else y.ndim - 1
-            y, target = y.movedim(axis, 1), target.movedim(axis, 1)
+            y, target = y.movedim(axis, 1), target.to(y.dtype).movedim(axis, 1)
             return _rows(nf.cross_entropy(y, target, reduction="none", label_smoothing=self.smoothing))
         target = target.long()
         if target.shape == y.shape[:-1]:

@@ -38,6 +38,12 @@ class World:
         ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
 
+    def seed(self, seed: int) -> None:
+        """Set the generators that operators draw from; `torch.manual_seed` costs a millisecond."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def agreed(self, value: Any) -> Any:
         """What the first process has, in all of them."""
         if self.size == 1:
@@ -60,21 +66,23 @@ def world(devices: str) -> Iterator[World]:
 
     Args:
         devices: "auto" (a GPU, else the CPU), or as torch calls them: cpu, cuda, cuda:1, mps; xla is
-            experimental.
+            experimental. Of several processes each has the GPU of its local rank.
 
     Raises:
         UsageError: the device is not there.
     """
-    ours = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     device = _device(devices)
+    launched = dist.is_available() and (dist.is_torchelastic_launched() or dist.is_initialized())
+    if not launched:
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        if not (dist.is_available() and dist.is_initialized()):
-            yield World(device)
-            return
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         yield World(device, dist.get_rank(), dist.get_world_size())
     finally:
         if ours:

@@ -60,11 +60,11 @@ def find_metric(
         of_batch = _accuracy if spec == "accuracy" else _negated_loss
 
         def measured(run: Run, split: Split = "search") -> float:
-            figures, weights = [], []
+            total, count = 0.0, 0
             for batch, outputs in outputs_of(splits[split], run):
-                figures.append(of_batch(objective, activations, batch, outputs))
-                weights.append(batch.size)
-            return float(np.average(figures, weights=weights))
+                figure, counted = of_batch(objective, activations, batch, outputs)
+                total, count = total + figure, count + counted
+            return total / max(count, 1)
 
         return Metric(str(spec), measured, test is not None)
     finals = test.samples() if test is not None else ()
@@ -132,27 +132,25 @@ def _classifies(objective: Objective, data: Dataset) -> bool:
 
 def _accuracy(
     objective: Objective, _: Mapping[str, str], batch: Batch, outputs: Mapping[str, np.ndarray]
-) -> float:
-    """The share of labels that the largest element along the axis of the classes stands at."""
+) -> tuple[float, int]:
+    """How many labels are where the largest element along the axis of the classes is, of how many."""
     term = objective.terms[0]
     y, label = outputs[term.output], batch.arrays[term.label]
     found = y.argmax(-1 if label.shape == y.shape[:-1] else 1)
     counted = label != getattr(term.loss, "ignore", -100)
-    return float((found == label)[counted].mean()) if counted.any() else 1.0
+    return float((found == label)[counted].sum()), int(counted.sum())
 
 
 def _negated_loss(
     objective: Objective, activations: Mapping[str, str], batch: Batch, outputs: Mapping[str, np.ndarray]
-) -> float:
-    given = {
-        name: torch.from_numpy(
-            INVERSES[activations[name]](y) if _looks_through(objective, name, activations) else y
-        )
-        for name, y in outputs.items()
-        if y.dtype.kind in "fiub"
-    }
+) -> tuple[float, int]:
+    given = {}
+    for name, y in outputs.items():
+        if y.dtype.kind in "fiub":
+            through = _looks_through(objective, name, activations)
+            given[name] = torch.from_numpy(INVERSES[activations[name]](y) if through else y)
     arrays = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items()}
-    return -float(objective(given, arrays).mean())
+    return -float(objective(given, arrays).mean()) * batch.size, batch.size
 
 
 def _looks_through(objective: Objective, output: str, activations: Mapping[str, str]) -> bool:

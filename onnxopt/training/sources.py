@@ -188,7 +188,7 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.n
         if not np.prod(shape):
             return np.zeros(shape, dtype)
         order = "F" if columns_first else "C"
-        return np.memmap(path, dtype, "r", stream.tell(), shape, order)  # type: ignore[call-overload,no-any-return]
+        return np.memmap(path, dtype, "r", stream.tell(), shape, order)  # type: ignore[call-overload]
 
 
 def _load(path: Path) -> np.ndarray:

@@ -21,7 +21,8 @@ Random = np.random.Generator | None
 
 @dataclass(frozen=True)
 class Transform:
-    """input: what it is for; by default each float input with two axes or more in a sample."""
+    """input: what it is for; by default each float input with two axes or more in a sample. Pixels of
+    uint8 become floats first."""
 
     input: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,8 @@ def test_every_source_gives_the_same_samples(make: Callable[[Path], Any], tmp_pa
 def test_arrays_that_are_not_compressed_stay_on_the_disk(tmp_path: Path) -> None:
     source = open_source(npz(tmp_path), labels=["y"])
     assert isinstance(source, Table)
-    arrays = source.rows.__closure__  # type: ignore[attr-defined]
-    found = next(cell.cell_contents for cell in arrays if isinstance(cell.cell_contents, dict))
-    assert all(isinstance(one, np.memmap) for one in found.values())
+    found = inspect.getclosurevars(source.rows).nonlocals["arrays"]
+    assert [type(one) for one in found.values()] == [np.memmap, np.memmap]
 
 
 def test_a_dataset_of_hugging_face_is_read_by_its_columns() -> None:
@@ -234,6 +234,17 @@ def test_what_each_transform_does() -> None:
         parse_transforms(["crop{size=9}"])[0](x, None)
     with pytest.raises(UsageError, match=r"unknown transform 'flop' \(did you mean 'flip'\?\)"):
         parse_transforms(["flop"])
+
+
+def test_pixels_of_8_bits_become_floats_where_a_transform_says_what_they_mean() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(2, 2, 3, 4)
+    make = functools.partial(
+        dataset, {"x": pixels, "y": [0, 1]}, contract("n, 2, 3, 4", "float"), labels=("y",)
+    )
+    read = next(make(transforms=("normalize{std=255}",)).evaluated(2)).arrays["x"]
+    np.testing.assert_array_equal(read, pixels.astype(np.float32) / np.float32(255))
+    with pytest.raises(UsageError, match="input 'x' takes float32, found uint8; convert it"):
+        next(make().evaluated(2))
 
 
 def test_a_sample_axis_in_front_of_complete_feeds_is_taken_off() -> None:

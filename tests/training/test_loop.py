@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,13 +65,14 @@ def test_penalties_are_in_the_gradient() -> None:
 @pytest.mark.parametrize("pieces", [2, 5, 20])
 def test_a_batch_in_pieces_is_the_batch(pieces: int) -> None:
     whole, split = trainer(batch_size="5"), trainer(batch_size="5", accumulate=pieces)
-    whole.fit(), split.fit()
+    whole.fit()
+    split.fit()
     np.testing.assert_allclose(weights(split), weights(whole), rtol=1e-12)
 
 
 def test_stochastic_mini_and_streamed_batches_descend() -> None:
-    for options in ({"batch_size": "1"}, {"batch_size": "2-4"}, {"batch_size": "4", "optimizer": "adam"}):
-        curves = trainer(epochs=30, lr=0.05, **options).fit()
+    for size, optimizer in (("1", "sgd"), ("2-4", "sgd{momentum=0.5}"), ("4", "adam")):
+        curves = trainer(epochs=30, lr=0.05, batch_size=size, optimizer=optimizer).fit()
         assert curves.loss[-1] < 0.05 < curves.loss[0]
     stream = trainer(source=lambda: [DATA], batch_size="5", steps=9, epochs=100)
     stream.fit()
@@ -187,7 +189,8 @@ def test_a_resumed_training_is_the_training(stop: int, tmp_path: Path) -> None:
             if trainer.step == stop:
                 raise KeyboardInterrupt
 
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name in "ab":
+        (tmp_path / name).mkdir()
     whole = trainer(folder=tmp_path / "a", **options)
     curves = whole.fit()
     with pytest.raises(KeyboardInterrupt):
@@ -256,3 +259,13 @@ def test_the_culprit_is_the_first_hidden_tensor_in_the_order_of_the_graph() -> N
 def test_what_the_graph_cannot_run_is_told() -> None:
     with pytest.raises(UsageError, match=r"train: step 1 on x 12x3, t 12x1 failed: mat1 and mat2 shapes"):
         trainer(Linear(4), batch_size="full").fit()
+
+
+def test_tensorboard_is_asked_for_in_one_line_where_it_is_missing(tmp_path: Path) -> None:
+    one = trainer(folder=tmp_path, epochs=1, tensorboard=True)
+    if importlib.util.find_spec("tensorboard"):
+        one.fit()
+        assert list(tmp_path.glob("events.*"))
+    else:
+        with pytest.raises(UsageError, match="pip install tensorboard"):
+            one.fit()

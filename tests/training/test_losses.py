@@ -16,11 +16,12 @@ from onnxopt.training.losses import LOSSES, parse_loss
 def one(spec: str, y: np.ndarray, target: np.ndarray) -> np.ndarray:
     objective = parse_loss(spec).bound(["y"], ["t"], ["t"])
     found = objective({"y": torch.from_numpy(y)}, {"t": torch.from_numpy(target)})
-    return np.asarray(found)
+    return np.array([float(value) for value in found])
 
 
 def log_softmax(y: np.ndarray) -> np.ndarray:
-    return y - np.log(np.exp(y).sum(-1, keepdims=True))
+    found: np.ndarray = y - np.log(np.exp(y).sum(-1, keepdims=True))
+    return found
 
 
 RNG = np.random.default_rng(0)
