@@ -36,6 +36,9 @@ _NEVER = 1e18
 """More than any choice costs."""
 _MACS_OF_MOVE = 16
 """Multiply-accumulates in the time of one element that is read and written: 4 to 100 on what there is."""
+_LATE_NS = 0.14
+"""What an element of floats with channels last takes longer to transpose than one of integers (0.19 to 0.05):
+the runtime moves transpositions past a DequantizeLinear and what follows it."""
 _FLOATS_OUT = ("Gemm", "MatMul")
 """Layers whose integer kernels can write floats."""
 
@@ -44,13 +47,14 @@ _FLOATS_OUT = ("Gemm", "MatMul")
 class Prices:
     """What nodes cost, and what it costs to quantize a tensor, to read it back, to change its layout.
 
-    In any unit.
+    In any unit. late: what a change from channels last costs more for floats than for integers.
     """
 
     node: Callable[[ir.Node], NodeCost]
     quantize: Callable[[ir.Value], float]
     dequantize: Callable[[ir.Value], float]
     layout: Callable[[ir.Value], float] = lambda _: 0.0
+    late: Callable[[ir.Value], float] = lambda _: 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def prices_of_time(shapes: Shapes) -> Prices:
         lambda value: table.quantize_ns(elements(value)),
         lambda value: table.dequantize_ns(elements(value)),
         lambda value: sum(table.layout_ns(elements(value), quantized=side) for side in (False, True)),
+        lambda value: _LATE_NS * elements(value),
     )
 
 
@@ -162,7 +167,6 @@ def choose(
     changes = _changes_of_layout(graph, part, prices)
     for one, other, cost in changes:
         cut.if_parted(one, other, cost)
-        cut.if_parted(other, one, cost)
     first = cut.first_side()
     chosen = [unit for unit in units if unit in first]
     quantized = [value for value in tensors if value in first]
@@ -171,7 +175,7 @@ def choose(
         frozenset(value.name or "" for value in quantized),
         sum(one.float_ns for one in costs.values()),
         _total(graph, part, first, costs, quantized, written, prices)
-        + sum(cost for one, other, cost in changes if (one in first) != (other in first)),
+        + sum(cost for one, other, cost in changes if one in first and other not in first),
         _noise(chosen, quantized, written, first, noise),
     )
 
@@ -197,19 +201,28 @@ def chosen_tensors(
 def _changes_of_layout(
     graph: ir.Graph, part: Mapping[ir.Node | None, Unit], prices: Prices
 ) -> list[tuple[object, object, float]]:
-    """What differs in layout, at which cost: integer convolutions have channels last, float ones in blocks.
+    """What costs how much where the first has channels last, as integer convolutions do, the second blocks.
 
-    A tensor has a layout of its own, as operators in between keep the one that they get.
+    A tensor has a layout of its own, as operators in between keep the one that they get. What a unit writes
+    may be in integers when channels move back, unless the unit itself is in floating point.
     """
     found: list[tuple[object, object, float]] = []
+
+    def to_blocks(value: ir.Value) -> float:
+        return prices.layout(value) + (0.0 if value.producer() in part else prices.late(value))
+
     for node in graph:
-        result = node.outputs[0]
+        result, side = node.outputs[0], part.get(node, node)
         sources = [v for v in node.inputs if v is not None and v.producer() is not None]
         if node.op_type == "Conv":
-            side = part.get(node, node)
-            found += [(side, ("layout", v), prices.layout(v)) for v in (*sources[:1], result)]
+            around = (*sources[:1], result)
+            found += [(side, ("layout", v), prices.layout(v)) for v in around]
+            found += [(("layout", v), side, to_blocks(v)) for v in around]
         elif keeps_layout(node):
-            found += [(("layout", v), ("layout", result), prices.layout(v)) for v in sources]
+            found += [(("layout", v), ("layout", result), to_blocks(v)) for v in sources]
+            found += [(("layout", result), ("layout", v), prices.layout(v)) for v in sources]
+            if isinstance(side, Unit) and side.node is node:
+                found.append((("layout", result), side, prices.late(result)))
     return found
 
 

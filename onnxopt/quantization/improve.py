@@ -16,7 +16,7 @@ from onnxopt.quantization.search import Candidate, write
 from onnxopt.quantization.sensitivity import Source, noise_between
 from onnxopt.runtimes import open_session
 
-__all__ = ["improve", "improve_best", "unchanged"]
+__all__ = ["improve", "improve_choice", "unchanged"]
 
 _MOST_SAMPLES = 16
 """Held-out samples that keepers are judged on."""
@@ -71,25 +71,23 @@ def improve(
     return draft, gains
 
 
-def improve_best(
-    best: Candidate,
+def improve_choice(
+    candidate: Candidate,
     draft: Draft,
     judge: Judging,
     samples: Sequence[Feeds],
     held_out: Sequence[Feeds],
     session_config: Mapping[str, str],
-) -> tuple[Candidate, dict[str, tuple[float, float]]]:
-    """A search's best candidate with the keepers that hold for its units alone, if it stays good enough."""
-    chosen, gains = improve(draft, [best.plan], LAST, samples, held_out, session_config)
+) -> Candidate:
+    """A candidate with the keepers that hold for its units alone, if it is good enough with them."""
+    chosen, gains = improve(draft, [candidate.plan], LAST, samples, held_out, session_config)
     if not gains:
-        return best, {}
+        return candidate
     model, _ = write(chosen.model, chosen.placement, chosen.plan)
     judgement = judge(model)
-    return (
-        (replace(best, model=model, plan=chosen.plan, judgement=judgement), gains)
-        if judgement.ok
-        else (best, {})
-    )
+    if not judgement.ok:
+        return candidate
+    return replace(candidate, model=model, plan=chosen.plan, judgement=judgement, keepers=gains)
 
 
 def unchanged(before: Draft, after: Draft) -> frozenset[Source]:

@@ -25,6 +25,8 @@ __all__ = ["LEAST_AGREEMENT", "Judge", "Judgement", "Judging"]
 
 LEAST_AGREEMENT = 0.98
 """Share of elements of other outputs than floats, as labels, that stay the same where there is no metric."""
+_NEAR = 2.0
+"""dB, or percent of the elements, that are near the bound; of a metric, the budget once more."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Judgement:
 
     within: the budget, here. score: the user's metric, or the margin in dB, or percent of the elements, of
     the output nearest to its bound. before: the original's score; None without a metric. summary: one line.
+    near: beyond the budget by so little that what is left to try for accuracy may make up for it.
     unseen: on samples that no candidate was chosen by. elsewhere: instruction set -> the same on its emulated
     CPU.
     """
@@ -42,6 +45,7 @@ class Judgement:
     before: float | None
     summary: str
     unseen: bool = False
+    near: bool = False
     elsewhere: Mapping[str, Judgement] = field(default_factory=dict)
 
     @property
@@ -165,8 +169,10 @@ class Judge:
         unseen = split == "final" and split in self._before
         before, score = self._before[split if unseen else "search"], self._metric(run, split)
         name, drop = self._metric.name, self._budget
+        within, twice = drop.allows(before, score), replace(drop, drop=2 * drop.drop)
         text = f"{name} {before:.4g} before, {score:.4g} after, {drop} may be lost"
-        return Judgement(drop.allows(before, score), score, before, text, unseen)
+        near = not within and twice.allows(before, score)
+        return Judgement(within, score, before, text, unseen, near)
 
     def _by_outputs(self, run: Run) -> Judgement:
         found: dict[str, Distance] = {}
@@ -179,7 +185,8 @@ class Judge:
         told = _told(worst, found[worst], self._bounds[worst])
         told += f", on {len(self._samples)} held-out samples"
         told += f", state carried over {STEPS} steps" if self._states else ""
-        return Judgement(margins[worst] >= 0, margins[worst], None, told)
+        margin = margins[worst]
+        return Judgement(margin >= 0, margin, None, told, near=-_NEAR <= margin < 0)
 
 
 def _score(metric: Metric, session: Session, split: Split) -> float:

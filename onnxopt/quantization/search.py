@@ -2,16 +2,17 @@
 
 The price of noise goes up from zero, where the choice is the fastest, until a candidate keeps the budget
 on held-out samples, and then back by halves towards the last that did not; units of that one are added as the
-budget allows. Each candidate is written, run by the runtime and judged; nothing is taken from a prediction
-alone. Of the best one the runtime is asked what it runs: nodes that did not become integer kernels are left
-in floating point, and the search begins again.
+budget allows. One that misses it by little gets what keeps the accuracy of its choice alone. Each candidate
+is written, run by the runtime and judged; nothing is taken from a prediction alone. Of the best one the
+runtime is asked what it runs: nodes that did not become integer kernels are left in floating point, and the
+search begins again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -51,13 +52,15 @@ class Trial:
 class Candidate:
     """A quantized model, and what is known of it.
 
-    fusion: None where the target's kernels cannot be seen here.
+    fusion: None where the target's kernels cannot be seen here. keepers: those for its choice alone, name ->
+    noise before and after.
     """
 
     model: ir.Model
     plan: Plan
     judgement: Judgement
     fusion: Fusion | None = None
+    keepers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ class Search:
         self._model, self._units, self._placement, self._plan = model, units, placement, plan
         self._noise, self._prices, self._judge = noise, prices, judge
         self._kept, self._progress = list(kept), progress
-        self._trials: dict[tuple[frozenset[str], frozenset[str]], tuple[Trial, Candidate]] = {}
+        self._improve: Callable[[Candidate], Candidate] | None = None
+        self._trials: list[Trial] = []
+        self._candidates: dict[tuple[frozenset[str], frozenset[str]], Candidate] = {}
         self._unfused: list[str] = []
 
     def choices(self) -> Iterator[Plan]:
@@ -148,8 +153,17 @@ class Search:
         if failed is not None:
             yield (found or failed).plan
 
-    def run(self, *, proves: bool = True) -> Searched:
-        """Search. proves: nodes that the runtime here does not fuse are found, and stay in floating point."""
+    def run(
+        self, *, proves: bool = True, improve: Callable[[Candidate], Candidate] = lambda one: one
+    ) -> Searched:
+        """Search.
+
+        Args:
+            proves: nodes that the runtime here does not fuse are found, and stay in floating point.
+            improve: gives a candidate with what keeps the accuracy of its choice alone, or the same one; for
+                the best, and for those that are near the budget.
+        """
+        self._improve = improve
         best = self._cheapest()
         while best is not None and proves and self._placement.outputs:
             fusion = fusion_of(*write(self._model, self._placement, best.plan))
@@ -159,9 +173,9 @@ class Search:
             self._unfused += fusion.unfused
             self._kept += fusion.unfused
             best = self._cheapest()
-        trials = tuple(trial for trial, _ in self._trials.values())
-        nearest = max((c for _, c in self._trials.values()), key=lambda c: c.judgement.score, default=None)
-        return Searched(best, nearest, trials, tuple(self._unfused))
+        nearest = max(self._candidates.values(), key=lambda c: c.judgement.score, default=None)
+        best = improve(best) if best is not None and not best.keepers else best
+        return Searched(best, nearest, tuple(self._trials), tuple(self._unfused))
 
     def _cheapest(self) -> Candidate | None:
         """The fastest candidate that keeps the budget."""
@@ -240,11 +254,21 @@ class Search:
         if not choice.nodes:
             return None
         key = choice.nodes, choice.tensors
-        if key not in self._trials:
+        if key not in self._candidates:
             self._progress(f"trying {len(choice.nodes)} of {len(self._units)} nodes in integers")
             plan = replace(self._plan, nodes=choice.nodes, tensors=choice.tensors)
             model, _ = write(self._model, self._placement, plan)
-            judgement = self._judge(model)
-            trial = Trial(len(choice.nodes), choice.after / choice.before, choice.noise, judgement)
-            self._trials[key] = trial, Candidate(model, plan, judgement)
-        return self._trials[key][1]
+            self._candidates[key] = self._told(choice, Candidate(model, plan, self._judge(model)))
+        candidate = self._candidates[key]
+        if self._improve is not None and candidate.judgement.near:
+            improved = self._improve(candidate)
+            if improved is not candidate:
+                self._told(choice, improved)
+            tried = replace(improved.judgement, near=False)
+            self._candidates[key] = replace(improved, judgement=tried)
+        return self._candidates[key]
+
+    def _told(self, choice: Choice, candidate: Candidate) -> Candidate:
+        ratio = choice.after / choice.before
+        self._trials.append(Trial(len(choice.nodes), ratio, choice.noise, candidate.judgement))
+        return candidate

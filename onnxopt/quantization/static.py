@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from onnxopt.graph import constant_of, sizes_of
 from onnxopt.quantization.choose import Prices, prices_of_bytes, prices_of_time, prices_of_work
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.formats import find_format
-from onnxopt.quantization.improve import improve, improve_best, unchanged
+from onnxopt.quantization.improve import improve, improve_choice, unchanged
 from onnxopt.quantization.judge import Judging
 from onnxopt.quantization.keepers import FIRST, KEEPERS
 from onnxopt.quantization.plan import Plan, is_symmetric, params_of_tensors
@@ -151,10 +151,12 @@ def quantize_static(
         search = _search(draft, noise, prices, settings, judge, progress)
     if settings.sensitivity:
         noise()
-    searched = search.run(proves=settings.timed)
+    last = partial(
+        improve_choice, draft=draft, judge=judge, samples=samples, held_out=held_out, session_config=config
+    )
+    searched = search.run(proves=settings.timed, improve=last)
     if searched.best is not None:
-        best, more = improve_best(searched.best, draft, judge, samples, held_out, config)
-        searched, keepers = replace(searched, best=best), keepers | more
+        keepers = {**keepers, **searched.best.keepers}
     surveyed = survey(draft.model, placement, draft.plan.params)
     kept = _kept(surveyed.units, settings)
     return Static(draft.model, surveyed, statistics, draft.plan, noise, keepers, kept, searched)

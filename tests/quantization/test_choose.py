@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -62,19 +63,26 @@ def problems(draw: st.DrawFn) -> tuple[ir.Model, list[Unit], Prices, dict[Source
         node: NodeCost(draw(PRICES), draw(st.one_of(PRICES, st.just(float("inf")))), draw(PRICES))
         for node in model.graph
     }
-    borders = {name: [draw(PRICES) for _ in range(3)] for name in names}
+    borders = {name: [draw(PRICES) for _ in range(4)] for name in names}
     prices = Prices(
         lambda node: costs[node],
         lambda value: borders[value.name or ""][0],
         lambda value: borders[value.name or ""][1],
         lambda value: borders[value.name or ""][2],
+        lambda value: borders[value.name or ""][3],
     )
     sources = [Source("tensor", name) for name in names] + [Source("weight", unit.site) for unit in units]
     return model, units, prices, {source: draw(PRICES) / 4 for source in sources}
 
 
-def layouts(model: ir.Model, inside: set[ir.Node | None], prices: Prices) -> float:
+def is_conv(node: ir.Node) -> bool:
+    return node.op_type == "Conv"
+
+
+def layouts(model: ir.Model, units: list[Unit], inside: set[ir.Node | None], prices: Prices) -> float:
     """The least that changes of layout cost, over all layouts of all tensors."""
+    written = {unit.node for unit in units} | {unit.output.producer() for unit in units}
+    meant = {unit.node for unit in units}
     results = [node.outputs[0] for node in model.graph]
     least = float("inf")
     for layout in itertools.product((False, True), repeat=len(results)):
@@ -83,11 +91,16 @@ def layouts(model: ir.Model, inside: set[ir.Node | None], prices: Prices) -> flo
         for node in model.graph:
             computed = [value for value in node.inputs if value in last]
             for value in computed:
-                if keeps_layout(node) and value is not None and last[value] != last[node.outputs[0]]:
-                    cost += prices.layout(value)
-            if node.op_type == "Conv":
-                around = [value for value in (*computed, node.outputs[0]) if value is not None]
-                cost += sum(prices.layout(value) for value in around if last[value] != (node in inside))
+                after = last[node.outputs[0]] if keeps_layout(node) else node in inside
+                if value is None or last[value] == after or not (keeps_layout(node) or is_conv(node)):
+                    continue
+                cost += prices.layout(value)
+                if last[value] and value.producer() not in written:
+                    cost += prices.late(value)
+            if is_conv(node) and last[node.outputs[0]] != (node in inside):
+                cost += prices.layout(node.outputs[0])
+            if keeps_layout(node) and node in meant - inside and last[node.outputs[0]]:
+                cost += prices.late(node.outputs[0])
         least = min(least, cost)
     return least
 
@@ -119,7 +132,7 @@ def reckoned(
     for value in written:
         if value.is_graph_output() or any(node not in inside for node, _ in value.uses()):
             total += prices.dequantize(value)
-    total += layouts(model, inside, prices)
+    total += layouts(model, units, inside, prices)
     moved = {value for value, unit in written.items() if unit.is_move}
     lost = sum(noise[Source("tensor", value.name or "")] for value in quantized - moved)
     return total, lost + sum(noise[Source("weight", unit.site)] for unit in ints)
@@ -214,3 +227,20 @@ def test_bytes_are_those_of_weights_and_a_quarter_of_them_as_integers() -> None:
     assert found.before == 2 * 2 * 2 * 4
     assert chosen(found) == ["a", "c"]
     assert found.after == 2 * 4 + 2  # x is quantized, and c read back
+
+
+@pytest.mark.parametrize(("late", "expected"), [(0.0, 1.0), (0.5, 1.5), (3.0, 2.0)])
+def test_floats_with_channels_last_cost_more_to_move_than_integers(late: float, expected: float) -> None:
+    lines = ["a = Conv(x, w)", "b = Tanh(a)", "c = Conv(b, w)", "d = Conv(b, w)"]
+    model = model_of(lines, ["c", "d"])
+    units = list(survey(model, X86, ["x", "a", "b", "c", "d"]).units)
+    prices = Prices(
+        lambda node: NodeCost(0, math.inf) if node.op_type == "Tanh" else NodeCost(100, 10),
+        lambda _: 0.0,
+        lambda _: 0.0,
+        lambda _: 1.0,
+        lambda _: late,
+    )
+    found = choose(model.graph, units, prices, {}, 0.0, kept=["d"])
+    assert chosen(found) == ["a", "c"]
+    assert found.after == pytest.approx(100 + 2 * 10 + expected)

@@ -13,7 +13,7 @@ import pytest
 from onnxopt.metric import Split
 from onnxopt.quantization import improve as module
 from onnxopt.quantization.draft import Draft
-from onnxopt.quantization.improve import improve, improve_best, unchanged
+from onnxopt.quantization.improve import improve, improve_choice, unchanged
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.keepers import FIRST, KEEPERS, LAST
 from onnxopt.quantization.search import Candidate, write
@@ -102,8 +102,8 @@ def test_biases_are_measured_of_the_best_candidate_and_left_out_where_the_budget
     samples, unseen = smooth_images(12), smooth_images(12, seed=99)
     chosen = of_units(coarse(), {"a", "d", "g"})
     best = Candidate(write(chosen.model, chosen.placement, chosen.plan)[0], chosen.plan, Fixed(True)(None))
-    found, gains = improve_best(best, coarse(), Fixed(within), samples, unseen, PLAIN)
-    assert tuple(gains) == (LAST if within else ())
+    found = improve_choice(best, coarse(), Fixed(within), samples, unseen, PLAIN)
+    assert tuple(found.keepers) == (LAST if within else ())
     assert (found is best) is not within
     assert found.plan.nodes == {"a", "d", "g"}
     assert set(found.plan.biases) == ({"a", "d", "g"} if within else set())

@@ -52,6 +52,20 @@ def test_a_float_output_has_to_keep_the_sqnr(error: float, ok: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "near"), [(0.0099, False), (0.0101, True), (0.0125, True), (0.0126, False)]
+)
+def test_what_misses_the_bound_by_two_decibels_is_near(error: float, near: bool) -> None:
+    assert judged(times(1), times(1 + error)).near is near
+
+
+@pytest.mark.parametrize(("lost", "near"), [(0.09, False), (0.11, True), (0.19, True), (0.21, False)])
+def test_what_loses_the_budget_of_a_metric_twice_is_near(lost: float, near: bool) -> None:
+    scores = iter([1.0, 1 - lost])
+    judge = Judge(model(times(1)), SAMPLES, lambda _: next(scores), Budget(0.1))
+    assert judge(model(times(1))).near is near
+
+
+@pytest.mark.parametrize(
     ("before", "after", "ok", "why"),
     [
         ("y = Abs(x)", "y = Sqrt(x)", False, "elements of output 'y' became NaN or infinite"),

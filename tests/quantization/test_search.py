@@ -20,7 +20,7 @@ from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.fusion import Fusion
 from onnxopt.quantization.judge import Judge, Judgement
 from onnxopt.quantization.plan import Plan, params_of_tensors
-from onnxopt.quantization.search import Search, Searched, judge_plan, write
+from onnxopt.quantization.search import Candidate, Search, Searched, judge_plan, write
 from onnxopt.quantization.sensitivity import Noise, Source, measure_sensitivity, sources_of
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.targets import PLACEMENTS
@@ -30,6 +30,7 @@ X86 = PLACEMENTS["x86"]
 SITES = ("c0", "c1", "c2", "c3")
 RNG = np.random.default_rng(5)
 SAMPLES: list[Feeds] = [{"x": RNG.standard_normal((1, 8, 6, 6)).astype(np.float32)} for _ in range(4)]
+GAIN = {"measure-biases": (0.1, 0.01)}
 ALL = [Source("weight", site) for site in SITES]
 PRICES = Prices(lambda _: NodeCost(10, 1), lambda _: 0.5, lambda _: 0.5, lambda _: 0.0)
 
@@ -70,6 +71,7 @@ class Stub(Judge):
 
     def __init__(self, allows: Callable[[frozenset[str]], bool]) -> None:
         self.allows, self.asked = allows, list[frozenset[str]]()
+        self.nearly: Callable[[frozenset[str]], bool] = lambda _: False
 
     def __call__(
         self, model: ir.Model, split: Split = "search", more: Mapping[str, str] = MappingProxyType({})
@@ -82,7 +84,9 @@ class Stub(Judge):
             and source.producer() is not None
         )
         self.asked.append(integer)
-        return Judgement(self.allows(integer), -float(len(integer)), None, f"{len(integer)} in integers")
+        told = f"{len(integer)} in integers"
+        ok, near = self.allows(integer), self.nearly(integer)
+        return Judgement(ok, -float(len(integer)), None, told, near=near and not ok)
 
 
 def noise_of(values: Mapping[str, float]) -> Noise:
@@ -146,6 +150,31 @@ def test_of_layers_that_no_price_tells_apart_as_many_as_may_be_are_taken(allowed
     searched = found(judge, noise_of(dict.fromkeys(SITES, 1.0)))
     assert len(chosen(searched)) == allowed
     assert len(judge.asked) <= 4
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_what_misses_the_budget_by_little_is_improved_before_it_is_given_up(helps: bool) -> None:
+    judge, asked = Stub(lambda integer: len(integer) <= 2), list[int]()
+    judge.nearly = lambda integer: len(integer) == 3
+
+    def improve(one: Candidate) -> Candidate:
+        asked.append(len(one.plan.nodes))
+        return replace(one, judgement=Judgement(True, 0.0, None, "as told"), keepers=GAIN) if helps else one
+
+    model = chain()
+    units, plan = prepared(model)
+    noise = noise_of({site: 10.0 ** (-place) for place, site in enumerate(SITES)})
+    search = Search(model, units, X86, plan, noise, PRICES, judge)
+    assert len(list(search.choices())) == 2
+    assert not asked
+    searched = search.run(improve=improve)
+    assert asked == ([3] if helps else [3, 2])
+    assert len(chosen(searched)) == (3 if helps else 2)
+    assert searched.best is not None
+    assert searched.best.keepers == (GAIN if helps else {})
+    told = [trial.judgement.summary for trial in searched.trials]
+    assert told.count("as told") == helps
+    assert told.count("3 in integers") == 1
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
