@@ -16,24 +16,28 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 import onnxopt
 import onnxopt.training as training
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
 from onnxopt.data.samples import Samples
+from onnxopt.inspection import macs
+from onnxopt.model import load
 
 TESTED = 600
 WIDTH = 32
@@ -47,7 +51,7 @@ def digits(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return {"x": x[TESTED:], "y": y[TESTED:]}, {"x": x[:TESTED], "y": y[:TESTED]}
 
 
-def cnn(width: int) -> ir.Model:
+def cnn(width: int) -> onnx.ModelProto:
     """Three convolutions and a linear layer, without trained weights."""
     text = f"""agraph (float[n, 1, 8, 8] x) => (float[n, 10] logits) <
         float[{width}, 1, 3, 3] w1, float[{width}] b1, float[{2 * width}, {width}, 3, 3] w2,
@@ -58,11 +62,11 @@ def cnn(width: int) -> ir.Model:
         c3 = Conv<pads=[1,1,1,1]>(r2, w3, b3)  r3 = Relu(c3)
         p = GlobalAveragePool(r3)  f = Flatten(p)  logits = Gemm<transB=1>(f, w4, b4)
     }}"""
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 17]> {text}')
-    for value in [v for node in model.graph for v in node.inputs if v.producer() is None and v.name != "x"]:
-        shape = [int(size) for size in value.shape]
-        value.const_value = ir.Tensor(np.zeros(shape, np.float32), name=value.name)
-        model.graph.register_initializer(value)
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 17]> {text}')
+    for value in model.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), value.name))
+    del model.graph.value_info[:]
     return model
 
 
@@ -103,11 +107,11 @@ def distill(options: argparse.Namespace) -> None:
 
     def one(seed: int) -> dict[str, float]:
         train, test = digits(seed)
-        scratch = {**SCRATCH, "seed": seed}
+        scratch: dict[str, Any] = {**SCRATCH, "seed": seed}
         teacher = training.finetune(cnn(WIDTH), train, labels="y", **scratch).graph
         half, few = cnn(WIDTH // 2), {name: array[:100] for name, array in train.items()}
-        of_few = {**scratch, "epochs": 150, "batch_size": "25"}
-        soft = {"teacher": teacher, "temperature": 4.0}
+        of_few: dict[str, Any] = {**scratch, "epochs": 150, "batch_size": "25"}
+        soft: dict[str, Any] = {"teacher": teacher, "temperature": 4.0}
         students = {
             "half width, all labels": training.finetune(half, train, labels="y", **scratch),
             "half width, distilled without labels": training.distill(
@@ -137,7 +141,12 @@ def prune(options: argparse.Namespace) -> None:
         "cubic ramp, first order": {"labels": "y", "ramp": "cubic", "score": "taylor"},
         "trained without labels": {"temperature": 4.0},
     }
-    tuned = {"epochs": 20, "lr": 3e-3, "schedule": "cosine{end=0.01}", "transforms": ("shift{by=1}",)}
+    tuned: dict[str, Any] = {
+        "epochs": 20,
+        "lr": 3e-3,
+        "schedule": "cosine{end=0.01}",
+        "transforms": ("shift{by=1}",),
+    }
 
     def one(seed: int) -> dict[str, float]:
         train, test = digits(seed)
@@ -233,13 +242,10 @@ def recover(options: argparse.Namespace) -> None:
             models = [source, *(ir.to_proto(one.graph).SerializeToString() for one in (cut, result))]
             dense, pruned, recovered = map(score, models)
             lost = f"{(recovered - pruned) / (dense - pruned):.0%}" if dense > pruned else "nothing lost"
-            left = (
-                cut.report.after.macs / cut.report.before.macs
-                if isinstance(cut.report.after.macs, int)
-                else 0
-            )
+            size = {one: array.shape for one, array in feeds[0].items()}
+            left, whole = (float(macs(load(one), size)) for one in (cut.graph, source))
             figures = (f"{one:.4f}" for one in (dense, pruned, recovered))
-            row((f"{name} {passes}", ev.metric, *figures, lost, f"{left:.0%}", f"{spent:.0f}"))
+            row((f"{name} {passes}", ev.metric, *figures, lost, f"{left / whole:.0%}", f"{spent:.0f}"))
 
 
 def main() -> None:
@@ -266,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -170,7 +170,7 @@ class Masks(Hook):
         self._weights = {name: named[key] for name, key in keys.items() if key in named}
         self._times = ramp(self.recipe, trainer.total)
         for name, one in self._weights.items():
-            one.register_hook(functools.partial(self._held, name))  # type: ignore[no-untyped-call]
+            one.register_hook(functools.partial(self._held, name))
         self._choose(self._times.get(0, 0.0))
         if self.recipe.rewind == 0:
             self._early = {name: one.detach().clone() for name, one in module.named_parameters()}

@@ -156,11 +156,11 @@ def test_hidden_tensors_are_matched_through_a_map_that_leaves_no_trace() -> None
 
     def fit(model: ir.Model) -> float:
         """What of the teacher's hidden tensor no linear map of the student's gives."""
-        hidden = [
+        mine, theirs = (
             np.tanh(x @ onnx.numpy_helper.to_array(one.graph.initializer[0]))
             for one in (ir.to_proto(model), teacher)
-        ]
-        return float(np.linalg.lstsq(*hidden, rcond=None)[1].sum())
+        )
+        return float(np.linalg.lstsq(mine, theirs, rcond=None)[1].sum())
 
     assert fit(matched.graph) < 0.9 * fit(plain.graph)
     written = ir.to_proto(matched.graph)
