@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -22,13 +20,6 @@ from onnxopt.cli.common import (
     write_json,
 )
 from onnxopt.data import FeedSource
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from onnxopt.job import Progress
-    from onnxopt.reporting.training import TrainingReport
-    from onnxopt.result import Result
 
 __all__ = ["command", "spelled"]
 
@@ -148,7 +139,9 @@ def command(
             raise click.UsageError(
                 "--recover would train apart what --cluster makes equal: cluster the result"
             )
-        learn = _recovery(model, data, metric, recipe, seed)
+        from onnxopt.cli.train import recovery
+
+        learn = recovery(model, data, metric, recipe, seed)
     elif recipe is not None:
         raise click.UsageError("--recipe is of --recover, which is not given")
     with progress() as show:
@@ -181,23 +174,6 @@ def command(
     if save_masks is not None and written is not None:
         write_masks(kept_elements(result.graph), save_masks)
     return int(not result.report.ok)
-
-
-def _recovery(
-    model: Path, data: FeedSource | None, metric: str | None, recipe: Path | None, seed: int
-) -> Callable[[ir.Model, Progress], Result[TrainingReport]]:
-    """What trains a pruned model; what it needs is looked for before anything is pruned."""
-    from onnxopt.data import read_feeds
-    from onnxopt.model import load
-    from onnxopt.training import recover
-
-    if data is None:
-        raise click.UsageError("--recover learns from real inputs, made-up ones teach nothing: give --data")
-    samples = read_feeds(data, load(model))
-    given = {} if metric is None else {"metric": metric}
-    return lambda pruned, show: recover(
-        pruned, model, samples, recipe=recipe, progress=show, **{"seed": seed, **given}
-    )
 
 
 def spelled(options: dict[str, str | None]) -> list[str]:

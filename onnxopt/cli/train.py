@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,15 @@ from onnxopt.cli.common import console, json_option, keep_apart, progress, write
 from onnxopt.training.kinds import DistillRecipe, PruneRecipe
 from onnxopt.training.recipe import Recipe
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxopt.data import FeedSource
+    from onnxopt.job import Progress
+    from onnxopt.reporting.training import TrainingReport
+    from onnxopt.result import Result
+
+__all__ = ["command", "recovery"]
 
 Command = typing.TypeVar("Command", bound=Callable[..., Any])
 
@@ -87,6 +95,23 @@ def run_training(
     print_training(report, console(json_file), written=written)
     write_json(report.to_dict(), json_file)
     return int(not report.ok)
+
+
+def recovery(
+    model: Path, data: FeedSource | None, metric: str | None, recipe: Path | None, seed: int
+) -> Callable[[ir.Model, Progress], Result[TrainingReport]]:
+    """What trains a pruned model; what it needs is looked for before anything is pruned."""
+    from onnxopt.data import read_feeds
+    from onnxopt.model import load
+    from onnxopt.training import recover
+
+    if data is None:
+        raise click.UsageError("--recover learns from real inputs, made-up ones teach nothing: give --data")
+    samples = read_feeds(data, load(model))
+    given = {} if metric is None else {"metric": metric}
+    return lambda pruned, show: recover(
+        pruned, model, samples, recipe=recipe, progress=show, **{"seed": seed, **given}
+    )
 
 
 @command.command("finetune")
