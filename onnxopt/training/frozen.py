@@ -57,8 +57,12 @@ class Frozen:
         given = [to_device(one) if isinstance(one, Host) else one for one in values]
         arrays = [one.detach().cpu().numpy() if isinstance(one, Tensor) else one for one in given]
         found = self._session.run(dict(zip(self.inputs, arrays, strict=True)))
-        results = (receive(np.asarray(found[name]), dtype) for name, dtype in self.outputs)
-        return tuple(one.to(device) if isinstance(one, Tensor) else one for one in results)
+        results = []
+        for name, dtype in self.outputs:
+            array = np.asarray(found[name])
+            one = receive(array, dtype or ir.DataType.from_numpy(array.dtype))
+            results.append(one.to(device) if isinstance(one, Tensor) else one)
+        return tuple(results)
 
 
 def frozen_part(

@@ -47,9 +47,10 @@ class Step:
         if self.operator.wants_context:
             options["ctx"] = self.ctx
         self.run = functools.partial(self.operator.run, **options) if options else self.operator.run
+        self.run_on_host = on_host(self.run, self.operator.static)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "run"}
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("run")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -64,7 +65,7 @@ class Step:
             return self.run(*args)
         operator, static = self.operator, self.operator.static
         if operator.host and all(one is None or isinstance(one, Host) for one in args):
-            return on_host(self.run, static, *args)
+            return self.run_on_host(*args)
         device = next((one.device for one in args if isinstance(one, torch.Tensor)), anchor.device)
         return self.run(
             *[

@@ -64,8 +64,10 @@ class Operator:
         return frozenset(one.name for one in found if one.kind != one.VAR_POSITIONAL)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Functions in tables have no name to be pickled by: the row has."""
-        return _row, (self.key, self.since)
+        """Functions in tables have no name to be pickled by: the row has. Others are objects."""
+        if self.key:
+            return _row, (self.key, self.since)
+        return Operator, (self.run, self.static, self.raw, self.host)
 
 
 Table = Mapping[str, Operator | tuple[Operator, ...]]

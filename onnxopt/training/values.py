@@ -71,6 +71,9 @@ HOST_LIMIT = 1024
 """Elements of the largest value that is kept on the host."""
 
 
+_ARRAYS = (np.ndarray, np.generic)  # a union of types is nothing that torch.compile knows
+
+
 class Host(NamedTuple):
     """A small value on the host: torch type, shape and elements in row-major order."""
 
@@ -94,7 +97,7 @@ def receive(value: Any, dtype: ir.DataType | None) -> Any:
     """A graph input as the graph carries it."""
     if isinstance(value, list):
         return [receive(one, dtype) for one in value]
-    if isinstance(value, np.ndarray | np.generic) and dtype in CARRIERS:
+    if isinstance(value, _ARRAYS) and dtype in CARRIERS:
         return tensor_of(np.asarray(value), dtype)
     if not isinstance(value, Tensor):
         return value
@@ -131,22 +134,30 @@ def numbers_of(value: Any) -> tuple[Any, ...] | None:
     return value.data if isinstance(value, Host) else tuple(value.reshape(-1).tolist())
 
 
-def _on_host(run: Callable[..., Any], static: tuple[int, ...], *values: Host | None) -> Any:
-    """Run an operator on host values, on the CPU; the results, as host values unless they are large."""
-    args = [
-        numbers_of(one) if i in static else to_device(one) if one is not None else None
-        for i, one in enumerate(values)
-    ]
-    with torch.no_grad():
-        found = run(*args)
-    if isinstance(found, tuple):
-        return tuple(_kept(one) for one in found)
-    return _kept(found)
+def on_host(run: Callable[..., Any], static: tuple[int, ...]) -> Callable[..., Any]:
+    """An operator that runs on host values, on the CPU; its results are on the host unless they are large.
 
+    `torch.compile` makes constants of what it gives for constants; it knows plain tuples as such.
+    """
 
-on_host: Callable[..., Any] = torch._dynamo.assume_constant_result(_on_host)
-"""`_on_host`, of whose results `torch.compile` makes constants."""
+    def compute(*values: tuple[Any, ...] | None) -> tuple[Any, ...]:
+        hosts = [None if one is None else Host(*one) for one in values]
+        args = [
+            numbers_of(one) if i in static else to_device(one) if one is not None else None
+            for i, one in enumerate(hosts)
+        ]
+        with torch.no_grad():
+            found = run(*args)
+        results = found if isinstance(found, tuple) else (found,)
+        return tuple(
+            tuple(host_of(one)) if isinstance(one, Tensor) and one.numel() <= HOST_LIMIT else one
+            for one in results
+        )
 
+    constant: Callable[..., Any] = torch._dynamo.assume_constant_result(compute)
 
-def _kept(one: Any) -> Any:
-    return host_of(one) if isinstance(one, Tensor) and one.numel() <= HOST_LIMIT else one
+    def called(*values: Host | None) -> tuple[Any, ...]:
+        found = constant(*[None if one is None else tuple(one) for one in values])
+        return tuple([Host(*one) if isinstance(one, tuple) else one for one in found])
+
+    return called

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ def pair(
     dtype = getattr(T, kind)
     form = onnx.numpy_helper.from_array(scale.astype(np.float32), "s")
     zeros = onnx.helper.make_tensor("z", dtype, scale.shape, zero)
-    attributes = {"axis": axis, **({"block_size": block} if block else {})}
+    attributes: dict[str, Any] = {"axis": axis, **({"block_size": block} if block else {})}
     nodes = [
         onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes),
         onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes),
@@ -47,9 +48,12 @@ def hard(scale: np.ndarray, shape: Sequence[int], most: float = np.inf) -> np.nd
     steps[: count // 2] = rng.integers(-300, 300, count // 2) / 2
     x = (steps * rng.choice(scale.ravel(), count)).astype(np.float32)
     x[::7] = np.nextafter(x[::7], np.float32(np.inf))
-    x[::11] = rng.standard_normal(len(x[::11])).astype(np.float32) * 10.0 ** rng.integers(-6, 30, len(x[::11]))
+    x[::11] = rng.standard_normal(len(x[::11])).astype(np.float32) * 10.0 ** rng.integers(
+        -6, 30, len(x[::11])
+    )
     x[0], x[1], x[2] = 0, -0.0, 1e30
-    return x.reshape(shape).clip(-most, most)
+    found: np.ndarray = x.reshape(shape).clip(-most, most)
+    return found
 
 
 def both(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +122,7 @@ def test_gradients_are_those_of_lsq() -> None:
     steps = (x / scale).detach()
     inside = (steps >= -8) & (steps <= 7)
     paper = torch.where(inside, steps.round() - steps, steps.clamp(-8, 7))
-    assert torch.equal(x.grad, inside.double())
+    assert x.grad is not None
     assert scale.grad is not None
+    assert torch.equal(x.grad, inside.double())
     assert abs(scale.grad.item() - paper.sum().item()) < 1e-12

@@ -9,15 +9,19 @@ from onnxopt.training.ops import (
     index,
     math,
     nn,
+    pool,
     quantize,
     recurrent,
+    reduction,
+    resize,
     shape,
     vision,
 )
 from onnxopt.training.registry import Table
 
-TABLES: tuple[Table, ...] = (
-    *(attention.TABLE, contrib.TABLE, control.TABLE, index.TABLE, math.TABLE, nn.TABLE),
-    *(quantize.TABLE, recurrent.TABLE, shape.TABLE, vision.TABLE),
+_THEMES = (
+    *(attention, contrib, control, index, math, nn),
+    *(pool, quantize, recurrent, reduction, resize, shape, vision),
 )
+TABLES: tuple[Table, ...] = tuple(theme.TABLE for theme in _THEMES)
 """All tables; no operator is in two."""

@@ -112,15 +112,15 @@ def _reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_a
 
 
 def _unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> tuple[Tensor, ...]:  # noqa: A002
-    values, inverse, counts = torch.unique(x, sorted=True, return_inverse=True, return_counts=True, dim=axis)
+    _, inverse, counts = torch.unique(x.detach(), True, True, True, axis)
     inverse = inverse.reshape(-1)
     places = torch.arange(inverse.numel(), device=x.device)
     first = torch.full((counts.numel(),), inverse.numel(), device=x.device)
     first = first.scatter_reduce(0, inverse, places, "amin")
     if not sorted:
         order = first.argsort()
-        values, first, counts = values.index_select(axis or 0, order), first[order], counts[order]
-        inverse = order.argsort()[inverse]
+        first, counts, inverse = first[order], counts[order], order.argsort()[inverse]
+    values = x.reshape(-1)[first] if axis is None else x.index_select(axis, first)
     return values, first, inverse, counts
 
 

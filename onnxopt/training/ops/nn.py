@@ -1,4 +1,4 @@
-"""Layers: convolution, pooling, normalization and resizing."""
+"""Layers: convolution and normalization."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from onnxopt.training.registry import Context, Table, op
 
-__all__ = ["TABLE", "conv"]
+__all__ = ["CONV", "TABLE", "conv", "flat", "padding"]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_MAX_POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-def _pads(
+def padding(
     auto_pad: str,
     pads: Sequence[int] | None,
     sizes: Sequence[int],
@@ -41,7 +40,7 @@ def _pads(
     return (less, more) if auto_pad == "SAME_UPPER" else (more, less)
 
 
-def _flat(begins: Sequence[int], ends: Sequence[int]) -> list[int]:
+def flat(begins: Sequence[int], ends: Sequence[int]) -> list[int]:
     """As `F.pad` wants it: the last axis first."""
     return [n for pair in zip(reversed(begins), reversed(ends), strict=True) for n in pair]
 
@@ -59,10 +58,10 @@ def conv(
 ) -> Tensor:
     rank = w.dim() - 2
     strides, dilations = tuple(strides or (1,) * rank), tuple(dilations or (1,) * rank)
-    begins, ends = _pads(auto_pad, pads, x.shape[2:], w.shape[2:], strides, dilations)
+    begins, ends = padding(auto_pad, pads, x.shape[2:], w.shape[2:], strides, dilations)
     if begins != ends:
-        x, begins = F.pad(x, _flat(begins, ends)), [0] * rank
-    return _CONV[rank](x, w, b, strides, tuple(begins), dilations, group)
+        x, begins = F.pad(x, flat(begins, ends)), [0] * rank
+    return CONV[rank](x, w, b, strides, tuple(begins), dilations, group)
 
 
 def _conv_transpose(
@@ -101,115 +100,11 @@ def _conv_transpose(
         return _TRANSPOSED[rank](x, w, b, strides, tuple(begins), extra, group, dilations)
     y = _TRANSPOSED[rank](x, w, b, strides, 0, 0, group, dilations)
     after = [e - end for e, end in zip(extra, ends, strict=True)]
-    filler = F.pad(y, _flat([-n for n in begins], after))
+    filler = F.pad(y, flat([-n for n in begins], after))
     if b is None or max(after + [-n for n in begins]) <= 0:
         return filler
-    inside = F.pad(torch.ones_like(y), _flat([-n for n in begins], after))
+    inside = F.pad(torch.ones_like(y), flat([-n for n in begins], after))
     return filler + (1 - inside) * b.reshape(-1, *[1] * rank)
-
-
-def _pooled(
-    x: Tensor,
-    kernel: Sequence[int],
-    auto_pad: str,
-    ceil_mode: int,
-    dilations: Sequence[int],
-    pads: Sequence[int] | None,
-    strides: Sequence[int],
-) -> tuple[list[int], list[int], list[int]]:
-    """Elements to add before and after each axis, and how many of the latter only fill the last window."""
-    sizes = x.shape[2:]
-    begins, ends = _pads(auto_pad, pads, sizes, kernel, strides, dilations)
-    surplus = [0] * len(kernel)
-    for i, (n, k, s, d) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
-        span = n + begins[i] + ends[i] - d * (k - 1) - 1
-        count = math.ceil(span / s) if ceil_mode else 0
-        if span < 0:  # runtimes round towards 0: one window
-            surplus[i] = -span
-        elif count * s < n + begins[i]:  # the last window starts within the input or the pads before it
-            surplus[i] = max(count * s - span, 0)
-    return begins, ends, surplus
-
-
-def _max_pool(
-    x: Tensor,
-    *,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    dilations: Sequence[int] | None = None,
-    kernel_shape: Sequence[int],
-    pads: Sequence[int] | None = None,
-    storage_order: int = 0,
-    strides: Sequence[int] | None = None,
-    ctx: Context,
-) -> Any:
-    rank = len(kernel_shape)
-    strides, dilations = tuple(strides or (1,) * rank), tuple(dilations or (1,) * rank)
-    begins, ends, surplus = _pooled(x, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
-    ends = [a + b for a, b in zip(ends, surplus, strict=True)]
-    half = all(b == e and 2 * b <= k for b, e, k in zip(begins, ends, kernel_shape, strict=True))
-    if half and ctx.outputs < 2 and x.dtype.is_floating_point:
-        return _MAX_POOL[rank](x, tuple(kernel_shape), strides, tuple(begins), dilations)
-    wide = x if x.dtype.is_floating_point else x.double()
-    padded = F.pad(wide, _flat(begins, ends), value=-math.inf)
-    many = ctx.outputs > 1
-    found = _MAX_POOL[rank](padded, tuple(kernel_shape), strides, 0, dilations, return_indices=many)
-    if not many:
-        return found.to(x.dtype)
-    values, at = found
-    return values.to(x.dtype), _positions(at, padded.shape, x.shape, begins, storage_order)
-
-
-def _positions(
-    at: Tensor, padded: Sequence[int], sizes: Sequence[int], begins: Sequence[int], storage_order: int
-) -> Tensor:
-    """Positions in the padded planes as positions in the whole tensor."""
-    where = []
-    for n, begin in zip(reversed(padded[2:]), reversed(begins), strict=True):
-        where.append(at % n - begin)
-        at = at // n
-    plane = torch.zeros_like(at)
-    pairs = list(zip(reversed(where), sizes[2:], strict=True))
-    for one, n in reversed(pairs) if storage_order else pairs:
-        plane = plane * n + one
-    count = sizes[0] * sizes[1]
-    base = torch.arange(count, device=at.device).reshape(sizes[0], sizes[1], *[1] * (at.dim() - 2))
-    return plane + base * math.prod(sizes[2:])
-
-
-def _average_pool(
-    x: Tensor,
-    *,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    count_include_pad: int = 0,
-    dilations: Sequence[int] | None = None,
-    kernel_shape: Sequence[int],
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
-) -> Tensor:
-    rank = len(kernel_shape)
-    strides, dilations = tuple(strides or (1,) * rank), tuple(dilations or (1,) * rank)
-    begins, ends, surplus = _pooled(x, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
-    if begins == ends and not any(surplus) and set(dilations) == {1} and rank <= 3:
-        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-        if all(2 * b <= k for b, k in zip(begins, kernel_shape, strict=True)):
-            return pool(x, tuple(kernel_shape), strides, tuple(begins), False, bool(count_include_pad))
-    inside = torch.ones_like(x[:1, :1])
-    fill = float(bool(count_include_pad))
-    inside = F.pad(F.pad(inside, _flat(begins, ends), value=fill), _flat([0] * rank, surplus))
-    padded = F.pad(x, _flat(begins, [a + b for a, b in zip(ends, surplus, strict=True)]))
-    one = torch.ones((1, 1, *kernel_shape), dtype=x.dtype, device=x.device)
-    planes = padded.reshape(-1, 1, *padded.shape[2:])
-    total = _CONV[rank](planes, one, None, strides, 0, dilations)
-    count = _CONV[rank](inside, one, None, strides, 0, dilations)
-    return (total / count).reshape(*x.shape[:2], *total.shape[2:])
-
-
-def _lp_pool(x: Tensor, *, p: int = 2, **attributes: Any) -> Tensor:
-    count = math.prod(attributes["kernel_shape"])
-    mean = _average_pool(x.abs() ** p, count_include_pad=1, **attributes)
-    return (mean * count) ** (1 / p)
 
 
 def _axes(x: Tensor) -> tuple[int, ...]:
@@ -239,8 +134,8 @@ def _batch_norm(
     y = F.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
     return (
         y,
-        (mean * momentum + now.detach() * (1 - momentum)),
-        (var * momentum + spread.detach() * (1 - momentum)),
+        (mean * momentum + now * (1 - momentum)),
+        (var * momentum + spread * (1 - momentum)),
     )
 
 
@@ -321,7 +216,6 @@ def _mean_variance(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
 
 
 TABLE: Table = {
-    "AveragePool": op(_average_pool),
     "BatchNormalization": op(_batch_norm),
     "Conv": op(conv),
     "ConvTranspose": op(_conv_transpose),
@@ -334,8 +228,6 @@ TABLE: Table = {
     "LayerNormalization": op(_layer_norm),
     "LRN": op(_lrn),
     "LpNormalization": op(_lp_normalization),
-    "LpPool": op(_lp_pool),
-    "MaxPool": op(_max_pool),
     "MeanVarianceNormalization": op(_mean_variance),
     "RMSNormalization": op(_rms_norm),
 }

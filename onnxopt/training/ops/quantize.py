@@ -129,7 +129,7 @@ def quantize(
 
 def dequantize(q: Tensor, scale: Tensor, zero: Zero, axis: int, block_size: int) -> Tensor:
     """The floats that integers stand for, in the scale's type."""
-    wide = q if q.dtype == torch.float64 else q.float()
+    wide = q.to(torch.promote_types(scale.dtype, torch.float32))
     offset = _zero(zero, wide, axis, block_size)
     shifted = wide if isinstance(offset, float) and offset == 0 else wide - offset
     return (shifted * spread(scale.to(wide.dtype), wide, axis, block_size)).to(scale.dtype)
