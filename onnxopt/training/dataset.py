@@ -7,9 +7,10 @@ sees what it would have seen, and so do the processes of a parallel one, each it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,11 +20,11 @@ from onnxopt.data import Feeds, Samples
 from onnxopt.data.contract import Contract
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
-from onnxopt.training.schedules import Clock, Schedule
+from onnxopt.training.sizes import Sizes
 from onnxopt.training.sources import Arrays, Source, Stream, Table, batches_of
 from onnxopt.training.transforms import Mixup, Transform
 
-__all__ = ["Batch", "Dataset", "Sizes", "parse_sizes"]
+__all__ = ["Batch", "Dataset"]
 
 _AHEAD = 2
 """Batches that are prepared while one is trained on, for each worker."""
@@ -35,46 +36,9 @@ class Batch:
 
     arrays: Arrays
     rows: np.ndarray
+    size: int
+    """How many samples count."""
     shares: np.ndarray | None = None
-
-    @property
-    def size(self) -> int:
-        """How many samples there are."""
-        return len(self.rows)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many samples a step sees: from `low` to `high`, drawn at random, times a schedule over epochs.
-
-    None: all of them.
-    """
-
-    low: int
-    high: int
-    schedule: Schedule
-    seed: int
-
-    def of_epoch(self, epoch: int, epochs: int, count: int | None) -> Iterator[int]:
-        """The size of each batch of an epoch; `count` is that of all samples, None where it is not known."""
-        random = np.random.default_rng((self.seed, epoch, 1))
-        factor = self.schedule(Clock(step=epoch, total=epochs, epoch=epoch))
-        left = count
-        while left is None or left > 0:
-            drawn = int(random.integers(self.low, self.high + 1)) if self.low < self.high else self.low
-            size = max(round(drawn * factor), 1) if drawn else (left or 1)
-            yield size if left is None else min(size, left)
-            left = None if left is None else left - size
-
-
-def parse_sizes(text: str | int, schedule: Schedule, seed: int) -> Sizes:
-    """``32``, ``16-64`` (random), ``full``. Raises UsageError."""
-    low, dash, high = str(text).partition("-")
-    if text == "full":
-        return Sizes(0, 0, schedule, seed)
-    if not low.isdigit() or (dash and not high.isdigit()) or not 0 < int(low) <= int(high or low):
-        raise UsageError(f"batch_size {text!r}: expected a number, a range such as 16-64, or full")
-    return Sizes(int(low), int(high or low), schedule, seed)
 
 
 @dataclass(frozen=True)
@@ -94,6 +58,15 @@ class Dataset:
     def __post_init__(self) -> None:
         items = {item.name: item for item in (*self.contract.required, *self.contract.optional)}
         object.__setattr__(self, "_inputs", items)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether samples go together along axis 0; else each is a feed of its own, and a piece of a batch.
+
+        A state of shape [layers, batch, features] beside an input [batch, time] does not stack.
+        """
+        sizes = [item.dims[0] if item.dims else "" for item in self.contract.required if item.dims != ()]
+        return len({size if isinstance(size, int) else "" for size in sizes}) < 2
 
     @property
     def length(self) -> int | None:
@@ -147,7 +120,8 @@ class Dataset:
         wanted = [order[a:b] for a, b in zip(cuts[start:], cuts[start + 1 :], strict=False)]
 
         def read(index: np.ndarray) -> tuple[int, list[Batch]]:
-            return len(index), [self._batch(one, epoch) for one in _parts(index, part, pieces)]
+            parts = self._parts(index, part, pieces)
+            return len(index), [self._batch(one, epoch, size) for one, size in parts]
 
         if not self.workers:
             yield from map(read, wanted)
@@ -163,36 +137,38 @@ class Dataset:
 
     def evaluated(self, size: int) -> Iterator[Batch]:
         """All samples in their order, transformed without chance, in batches of at most `size`."""
+        size = size if self.stacks else 1
         if isinstance(self.source, Stream):
-            for arrays in _recut(batches_of(self.source, self.labels), itertools.repeat(size)):
-                yield self._made(arrays, np.arange(_length(arrays)), None)
+            for count, take in self._recut(itertools.repeat(size)):
+                yield self._made(take(np.arange(count)), np.arange(count), None, count)
             return
         for first in range(0, self.length or 0, size):
-            yield self._batch(np.arange(first, min(first + size, self.length or 0)), None)
+            rows = np.arange(first, min(first + size, self.length or 0))
+            yield self._batch(rows, None, len(rows))
 
     def samples(self) -> Samples:
         """Complete feeds of one sample each, as calibration takes them."""
         names = self._inputs
 
         def read(number: int) -> Feeds:
-            arrays = self._batch(np.array([number]), None).arrays
+            arrays = self._batch(np.array([number]), None, 1).arrays
             return {name: array for name, array in arrays.items() if name in names}
 
         return Samples(self.length or 0, read)
 
-    def _batch(self, index: np.ndarray, epoch: int | None) -> Batch:
+    def _batch(self, index: np.ndarray, epoch: int | None, size: int) -> Batch:
         assert isinstance(self.source, Table)
         rows = index if self.chosen is None else self.chosen[index]
-        return self._made(dict(self.source.rows(rows)), rows, epoch)
+        return self._made(dict(self.source.rows(rows)), rows, epoch, size)
 
-    def _made(self, arrays: Arrays, rows: np.ndarray, epoch: int | None) -> Batch:
+    def _made(self, arrays: Arrays, rows: np.ndarray, epoch: int | None, size: int) -> Batch:
         fitted, shares = self._fitted(arrays, epoch, rows), None
         mixes = [one for one in self.transforms if isinstance(one, Mixup)]
         if mixes and epoch is not None:
             shares = np.array(
                 [self._random(epoch, row, 1).beta(mixes[0].alpha, mixes[0].alpha) for row in rows], np.float32
             )
-        return Batch(fitted, rows, shares)
+        return Batch(fitted, rows, size, shares)
 
     def _random(self, epoch: int, row: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, int(row), purpose))
@@ -209,14 +185,16 @@ class Dataset:
         for name, item in self._inputs.items():
             if name not in given:
                 continue
-            if item.dims is not None and given[name].ndim == len(item.dims) + 1 and given[name].shape[1] == 1:
-                given[name] = given[name][:, 0]  # a sample axis in front of complete feeds
-            changes = [one for one in self.transforms if _is_for(one, item, given[name])]
+            array = given[name]
+            if item.dims is not None and array.ndim == len(item.dims) + 1:  # a sample axis in front of feeds
+                array = array[0] if not self.stacks else array[:, 0] if array.shape[1] == 1 else array
+            changes = [one for one in self.transforms if _is_for(one, item, array)]
             if changes:
-                array = given[name].astype(item.dtype) if given[name].dtype == np.uint8 else given[name]
-                pairs = zip(array, rows, strict=True)
-                given[name] = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
-        feeds = _any_batch(self.contract).check(given, "data")
+                array = array.astype(item.dtype) if array.dtype == np.uint8 else array
+                pairs = zip(array if self.stacks else array[None], rows, strict=True)
+                array = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
+            given[name] = array if self.stacks or not changes else array[0]
+        feeds = (_any_batch(self.contract) if self.stacks else self.contract).check(given, "data")
         return {**feeds, **{name: given[name] for name in given if name in self.labels}}
 
     def _changed(
@@ -231,40 +209,58 @@ class Dataset:
         self, sizes: Sizes, epoch: int, epochs: int, start: int, part: tuple[int, int], pieces: int
     ) -> Iterator[tuple[int, list[Batch]]]:
         """The batches of a stream, cut anew to the sizes that are asked for."""
+        first = 0
+        for number, (count, take) in enumerate(self._recut(sizes.of_epoch(epoch, epochs, None))):
+            if number >= start:
+                parts = self._parts(np.arange(count), part, pieces)
+                yield count, [self._made(take(one), first + one, epoch, size) for one, size in parts]
+            first += count
+
+    def _parts(self, index: np.ndarray, part: tuple[int, int], pieces: int) -> list[tuple[np.ndarray, int]]:
+        """What a process has of a batch, in pieces, and how many samples of each count.
+
+        One that has none runs a sample that does not count: all processes take part in a step.
+        """
+        own = np.array_split(index, part[1])[part[0]]
+        found = np.array_split(own, pieces if self.stacks else max(len(own), 1))
+        return [(one, len(one)) for one in found if len(one)] or [(index[:1], 0)]
+
+    def _recut(self, sizes: Iterator[int]) -> Iterator[tuple[int, Callable[[np.ndarray], Arrays]]]:
+        """The rows of a stream in batches of these sizes: how many, and what gives those of some numbers.
+
+        The last has fewer, and so has one before rows of another shape.
+        """
         assert isinstance(self.source, Stream)
-        wanted, first = sizes.of_epoch(epoch, epochs, None), 0
-        for number, arrays in enumerate(_recut(batches_of(self.source, self.labels), wanted)):
-            size = _length(arrays)
-            rows, first = np.arange(first, first + size), first + size
-            if number < start:
-                continue
-            own = _parts(np.arange(size), part, pieces)
-            taken = [({name: array[one] for name, array in arrays.items()}, rows[one]) for one in own]
-            yield size, [self._made(some, numbers, epoch) for some, numbers in taken]
+        held: list[Arrays] = []
+        size = next(sizes)
+        for arrays in batches_of(self.source, self.labels):
+            for row in _rows(arrays) if self.stacks else [arrays]:
+                if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
+                    yield len(held), functools.partial(_joined, held)
+                    held, size = [], next(sizes)
+                held.append(row)
+        if held:
+            yield len(held), functools.partial(_joined, held)
 
 
-def _parts(index: np.ndarray, part: tuple[int, int], pieces: int) -> list[np.ndarray]:
-    """What a process has of a batch, in pieces; none is empty, but one may be no more than an axis of 0."""
-    own = np.array_split(index, part[1])[part[0]]
-    return [one for one in np.array_split(own, pieces) if len(one)] or [own]
+def _rows(arrays: Arrays) -> Iterator[Arrays]:
+    """Each sample by itself; a scalar is of all of them."""
+    for i in range(max((len(array) for array in arrays.values() if array.ndim), default=1)):
+        yield {name: array[i : i + 1] if array.ndim else array for name, array in arrays.items()}
 
 
-def _recut(batches: Iterable[Arrays], sizes: Iterator[int]) -> Iterator[Arrays]:
-    """The same rows in batches of these sizes; the last may have fewer."""
-    held: Arrays = {}
-    size = next(sizes)
-    for arrays in batches:
-        held = {name: np.concatenate([held[name], new]) for name, new in arrays.items()} if held else arrays
-        while _length(held) >= size:
-            yield {name: array[:size] for name, array in held.items()}
-            held = {name: array[size:] for name, array in held.items()}
-            size = next(sizes)
-    if held and _length(held):
-        yield held
+def _shapes(row: Arrays) -> list[tuple[int, ...]]:
+    return [array.shape for array in row.values()]
 
 
-def _length(arrays: Arrays) -> int:
-    return len(next(iter(arrays.values())))
+def _joined(rows: Sequence[Arrays], index: np.ndarray) -> Arrays:
+    chosen = [rows[int(i)] for i in index]
+    if len(chosen) == 1:
+        return dict(chosen[0])
+    return {
+        name: np.concatenate([one[name] for one in chosen]) if array.ndim else array
+        for name, array in chosen[0].items()
+    }
 
 
 def _any_batch(contract: Contract) -> Contract:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from onnxopt.errors import OnnxoptError, UsageError, one_line
 from onnxopt.training.checkpoints import read_checkpoint, write_checkpoint
-from onnxopt.training.dataset import Batch, Dataset, parse_sizes
+from onnxopt.training.dataset import Batch, Dataset
 from onnxopt.training.divergence import diverged
 from onnxopt.training.hooks import Hook, Judge
 from onnxopt.training.logs import Log
@@ -28,6 +28,7 @@ from onnxopt.training.optimizers import frozen, make_optimizer, penalty
 from onnxopt.training.parallel import World
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.schedules import Clock, parse_schedule
+from onnxopt.training.sizes import parse_sizes
 
 __all__ = ["Curves", "Trainer"]
 

@@ -113,13 +113,19 @@ class FileJudge:
 def outputs_of(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each batch of a dataset and what the model gives for it; a fixed batch size is filled up."""
     inputs = data.contract.required
-    fixed = next((one.dims[0] for one in inputs if one.dims and isinstance(one.dims[0], int)), None)
+    sizes = [one.dims[0] for one in inputs if one.dims and isinstance(one.dims[0], int)]
+    fixed = sizes[0] if sizes and data.stacks else 0
     names = [one.name for one in inputs]
     for batch in data.evaluated(fixed or _TOGETHER):
         feeds: Feeds = {name: batch.arrays[name] for name in names}
-        if fixed and batch.size < fixed:
-            feeds = {name: np.resize(array, (fixed, *array.shape[1:])) for name, array in feeds.items()}
-        yield batch, {name: np.asarray(array)[: batch.size] for name, array in run(feeds).items()}
+        short = batch.size < fixed
+        if short:
+            feeds = {
+                name: np.resize(array, (fixed, *array.shape[1:])) if array.ndim else array
+                for name, array in feeds.items()
+            }
+        outputs = run(feeds)
+        yield batch, {name: array[: batch.size] if short else array for name, array in outputs.items()}
 
 
 def _classifies(objective: Objective, data: Dataset) -> bool:

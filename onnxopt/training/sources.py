@@ -75,11 +75,9 @@ def open_source(source: Any, *, labels: Sequence[str], preprocess: str | None = 
         return _iterable(source)
     text, path = os.fspath(source), Path(source)
     if text.startswith("hf:"):
-        return _hugging(
-            _datasets(text).load_dataset(
-                *text[3:].split(":")[:1], split=text[3:].partition(":")[2] or "train"
-            )
-        )
+        name, _, part = text[3:].partition(":")
+        library = _datasets(text)
+        return _hugging(_told(lambda: library.load_dataset(name, split=part or "train")))
     if not path.exists() and names_target(text):
         return Stream(python_target(text))
     if path.is_dir():
@@ -99,7 +97,10 @@ def _columns(arrays: Mapping[str, np.ndarray], who: str) -> Table:
         raise UsageError(f"--data: {who}: the arrays differ in their number of samples: {shown}")
     if not lengths or not max(lengths.values()):
         raise UsageError(f"--data: {who} holds no samples")
-    return Table(max(lengths.values()), lambda index: {name: arrays[name][index] for name in lengths})
+    return Table(
+        max(lengths.values()),
+        lambda index: {name: array[index] if array.ndim else array for name, array in arrays.items()},
+    )
 
 
 def _items(count: int, read: Callable[[int], Mapping[str, Any]]) -> Table:
@@ -107,7 +108,13 @@ def _items(count: int, read: Callable[[int], Mapping[str, Any]]) -> Table:
 
     def rows(index: np.ndarray) -> Arrays:
         samples = [read(int(number)) for number in index]
-        return {name: np.concatenate([np.atleast_1d(one[name]) for one in samples]) for name in samples[0]}
+        if len(samples) == 1:
+            return {name: np.atleast_1d(array) for name, array in samples[0].items()}
+        try:
+            whole = {name: [np.atleast_1d(one[name]) for one in samples] for name in samples[0]}
+            return {name: np.concatenate(arrays) for name, arrays in whole.items()}
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"data: samples that differ need batch_size=1: {told(error)}") from None
 
     return Table(count, rows)
 

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="training needs torch")
 from onnxopt.data.contract import Contract, contract_of
 from onnxopt.errors import UsageError
 from onnxopt.model import load
-from onnxopt.training.dataset import Sizes, parse_sizes
 from onnxopt.training.schedules import parse_schedule
+from onnxopt.training.sizes import Sizes, parse_sizes
 from onnxopt.training.sources import Stream, Table, open_source
 from onnxopt.training.transforms import parse_transforms
 from tests.support import text_model
@@ -149,14 +149,9 @@ def test_the_order_is_of_the_seed_and_the_epoch_and_a_start_skips() -> None:
     assert order(0) != order(1)
     assert order(1, start=2) == order(1)[6:]
     both = [list(data.batches(sizes("3"), 0, 1, part=(rank, 2), pieces=2)) for rank in range(2)]
-    united = [
-        int(y)
-        for step in zip(*both, strict=True)
-        for _, pieces in step
-        for one in pieces
-        for y in one.arrays["y"]
-    ]
-    assert united == order(0)
+    found = [one for step in zip(*both, strict=True) for _, some in step for one in some]
+    assert [int(y) for one in found if one.size for y in one.arrays["y"]] == order(0)
+    assert [one.size for one in found][-2:] == [1, 0]  # the second process has nothing to count in the last
 
 
 def test_sizes_are_fixed_random_grown_or_full() -> None:
@@ -234,6 +229,42 @@ def test_what_each_transform_does() -> None:
         parse_transforms(["crop{size=9}"])[0](x, None)
     with pytest.raises(UsageError, match=r"unknown transform 'flop' \(did you mean 'flip'\?\)"):
         parse_transforms(["flop"])
+
+
+STATE = "agraph (float[1, 4] x, float[2, 1, 3] h) => (float[1, 4] y) { y = Identity(x) }"
+
+
+@pytest.mark.parametrize("kind", ["npz", "files", "stream"])
+def test_feeds_with_a_state_are_samples_and_pieces_of_their_own(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 4), "h": (2, 1, 3), "y": (1, 4)}
+    feeds = [{name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()} for _ in range(5)]
+    if kind == "files":
+        for number, feed in enumerate(feeds):
+            np.savez(tmp_path / f"{number}.npz", **feed)  # type: ignore[arg-type]
+    if kind == "npz":
+        np.savez(tmp_path / "all.npz", **{name: np.stack([one[name] for one in feeds]) for name in shapes})  # type: ignore[arg-type]
+    source = {"npz": tmp_path / "all.npz", "files": tmp_path, "stream": lambda: feeds}[kind]
+    data = dataset(source, contract_of(load(text_model(STATE))), labels=("y",))
+    assert not data.stacks
+    (_, pieces), (size, rest) = data.batches(sizes("3"), 0, 1)
+    assert (len(pieces), size, len(rest)) == (3, 2, 2)
+    assert {one.arrays["h"].shape for one in pieces} == {(2, 1, 3)}
+    for one, feed in zip(data.evaluated(64), feeds, strict=True):
+        np.testing.assert_array_equal(one.arrays["h"], feed["h"])
+        np.testing.assert_array_equal(one.arrays["y"].ravel(), feed["y"].ravel())
+
+
+def test_sizes_that_differ_make_batches_of_their_own(tmp_path: Path) -> None:
+    rows = [np.full((1, length), length, np.float64) for length in (2, 2, 3, 3, 3, 2)]
+    data = dataset(lambda: [{"x": row, "t": row[:, 0]} for row in rows], contract("n, t"))
+    assert [one.arrays["x"].shape for one in data.evaluated(2)] == [(2, 2), (2, 3), (1, 3), (1, 2)]
+    for number, row in enumerate(rows):
+        np.savez(tmp_path / f"{number}.npz", x=row, t=row[:, 0])
+    data = dataset(tmp_path, contract("n, t"))
+    with pytest.raises(UsageError, match="samples that differ need batch_size=1"):
+        list(data.batches(sizes("4"), 0, 1))
+    assert len(list(data.batches(sizes("1"), 0, 1))) == 6
 
 
 def test_pixels_of_8_bits_become_floats_where_a_transform_says_what_they_mean() -> None:
