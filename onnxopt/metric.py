@@ -19,7 +19,7 @@ from onnxopt.data.python import told
 from onnxopt.errors import OnnxoptError, UsageError, did_you_mean
 from onnxopt.verification.distance import Distance
 
-__all__ = ["BUILTIN", "Budget", "Metric", "Run", "Split", "load_metric", "parse_drop"]
+__all__ = ["BUILTIN", "Budget", "Metric", "NoRowsError", "Run", "Split", "load_metric", "parse_drop"]
 
 Run = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Runs a complete feed (input name -> array) through a model; gives output name -> array."""
@@ -31,6 +31,10 @@ _MOST_DB = 150.0
 """More than float32 resolves: the SQNR of equal outputs."""
 _SLACK = 1e-9
 """Relative rounding error of a difference of two scores that is forgiven."""
+
+
+class NoRowsError(UsageError):
+    """Agreement says nothing of outputs without rows."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _agreement(distances: Mapping[str, Distance]) -> float:
     ]
     rows = sum(count for _, count in counts)
     if not rows:
-        raise UsageError("metric agreement: no output has rows of scores or labels; take sqnr or mse")
+        raise NoRowsError("metric agreement: no output has rows of scores or labels; take sqnr or mse")
     return sum(agreeing for agreeing, _ in counts) / rows
 
 

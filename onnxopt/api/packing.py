@@ -139,7 +139,10 @@ def packed_sizes(*models: ModelLike) -> tuple[int, ...] | None:
         for model in models:
             if tensor_bytes(load(model)) > _QUICK:
                 return None
-            sizes.append(pack(model, Path(folder, "pack")).packed_bytes)
+            if isinstance(model, str | os.PathLike) and is_packed(model):
+                sizes.append(os.path.getsize(model))
+            else:
+                sizes.append(pack(model, Path(folder, "pack")).packed_bytes)
     return tuple(sizes)
 
 

@@ -126,14 +126,14 @@ def passes_of(spelled: Sequence[str], options: Mapping[str, bool]) -> tuple[ir.p
     return tuple(passes)
 
 
-def samples_of(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
+def samples_of(job: Job, data: FeedSource | None, who: str) -> Sequence[Feeds]:
     """The user's samples, or made-up ones, with notes on what they are worth. Raises UsageError: none."""
     samples = samples_for(job, data)
     if not len(samples):
-        raise UsageError("quantize: no samples could be made up for this model: give some with --data")
+        raise UsageError(f"{who}: no samples could be made up for this model: give some with --data")
     if data is None:
         job.notes.append(
-            "no --data: ranges and accuracy come from made-up samples, and say little of real ones; "
+            "no --data: what is fitted or judged is so on made-up samples, which say little of real ones; "
             "a few dozen real samples are worth more than any setting"
         )
     elif len(samples) == 1:
@@ -141,7 +141,9 @@ def samples_of(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
             "one sample alone: what it is judged by is what it was fitted to; 32 to 256 are usual"
         )
     elif len(samples) < _FEW:
-        job.notes.append(f"only {len(samples)} samples: ranges may be too narrow; 32 to 256 are usual")
+        job.notes.append(
+            f"only {len(samples)} samples, which may not show all that real ones hold; 32 to 256 are usual"
+        )
     return samples
 
 

@@ -135,7 +135,7 @@ def quantize(
     sha256 = fingerprint(job.model, job.original)
     if given is not None:
         given.require(sha256)
-    samples = samples_of(job, data)
+    samples = samples_of(job, data, "quantize")
     fitted, held_out = split(samples)
     job.progress("running the original", None)
     config = settings.session_config if settings is not None else {}

@@ -79,7 +79,7 @@ def layers_with_moments(
     *,
     diagonal: bool = False,
 ) -> Iterator[Layer]:
-    """Those of the nodes that have rows (`windows.has_rows`) of at most 2048 summands, with their moments.
+    """Those of the nodes that have rows (`windows.has_rows`) of at most 2048 floats, with their moments.
 
     Args:
         model: its main graph holds the nodes; not changed.
@@ -102,7 +102,7 @@ def _batches(nodes: Sequence[ir.Node], diagonal: bool) -> list[list[ir.Node]]:
     filled = 0
     for node in nodes:
         weight = constant_of(node.inputs[1]) if has_rows(node) else None
-        if weight is None:
+        if weight is None or not weight.dtype.is_floating_point():
             continue
         groups, _, summands = weight_rows(node, np.broadcast_to(np.float32(0), sizes_of(weight))).shape
         if summands > MOST_SUMMANDS and not diagonal:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,6 +23,9 @@ from onnxopt.cli.common import (
 )
 from onnxopt.data import FeedSource
 
+if TYPE_CHECKING:
+    from onnx_ir.passes import PassBase
+
 __all__ = ["command", "spelled"]
 
 
@@ -29,6 +34,7 @@ __all__ = ["command", "spelled"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the result.")
 @click.option("--channels", is_flag=True, help="Cut channels out of the graph: smaller and faster.")
 @click.option("--macs", type=float, help="Share of multiply-adds to keep.")
+@click.option("--latency", type=float, help="Share of the time to keep, as measured, by the least pruning.")
 @click.option("--weights", is_flag=True, help="Set weights to zero: smaller once packed, not faster.")
 @click.option("--sparsity", type=float, help="Share of zeros to reach.")
 @click.option("--threshold", type=float, help="Zero what is smaller than this.")
@@ -44,6 +50,7 @@ __all__ = ["command", "spelled"]
 @click.option(
     "--pass", "passes", multiple=True, metavar="PASS", help="A pass as a recipe spells it. Repeatable."
 )
+@click.option("--recipe", help="The passes of a TOML file, behind those of other options.")
 @click.option("--masks", type=click.Path(path_type=Path), help="Zero what a file of --save-masks says.")
 @click.option("--save-masks", metavar="FILE", callback=writable, help="Write what is not zero, as .npz.")
 @data_option
@@ -51,9 +58,7 @@ __all__ = ["command", "spelled"]
 @click.option("--metric", help="file.py:function called as metric(run), or agreement, mse, sqnr.")
 @click.option("--max-drop", help="Prune less where more of the metric would be lost: 0.005, or 1%.")
 @click.option("--recover", is_flag=True, help="Train what is left to say what MODEL says on --data.")
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="How to recover: options of train prune, in TOML."
-)
+@click.option("--recover-with", type=click.Path(path_type=Path), help="How: options of train prune, in TOML.")
 @click.option(
     "--freeze-initializers", is_flag=True, help="Prune initializers that callers could override, too."
 )
@@ -68,6 +73,7 @@ def command(
     output: Path | None,
     channels: bool,
     macs: float | None,
+    latency: float | None,
     weights: bool,
     sparsity: float | None,
     threshold: float | None,
@@ -79,6 +85,7 @@ def command(
     kernels: str | None,
     cluster: str | None,
     passes: tuple[str, ...],
+    recipe: str | None,
     masks: Path | None,
     save_masks: str | None,
     data: FeedSource | None,
@@ -86,7 +93,7 @@ def command(
     metric: str | None,
     max_drop: str | None,
     recover: bool,
-    recipe: Path | None,
+    recover_with: Path | None,
     freeze_initializers: bool,
     shape: tuple[str, ...],
     seed: int,
@@ -99,6 +106,7 @@ def command(
 
     \b
     onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/
+    onnxopt prune model.onnx -o fast.onnx --channels --latency 0.65 --data samples/
     onnxopt prune model.onnx -o sparse.onnx --weights --sparsity 0.9 --cluster bits=5
     onnxopt prune model.onnx -o out.onnx --channels --macs 0.5 --data samples/ --max-drop 1%
     onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/ --recover
@@ -108,12 +116,13 @@ def command(
     from onnxopt import prune
     from onnxopt.pruning.masks import read_masks, write_masks
     from onnxopt.pruning.weights import kept_elements
+    from onnxopt.recipe import load_recipe
     from onnxopt.reporting.pruning_tables import print_pruning
     from onnxopt.reporting.training_tables import print_training
     from onnxopt.storage import check_target
 
     keep_apart(json_file, model, output, masks)
-    keep_apart(save_masks, model, output, option="--save-masks")
+    keep_apart(save_masks, model, output, masks, Path(json_file or ""), option="--save-masks")
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
@@ -128,30 +137,29 @@ def command(
             "cluster-weights": cluster,
         }
     )
-    unused = [name for name, value in of_weights.items() if value is not None and not weights]
-    unused += ["macs"] if macs is not None and not channels else []
-    if unused:
-        flag = "--channels" if unused[0] == "macs" else "--weights"
-        raise click.UsageError(f"--{unused[0]} is of {flag}, which is not given")
+    _require_use(of_weights, "--weights", weights)
+    more = load_recipe(recipe).passes if recipe is not None else ()
+    chosen: list[str | PassBase] = [*asked, *passes, *more]
+    _require_use({"masks": masks}, "--weights", any("prune-weights" in str(one) for one in chosen))
+    _require_use({"macs": macs}, "--channels", channels)
+    _require_use({"score": score}, "--weights and --channels", weights or channels)
     trained = None
+    _require_use({"recover-with": recover_with}, "--recover", recover)
     if recover:
-        if any("cluster" in one for one in (*asked, *passes)):
-            raise click.UsageError(
-                "--recover would train apart what --cluster makes equal: cluster the result"
-            )
+        if any("cluster" in str(one) for one in chosen):
+            raise click.UsageError("--recover trains apart what --cluster makes equal: cluster the result")
         from onnxopt.cli.train import recovery
 
-        learn = recovery(model, data, metric, recipe, seed)
-    elif recipe is not None:
-        raise click.UsageError("--recipe is of --recover, which is not given")
+        learn = recovery(model, data, metric, recover_with, seed)
     with progress() as show:
         result = prune(
             model,
-            [*asked, *passes],
+            chosen,
             data=data,
             target=target,
             metric=metric,
             max_drop=max_drop,
+            latency=latency,
             masks=read_masks(masks) if masks is not None else None,
             freeze_initializers=freeze_initializers,
             shapes=shapes_of(shape),
@@ -179,6 +187,12 @@ def command(
 def spelled(options: dict[str, str | None]) -> list[str]:
     """Passes as recipes spell them: those whose options are given, if only as an empty text."""
     return [f"{name}{{{text}}}" if text else name for name, text in options.items() if text is not None]
+
+
+def _require_use(options: Mapping[str, object], of: str, given: bool) -> None:
+    for name, value in options.items():
+        if value is not None and not given:
+            raise click.UsageError(f"--{name} is of {of}, which is not given")
 
 
 def _options(**values: object) -> str:

@@ -17,8 +17,9 @@ from onnxopt.index import operator_of
 from onnxopt.pruning.elements import Ids
 from onnxopt.pruning.movement import reshape_target
 from onnxopt.pruning.structure import Structure
+from onnxopt.scope import Scope
 
-__all__ = ["cut", "mask", "set_constant"]
+__all__ = ["cut", "mask", "new_constant", "set_constant"]
 
 
 def cut(structure: Structure, gone: np.ndarray) -> list[ir.Node]:
@@ -51,7 +52,9 @@ def mask(structure: Structure, gone: np.ndarray) -> None:
         rest = len(axes) - one.axis % len(axes) - 1
         zeros = at.kept(ids).astype((value.dtype or ir.DataType.FLOAT).numpy()).reshape(-1, *(1,) * rest)
         name = structure.scope.fresh(f"{value.name}/masked")
-        product = ir.Node("", "Mul", [value, at.constant(one.node, zeros, name)], num_outputs=1)
+        product = ir.Node(
+            "", "Mul", [value, new_constant(structure.scope, one.node, zeros, name)], num_outputs=1
+        )
         product.outputs[0].name = name
         product.outputs[0].type, product.outputs[0].shape = value.type, value.shape
         assert isinstance(one.node.graph, ir.Graph)
@@ -105,21 +108,6 @@ class _Cut:
             array = array.compress(self.kept(ids), axis)
         set_constant(value, np.ascontiguousarray(array))
 
-    def constant(self, node: ir.Node, array: np.ndarray, like: str) -> ir.Value:
-        """A new constant in the graph of a node."""
-        tensor, graph = ir.Tensor(array), node.graph
-        assert isinstance(graph, ir.Graph)
-        name = self.structure.scope.fresh(like)
-        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-        if self.structure.scope.holds_initializers:
-            value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
-            graph.register_initializer(value)
-            return value
-        made = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
-        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = name, kind, shape
-        graph.insert_before(node, made)
-        return made.outputs[0]
-
     def write(self, node: ir.Node, name: str, index: int, numbers: Sequence[int]) -> None:
         """Give a node other integers: in an attribute where it has that, else in a new constant."""
         if name in node.attributes or (index < len(node.inputs) and node.inputs[index] is None):
@@ -132,12 +120,28 @@ class _Cut:
     def replace(self, node: ir.Node, index: int, array: np.ndarray, name: str) -> None:
         """Give a node a new constant; `name` is for one that had none."""
         old = node.inputs[index] if index < len(node.inputs) else None
-        new = self.constant(node, array, (old.name if old else None) or name)
+        new = new_constant(self.structure.scope, node, array, (old.name if old else None) or name)
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
         node.replace_input_with(index, new)
         if old is not None and constant_of(old) is not None and not use_count(old):
             _remove(old)
+
+
+def new_constant(scope: Scope, node: ir.Node, array: np.ndarray, like: str) -> ir.Value:
+    """A new constant in the graph of a node."""
+    tensor, graph = ir.Tensor(array), node.graph
+    assert isinstance(graph, ir.Graph)
+    name = scope.fresh(like)
+    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+    if scope.holds_initializers:
+        value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+        graph.register_initializer(value)
+        return value
+    made = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
+    made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = name, kind, shape
+    graph.insert_before(node, made)
+    return made.outputs[0]
 
 
 def set_constant(value: ir.Value, array: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
+from onnxopt.calibration.moments import MOST_SUMMANDS, Layer, layers_with_moments
 from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import int_attr
@@ -74,8 +74,16 @@ def made_up_for(
         weight = by_node[layer.node]
         stretches = None if pattern is None else _stretches(layer.weight.shape[2], layer.shape, pattern[1])
         gone = weight_rows(layer.node, chosen[weight])
-        rows = prune_rows(layer.weight, layer.moments, gone, stretches, pattern[0] if pattern else 0)
+        rows = prune_rows(layer.weight, _shrunk(layer), gone, stretches, pattern[0] if pattern else 0)
         yield weight, from_rows(layer.node, rows, layer.shape).astype(weight.stored().dtype)
+
+
+def _shrunk(layer: Layer) -> np.ndarray:
+    """The second moments, the nearer to their diagonals the fewer positions they are of."""
+    summands = layer.moments.shape[2]
+    unsure = summands / (summands + int(layer.positions))
+    own = layer.moments * np.eye(summands)
+    return np.asarray((1 - unsure) * layer.moments + unsure * own)
 
 
 def _stretches(summands: int, shape: tuple[int, ...], length: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, sizes_of
 from onnxopt.index import operator_of
-from onnxopt.quantization.operands import MOVES
+from onnxopt.quantization.operands import MOVES, reads_codebook
 
 __all__ = ["FLOATS", "INTEGERS", "Levels", "Reader", "levels_of", "passes_on"]
 
@@ -41,10 +41,34 @@ class Reader(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """What stored integers stand for: (stored - zero) * scale; scale None: not known."""
+    """What stored integers stand for: (stored - zero) * scale; scale None: not known.
+
+    book: what is stored are places in this codebook, float32 [places], which holds the numbers.
+    """
 
     scale: np.ndarray | None
     zero: np.ndarray
+    book: np.ndarray | None = None
+
+    def steps(self, stored: np.ndarray) -> np.ndarray:
+        """Stored elements less the zero point, in float32."""
+        if self.book is not None:
+            stored = self.book.take(stored.astype(np.int64), mode="wrap")
+        return stored.astype(np.float32) - self.zero.astype(np.float32)
+
+    def same_zeros(self, other: Levels) -> bool:
+        """Whether the same stored elements stand for zero."""
+        if self.book is None or other.book is None:
+            return self.book is other.book and np.array_equal(self.zero, other.zero)
+        return np.array_equal(self.book == self.zero, other.book == other.zero)
+
+    @property
+    def stored_zero(self) -> np.ndarray | None:
+        """What is stored for zero; None where nothing can be."""
+        if self.book is None:
+            return self.zero if np.array_equal(self.zero, np.rint(self.zero)) else None
+        places = np.flatnonzero(self.book == self.zero) if self.zero.ndim == 0 else np.zeros(0, np.int64)
+        return places[:1].reshape(()) if len(places) else None
 
 
 def passes_on(node: ir.Node, position: int, size: int, dtype: ir.DataType) -> bool:
@@ -56,6 +80,8 @@ def passes_on(node: ir.Node, position: int, size: int, dtype: ir.DataType) -> bo
         return False
     if node.op_type in MOVES | _RETYPES:
         return position == 0
+    if node.op_type == "Gather":
+        return position == 1 and reads_codebook(node)
     if node.op_type not in ("Div", "Mul", "Sub") or (position and node.op_type != "Mul"):
         return False
     other = constant_of(node.inputs[1 - position])
@@ -77,27 +103,36 @@ def levels_of(reader: Reader, tensor: ir.TensorProtocol) -> Levels | str | None:
             continue
         if moved:
             return "is moved before it is scaled"
-        if one.op_type == "DequantizeLinear":
+        if one.op_type == "Gather":
+            found = found._replace(book=constant_array(one.inputs[0]))
+        elif one.op_type == "DequantizeLinear":
             if not scaled and tensor.dtype not in FLOATS:
                 levels = _levels(one, (1, 2), shape, int_attr(one, "axis", 1), int_attr(one, "block_size", 0))
                 if isinstance(levels, str):
                     return levels
                 found = levels
         else:
-            found = _after(one, found)
+            other = _other(one)
+            if np.broadcast_shapes(shape, other.shape) != tuple(shape):
+                return "is made larger by what scales it"
+            found = _after(one.op_type, other, found)
         scaled = True
     return found if scaled else None
 
 
-def _after(node: ir.Node, levels: Levels) -> Levels:
+def _other(node: ir.Node) -> np.ndarray:
+    """The constant operand of a Sub, Mul or Div, in float32."""
+    arrays = map(constant_array, reversed(node.inputs))
+    return next(array for array in arrays if array is not None).astype(np.float32)
+
+
+def _after(operator: str, other: np.ndarray, levels: Levels) -> Levels:
     """What is stood for where a Sub, Mul or Div with a constant follows."""
-    scale, zero = levels
+    scale, zero, book = levels
     assert scale is not None
-    other = next(array for value in node.inputs[::-1] if (array := constant_array(value)) is not None)
-    other = other.astype(np.float32)
-    if node.op_type == "Sub":
-        return Levels(scale, zero + other / scale)
-    return Levels(scale * other if node.op_type == "Mul" else scale / other, zero)
+    if operator == "Sub":
+        return Levels(scale, zero + other / scale, book)
+    return Levels(scale * other if operator == "Mul" else scale / other, zero, book)
 
 
 def _levels(

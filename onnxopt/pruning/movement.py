@@ -22,19 +22,21 @@ class UnrelatedError(Exception):
     """Nothing can be said of a node's axes: they all stay."""
 
 
-def output_axes(e: Elements, node: ir.Node, index: int = 0) -> list[Ids]:
-    """The axes of an output; raises `UnrelatedError` where their number is not known."""
-    axes = e.axes(node.outputs[index])
+def axes_of(e: Elements, value: ir.Value | None) -> list[Ids]:
+    """The axes of a value; raises `UnrelatedError` where their number is not known."""
+    axes = e.axes(value)
     if axes is None:
         raise UnrelatedError("the number of axes is not known")
     return axes
+
+
+def output_axes(e: Elements, node: ir.Node, index: int = 0) -> list[Ids]:
+    """The axes of an output."""
+    return axes_of(e, node.outputs[index])
 
 
 def _source(e: Elements, node: ir.Node) -> list[Ids]:
-    axes = e.axes(node.inputs[0])
-    if axes is None:
-        raise UnrelatedError("the number of axes is not known")
-    return axes
+    return axes_of(e, node.inputs[0])
 
 
 def _transpose(e: Elements, node: ir.Node) -> None:
@@ -168,16 +170,13 @@ def _depth_to_space(e: Elements, node: ir.Node) -> None:
 
 def _concat(e: Elements, node: ir.Node) -> None:
     target = output_axes(e, node)
-    sources = [e.axes(value) for value in node.inputs]
-    if any(source is None or len(source) != len(target) for source in sources):
-        raise UnrelatedError("the number of axes is not known")
+    sources = [axes_of(e, value) for value in node.inputs]
     along = int_attr(node, "axis", 1) % len(target)
-    known = [source for source in sources if source is not None]
-    for axis, ids in enumerate(target):
-        if axis != along:
-            for source in known:
-                e.same(source[axis], ids)
-    parts = [source[along] for source in known]
+    for source in sources:
+        for axis, (a, b) in enumerate(zip(source, target, strict=True)):
+            if axis != along:
+                e.same(a, b)
+    parts = [source[along] for source in sources]
     whole = [part for part in parts if part is not None]
     e.same(np.concatenate(whole) if len(whole) == len(parts) else None, target[along])
     if len(whole) < len(parts):
@@ -220,9 +219,7 @@ def _slice(e: Elements, node: ir.Node) -> None:
 
 def _gather(e: Elements, node: ir.Node) -> None:
     source, target = _source(e, node), output_axes(e, node)
-    indices, along = e.axes(node.inputs[1]), int_attr(node, "axis", 0) % len(source)
-    if indices is None:
-        raise UnrelatedError("the number of axes is not known")
+    indices, along = axes_of(e, node.inputs[1]), int_attr(node, "axis", 0) % len(source)
     for a, b in zip(source[:along], target[:along], strict=True):
         e.same(a, b)
     for a, b in zip(source[along + 1 :], target[along + len(indices) :], strict=True):
@@ -248,17 +245,13 @@ def _pad(e: Elements, node: ir.Node) -> None:
     edges = dict(zip(order, zip(pads[: len(order)], pads[len(order) :], strict=True), strict=True))
     for axis, (a, b) in enumerate(zip(source, target, strict=True)):
         before, after = edges.get(axis, (0, 0))
+        of_constants = min(before, after) >= 0 and str_attr(node, "mode", "constant") == "constant"
         if before == after == 0:
             e.same(a, b)
-        elif (
-            a is None
-            or b is None
-            or min(before, after) < 0
-            or str_attr(node, "mode", "constant") != "constant"
-        ):
-            e.pin("are padded", a, b)
-        else:
+        elif a is not None and b is not None and of_constants:
             e.same(a, b[before : before + len(a)])
+        else:
+            e.pin("are padded", a, b)
 
 
 def _expand(e: Elements, node: ir.Node) -> None:
@@ -282,13 +275,9 @@ def _resize(e: Elements, node: ir.Node) -> None:
     if str_attr(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise UnrelatedError("is cropped and resized")
     sizes = node.inputs[3] if len(node.inputs) > 3 else None
+    fixed = sizes is None or constant_of(sizes) is not None
     for a, b in zip(_source(e, node), output_axes(e, node), strict=True):
-        if (
-            a is not None
-            and b is not None
-            and len(a) == len(b)
-            and (sizes is None or constant_of(sizes) is not None)
-        ):
+        if fixed and a is not None and b is not None and len(a) == len(b):
             e.same(a, b)
         else:
             e.pin("are resized", a, b)

@@ -17,9 +17,11 @@ from onnxopt.calibration.exposing import Slices
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
-from onnxopt.pruning.cut import set_constant
+from onnxopt.pruning.cut import new_constant, set_constant
+from onnxopt.pruning.levels import FLOATS
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
+from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]
 
@@ -55,8 +57,10 @@ class _Layer:
 
 def reconstruct(
     model: ir.Model, whole: ir.Model, kept: Mapping[str, np.ndarray], samples: Sequence[Feeds]
-) -> None:
+) -> list[ir.Node]:
     """Change weights and biases in place, so that layers write what they wrote before, as well as they can.
+
+    A Conv or Gemm without a bias gets one. Gives the nodes whose constants are others.
 
     Args:
         model: with channels cut.
@@ -65,6 +69,7 @@ def reconstruct(
         samples: complete feeds.
     """
     samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
+    _add_biases(model, kept)
     order, start = list(model.graph), 0
     place = {node: number for number, node in enumerate(order)}
     layers = {node: _layer(node, place, len(samples)) for node in order if _can_learn(node, kept)}
@@ -82,14 +87,29 @@ def reconstruct(
             states = [{**one, **old, **new} for one, old, new in zip(samples, left, written, strict=True)]
             start = end
         _learn(layer, states, targets.pop(node.outputs[0].name or ""))
+    return list(layers)
+
+
+def _add_biases(model: ir.Model, kept: Mapping[str, np.ndarray]) -> None:
+    scope = next(iter(scopes(model)))
+    for node in list(model.graph):
+        has_one = node.op_type == "MatMul" or (len(node.inputs) > 2 and node.inputs[2] is not None)
+        weight = constant_array(node.inputs[1]) if not has_one and _can_learn(node, kept) else None
+        if weight is not None:
+            name = node.outputs[0].name or ""
+            zeros = np.zeros(int(kept[name].sum()), weight.dtype)
+            node.resize_inputs(3)
+            node.replace_input_with(2, new_constant(scope, node, zeros, f"{name}/bias"))
 
 
 def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
-    """Whether a weight of the layer's own is summed up over all channels."""
-    if not has_rows(node) or int_attr(node, "transA", 0) or int_attr(node, "group", 1) != 1:
+    """Whether the layer has a weight of its own, in floating point."""
+    if not has_rows(node) or int_attr(node, "transA", 0):
         return False
     weight = node.inputs[1]
-    return weight is not None and use_count(weight) == 1 and (node.outputs[0].name or "") in kept
+    if weight is None or use_count(weight) > 1 or weight.dtype not in FLOATS:
+        return False
+    return (node.outputs[0].name or "") in kept
 
 
 def _layer(node: ir.Node, place: Mapping[ir.Node, int], samples: int) -> _Layer:
@@ -132,20 +152,23 @@ def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: S
     node, name = layer.node, layer.source
     array = constant_array(node.inputs[1])
     assert array is not None  # it has rows
-    weight = weight_rows(node, array)[0].astype(np.float64)
-    read = [operand_rows(node, one[name], array.shape[2:], layer.most)[:, 0] for one in states]
-    x, y = np.concatenate(read), np.concatenate(targets)
+    weight = weight_rows(node, array).astype(np.float64)
+    read = [operand_rows(node, one[name], array.shape[2:], layer.most) for one in states]
+    x, y = np.concatenate(read).swapaxes(0, 1), np.concatenate(targets)
     if layer.beside:
         y = y - np.concatenate([result_rows(node, one[layer.beside], layer.most) for one in states])
+    y = y.reshape(len(y), len(weight), -1).swapaxes(0, 1)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    has_bias = constant_array(bias) is not None and use_count(bias) == 1 if bias is not None else False
-    mean, goal = x.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
+    held = constant_of(bias)
+    own = bias is not None and use_count(bias) == 1
+    has_bias = own and held is not None and held.size == targets[0].shape[1]
+    mean, goal = (has_bias * rows.mean(1, dtype=np.float64, keepdims=True) for rows in (x, y))
     x = x - mean.astype(x.dtype)
-    missing = y - goal.astype(y.dtype) - x @ weight.T.astype(x.dtype)
-    new = weight + _ridge(x, missing).T
-    _store(node.inputs[1], from_rows(node, new[None], array.shape))
+    missing = y - goal.astype(y.dtype) - x @ weight.swapaxes(1, 2).astype(x.dtype)
+    new = weight + _ridge(x, missing).swapaxes(1, 2)
+    _store(node.inputs[1], from_rows(node, new, array.shape))
     if has_bias:
-        _store(bias, goal - new @ mean)
+        _store(bias, goal - mean @ new.swapaxes(1, 2))
 
 
 def _store(value: ir.Value | None, array: np.ndarray) -> None:
@@ -156,21 +179,26 @@ def _store(value: ir.Value | None, array: np.ndarray) -> None:
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The solution of x @ solution = y, as regular as the second half of the rows asks for."""
-    half = len(x) // 2
-    seen, unseen = (_moments(x[part], y[part]) for part in (slice(half), slice(half, None)))
+    """The solution of x @ solution = y of each group, as regular as the second half of the rows asks for.
+
+    x [groups, rows, summands], y [groups, rows, channels]; zeros where no solution does better on that half.
+    """
+    half = x.shape[1] // 2
+    seen, unseen = (_moments(x[:, part], y[:, part]) for part in (slice(half), slice(half, None)))
     values, vectors = np.linalg.eigh(seen[0])
-    turned, best, chosen = vectors.T @ seen[1], 0.0, None
+    turned, size = vectors.swapaxes(1, 2) @ seen[1], values.mean(1, keepdims=True)
+    best, chosen = np.zeros(len(x)), np.full(len(x), np.inf)
     for ridge in _RIDGES:
-        delta = vectors @ (turned / (values.clip(0) + ridge * values.mean() + 1e-12)[:, None])
-        gain = 2 * float((delta * unseen[1]).sum()) - float((delta * (unseen[0] @ delta)).sum())
-        if gain > best:
-            best, chosen = gain, ridge
-    if chosen is None:
-        return np.zeros((x.shape[1], y.shape[1]))
+        delta = vectors @ (turned / (values.clip(0) + ridge * size + 1e-12)[:, :, None])
+        gain = 2 * (delta * unseen[1]).sum((1, 2)) - (delta * (unseen[0] @ delta)).sum((1, 2))
+        best, chosen = np.maximum(gain, best), np.where(gain > best, ridge, chosen)
     gram, cross = seen[0] + unseen[0], seen[1] + unseen[1]
-    return np.asarray(np.linalg.solve(gram + chosen * np.trace(gram) / len(gram) * np.eye(len(gram)), cross))
+    none = np.isinf(chosen)
+    damping = np.where(none, 1.0, chosen * np.trace(gram, axis1=1, axis2=2) / gram.shape[1])
+    found = np.linalg.solve(gram + damping[:, None, None] * np.eye(gram.shape[1]), cross)
+    return np.where(none[:, None, None], 0.0, found)
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return (x.T @ x).astype(np.float64), (x.T @ y).astype(np.float64)
+    turned = x.swapaxes(1, 2)
+    return (turned @ x).astype(np.float64), (turned @ y).astype(np.float64)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.calibration.moments import layers_with_moments
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.evaluation import known_array
-from onnxopt.graph import constant_array, walk
+from onnxopt.graph import constant_array, int_attr, walk
 from onnxopt.pruning.damage import damage, readers_of
 from onnxopt.pruning.structure import Group, Structure
 
@@ -35,24 +36,14 @@ def score_channels(
 
     Norms of weights, and scales, are divided by their mean in the group: weights of a layer can be scaled at
     will where a normalisation or the next layer scales back, so that they only say what channels are to
-    others of their group. `obs` needs a model and samples: the share of what its readers write that is lost
-    with a channel, over the root of its multiply-accumulates.
+    others of their group; so is the energy of activations. `obs` and `energy` need a model and samples: the
+    share of what its readers write that is lost with a channel, over the root of its multiply-accumulates;
+    the mean square of what its readers multiply with.
 
     Raises:
-        UsageError: there is no such score, or a function gives none for some channel.
+        UsageError: there is no such score, it needs samples, or a function gives none for some channel.
     """
-    if isinstance(score, str) and score not in (*SCORES, "obs"):
-        raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, (*SCORES, 'obs'))}")
-    if score == "obs" and (model is None or not len(samples)):
-        raise UsageError("prune-channels: obs looks at what channels carry: give samples")
-    if score == "obs" and model is not None:
-        of = _by_damage(structure, model, samples)
-    else:
-        of = (
-            SCORES[score](structure, seed)
-            if isinstance(score, str)
-            else lambda group: score(structure, group)
-        )
+    of = _prepared(structure, score, seed, model, samples)
     found = []
     for group in structure.groups:
         numbers = np.asarray(of(group), np.float64)
@@ -63,6 +54,22 @@ def score_channels(
             )
         found.append(numbers)
     return tuple(found)
+
+
+def _prepared(
+    structure: Structure, score: str | Score, seed: int, model: ir.Model | None, samples: Sequence[Feeds]
+) -> Callable[[Group], np.ndarray]:
+    """What scores a group."""
+    if not isinstance(score, str):
+        return lambda group: score(structure, group)
+    if score in SCORES:
+        return SCORES[score](structure, seed)
+    every = (*SCORES, *_ON_SAMPLES)
+    if score not in _ON_SAMPLES:
+        raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, every)}")
+    if model is None or not len(samples):
+        raise UsageError(f"prune-channels: {score} looks at what channels carry: give samples")
+    return _ON_SAMPLES[score](structure, model, samples)
 
 
 def _relative(numbers: np.ndarray) -> np.ndarray:
@@ -134,10 +141,28 @@ def _by_damage(
     return of
 
 
+def _by_energy(
+    structure: Structure, model: ir.Model, samples: Sequence[Feeds]
+) -> Callable[[Group], np.ndarray]:
+    """The mean square of a channel where layers read it; of several, of each by its own mean, added."""
+    total = np.zeros(len(structure.solution.pinned))
+    reads = {one.node: one for one in structure.elements.contractions if one.index == 0}
+    nodes = [node for node in reads if node.graph is model.graph and not int_attr(node, "transA", 0)]
+    for layer in layers_with_moments(model, nodes, samples, diagonal=True):
+        channels = structure.channels_of(layer.node.inputs[0], reads[layer.node].axis)
+        if len(channels):
+            squares = layer.moments.reshape(len(channels), -1).sum(1)
+            total += np.bincount(channels, _relative(squares), len(total))
+    return lambda group: _relative(total[group.channels])
+
+
 SCORES: dict[str, Callable[[Structure, int], Callable[[Group], np.ndarray]]] = {
     "bn-gamma": _by_gamma,
     "l1": _by_norm(1),
     "l2": _by_norm(2),
     "random": _by_chance,
 }
-"""Name -> what scores the groups of a model, given a seed; besides them, there is obs."""
+"""Name -> what scores the groups of a model, given a seed."""
+
+_ON_SAMPLES = {"energy": _by_energy, "obs": _by_damage}
+"""Name -> the same, given the model and samples of what it reads."""

@@ -1,4 +1,4 @@
-"""The strongest pruning that keeps a budget."""
+"""The strongest pruning that keeps a budget, and the weakest that is fast enough."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from onnxopt.claims import options_of
 from onnxopt.pipeline import Step
 from onnxopt.quantization.judge import Judgement
 
-__all__ = ["ByParts", "Candidate", "Passes", "Searched", "Trial", "strongest", "weaker"]
+__all__ = [
+    "ByParts",
+    "Candidate",
+    "Passes",
+    "Searched",
+    "Trial",
+    "fast_enough",
+    "strongest",
+    "up_to",
+    "weaker",
+]
 
 Passes = tuple[ir.passes.PassBase, ...]
 
@@ -27,7 +37,7 @@ _STRENGTH: Mapping[str, Callable[[float, float], float]] = {
     **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: 1 - (1 - value) * share),
     "number": lambda value, share: round(value * share),
 }
-"""Option -> its value at a share of the strength; at 0 nothing is pruned."""
+"""Option -> its value at a share of the strength; at 0, what a pass has of them together prunes nothing."""
 
 
 @runtime_checkable
@@ -43,12 +53,16 @@ class ByParts(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What passes make of the prepared model. steps: what each did. judgement: what that keeps."""
+    """What passes make of the prepared model. steps: what each did. judgement: what that keeps.
+
+    time: the share of the original's time that it takes at most, as measured; None where it was not.
+    """
 
     passes: Passes
     model: ir.Model
     steps: tuple[Step, ...]
     judgement: Judgement
+    time: float | None = None
 
     @property
     def changes(self) -> int:
@@ -58,11 +72,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A strength, as a share of what is asked for, and how that was judged."""
+    """A strength, as a share of what is asked for, how that was judged, and what time it took."""
 
     share: float
     ok: bool
     summary: str
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +132,56 @@ def strongest(
     return Searched(best or tried, tuple(trials), sensitivity)
 
 
+def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: float) -> Searched:
+    """Look for the weakest pruning that takes at most this share of the time; 5 halvings of the strength.
+
+    Where there is none, the fastest one that was tried. What changes nothing was asked too much.
+
+    Args:
+        passes: at the full strength.
+        make: runs passes on a copy of the model, judges the result and measures its time.
+        latency: share of the original's time.
+    """
+    tried: dict[float, Candidate] = {}
+    low, high, share = 0.0, 1.0, 1.0
+    for _ in range(1 + (_STEPS if any(map(_strengths, passes)) else 0)):
+        asked = passes if share == 1.0 else tuple(weaker(one, share) for one in passes)
+        one = tried[share] = make(asked)
+        if not one.changes or _time(one) <= latency:
+            high = share
+        elif share == 1.0:
+            break
+        else:
+            low = share
+        share = (low + high) / 2
+    enough = {share: bool(one.changes) and _time(one) <= latency for share, one in tried.items()}
+    weakest = min((share for share, ok in enough.items() if ok), default=None)
+    best = min(tried.values(), key=_time) if weakest is None else tried[weakest]
+    return Searched(
+        best, tuple(Trial(s, enough[s], one.judgement.summary, one.time) for s, one in tried.items())
+    )
+
+
+def _time(candidate: Candidate) -> float:
+    assert candidate.time is not None  # it was measured
+    return candidate.time
+
+
 def _trial(share: float, candidate: Candidate) -> Trial:
     return Trial(share, candidate.judgement.ok, candidate.judgement.summary)
+
+
+def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:
+    """The pass with an amount, where it says none: this share of multiply-adds to keep, or half of the zeros.
+
+    N:M patterns and masks say how much, too.
+    """
+    if any(value is not None for value in _amounts(one).values()):
+        return one
+    if hasattr(one, "macs"):
+        return replace(one, macs=macs)  # type: ignore[type-var]
+    says = getattr(one, "nm", None) or getattr(one, "masks", None)
+    return replace(one, sparsity=0.5) if hasattr(one, "sparsity") and not says else one  # type: ignore[type-var]
 
 
 def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
@@ -127,9 +190,14 @@ def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
 
 
 def _strengths(one: ir.passes.PassBase) -> dict[str, Any]:
-    """The options of a pass that say how much it prunes, as far as they are given."""
+    """The amounts of a pass that are more than nothing."""
+    return {name: value for name, value in _amounts(one).items() if value}
+
+
+def _amounts(one: ir.passes.PassBase) -> dict[str, Any]:
+    """The options of a pass that say how much it prunes; None where one is not given."""
     found = {option.name: getattr(one, option.name) for option in options_of(one)}
-    return {name: value for name, value in found.items() if name in _STRENGTH and value is not None}
+    return {name: value for name, value in found.items() if name in _STRENGTH}
 
 
 def _weighted(

@@ -214,9 +214,12 @@ def _written(e: Elements, solution: Solution, layer: Layer) -> np.ndarray:
 
 
 def _pinned(e: Elements, solution: Solution) -> dict[str, Pin]:
-    found = {}
+    found: dict[str, Pin] = {}
+    cuttable: dict[str, bool] = {}
     for layer in e.layers:
-        channels = _written(e, solution, layer)
+        site, channels = site_of(layer.node), _written(e, solution, layer)
         if len(channels) and solution.pinned[channels].all():
-            found[site_of(layer.node)] = solution.pins[solution.why[channels].min()]
-    return found
+            found.setdefault(site, solution.pins[solution.why[channels].min()])
+        elif len(channels):
+            cuttable[site] = True
+    return {site: pin for site, pin in found.items() if site not in cuttable}

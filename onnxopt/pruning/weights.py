@@ -16,22 +16,12 @@ import onnx_ir as ir
 
 from onnxopt.boxes import Box
 from onnxopt.evaluation import CannotEvaluateError, evaluate
-from onnxopt.graph import (
-    constant_array,
-    constant_of,
-    has_reference,
-    int_attr,
-    nested,
-    nodes,
-    roots,
-    sizes_of,
-    sole_user,
-)
+from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, nested, roots, sizes_of
 from onnxopt.index import operator_of
 from onnxopt.ledger import site_of
 from onnxopt.pruning.levels import FLOATS, INTEGERS, Levels, Reader, levels_of, passes_on
 from onnxopt.pruning.masks import Mask
-from onnxopt.quantization.operands import MOVES
+from onnxopt.quantization.operands import CODES, MOVES
 from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis
 from onnxopt.streamed import Streamed, is_on_disk, read, sources
 
@@ -42,7 +32,8 @@ __all__ = ["LayerSparsity", "StoredWeight", "convolves_alone", "find_weights", "
 class StoredWeight:
     """A constant that is multiplied with.
 
-    name: of the constant, with a number where several graphs have one of that name. readers: at least one.
+    name: of the constant, of what it was before its numbers were shared, with a number where several graphs
+    have one of that name. readers: at least one.
     reason: why its elements cannot be changed, in words that follow "the weight"; empty where they can.
     levels: where they do not stand for themselves.
     """
@@ -89,15 +80,14 @@ class StoredWeight:
 
     def zeros(self, stored: np.ndarray) -> np.ndarray:
         """Which of the stored elements stand for zero."""
-        return np.asarray(stored == (0 if self.levels is None else self.levels.zero))
+        return np.asarray((stored if self.levels is None else self.levels.steps(stored)) == 0)
 
     def numbers(self, stored: np.ndarray) -> np.ndarray:
         """What the stored elements stand for, in float32; without a scale, in steps."""
         if self.levels is None:
             with np.errstate(over="ignore"):
                 return stored.astype(np.float32, copy=False)
-        scale, zero = self.levels
-        steps = stored.astype(np.float32) - zero.astype(np.float32)
+        steps, scale = self.levels.steps(stored), self.levels.scale
         return steps if scale is None else np.asarray(steps * scale)
 
     def lines(self, along: Literal["inputs", "summands"]) -> np.ndarray:
@@ -126,8 +116,11 @@ class StoredWeight:
 
             return Streamed(dtype, self.shape, box, sources(tensor) or frozenset())
         array = self.stored()
-        zero = np.zeros((), array.dtype) if self.levels is None else self.levels.zero.astype(array.dtype)
-        return ir.Tensor(np.where(mask.array(), array, zero), dtype=dtype, name=tensor.name)
+        zero = np.zeros(()) if self.levels is None else self.levels.stored_zero
+        assert zero is not None  # else there is a reason
+        return ir.Tensor(
+            np.where(mask.array(), array, zero.astype(array.dtype)), dtype=dtype, name=tensor.name
+        )
 
     def write(self, tensor: ir.TensorProtocol) -> None:
         """Let the constant be this tensor, of the same type and shape."""
@@ -161,9 +154,8 @@ class LayerSparsity:
 
 
 def sparsity(model: ir.Model) -> tuple[LayerSparsity, ...]:
-    """How much of each weight is zero: stored ones in their order, then those that share the numbers of a
-    codebook (`cluster-weights`)."""
-    stored = (
+    """How much of each weight is zero, in the order in which the weights are stored."""
+    return tuple(
         LayerSparsity(
             one.name,
             one.site,
@@ -173,21 +165,6 @@ def sparsity(model: ir.Model) -> tuple[LayerSparsity, ...]:
         )
         for one in find_weights(model)
     )
-    return (*stored, *_clustered(model))
-
-
-def _clustered(model: ir.Model) -> Iterator[LayerSparsity]:
-    for node in nodes(model):
-        cast = node.inputs[1].producer() if node.op_type == "Gather" and node.inputs[1] else None
-        codes = constant_array(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else None
-        codebook = constant_array(node.inputs[0]) if codes is not None else None
-        reader = sole_user(node.outputs[0])
-        if codes is None or codebook is None or codebook.ndim != 1 or reader is None:
-            continue
-        zeros = np.count_nonzero(np.isin(codes.astype(np.int32), np.flatnonzero(codebook == 0)))
-        assert cast is not None  # it has codes
-        name = cast.inputs[0].name if cast.inputs[0] is not None else ""
-        yield LayerSparsity(name or "", site_of(reader), reader.op_type, codes.size, int(zeros))
 
 
 def kept_elements(model: ir.Model) -> dict[str, np.ndarray]:
@@ -238,11 +215,14 @@ def _weight(value: ir.Value, opset: int) -> StoredWeight | None:
         return replace(one, reason=first)
     if first is None:
         return one if tensor.dtype in FLOATS else None  # plain integers
-    zeros = [other.zero for other in rest if isinstance(other, Levels)]
-    if len(zeros) < len(rest) or not all(np.array_equal(zero, first.zero) for zero in zeros):
+    if not all(isinstance(other, Levels) and other.same_zeros(first) for other in rest):
         return replace(one, reason="has several zero points")
-    whole = tensor.dtype in FLOATS or np.array_equal(first.zero, np.rint(first.zero))
-    return replace(one, levels=first) if whole else replace(one, reason="has a zero point between integers")
+    name = one.name.removesuffix(CODES) if first.book is not None else one.name
+    one = replace(one, name=name, levels=first)
+    if first.stored_zero is not None:
+        return one
+    shared = "shares numbers of which none is zero"
+    return replace(one, reason="has a zero point between integers" if first.book is None else shared)
 
 
 def _read_by(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[list[Reader], list[str]]:

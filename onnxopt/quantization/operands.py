@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxopt.evaluation import CannotEvaluateError, evaluate
 from onnxopt.graph import constant_of, has_reference, ints_attr
 
-__all__ = ["COMPUTED", "MOVES", "QUANTIZED", "Weight", "find_weight"]
+__all__ = ["CODES", "COMPUTED", "MOVES", "QUANTIZED", "Weight", "find_weight", "reads_codebook"]
 
 COMPUTED = "is computed at run time"
 QUANTIZED = "is quantized already"
@@ -23,6 +23,10 @@ _UNPACKS = frozenset({"Add", "Cast", "Div", "Mul", "Sub"})
 """Operators that turn a stored weight into the one that is meant."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+CODES = "_codes"
+"""What the name of a weight ends in that is stored as places in a codebook."""
+
+_CODES = (ir.DataType.UINT8, ir.DataType.UINT4, ir.DataType.UINT2)
 _DEPTH = 8
 """Nodes between a constant and the operand, at most."""
 _ROOM = 1 << 20
@@ -90,6 +94,20 @@ def find_weight(value: ir.Value) -> Weight:
     if not reason and weight.dtype not in _FLOATS:
         reason = f"is of type {weight.dtype.name}"
     return replace(weight, reason=reason)
+
+
+def reads_codebook(gather: ir.Node | None) -> bool:
+    """Whether a node takes the elements of a weight out of few numbers, by stored codes of 8 bits or less."""
+    if gather is None or gather.domain or gather.op_type != "Gather" or has_reference(gather):
+        return False
+    numbers, index = gather.inputs
+    book, cast = constant_of(numbers), index.producer() if index is not None else None
+    if book is None or len(book.shape) != 1 or book.dtype not in _FLOATS:
+        return False
+    if cast is None or cast.domain or cast.op_type != "Cast":
+        return False
+    codes = constant_of(cast.inputs[0])
+    return codes is not None and codes.dtype in _CODES
 
 
 def _move_before(value: ir.Value) -> ir.Node | None:

@@ -69,22 +69,25 @@ class PruningReport:
 
     @property
     def savings(self) -> tuple[str, ...]:
-        """What each change saves and what it does not, in sentences."""
-        said = []
+        """What each change saves and what it does not, in sentences; none where nothing came of it."""
+        said: list[str] = []
+        if not self.ok:
+            return ()
         if isinstance(self.before.macs, int) and isinstance(self.after.macs, int) and self.before.macs:
             kept = self.after.macs / self.before.macs
             time = f"{self.timing.ratio:.2f} of the time" if self.timing else "speed not measured"
             said += [f"{kept:.0%} of the multiply-adds are left: {time}"] if kept < 1 else []
         if self.zeros >= 0.01:
-            shipped = (
-                "" if self.packed is None else f"; packed {self.packed[1] / self.packed[0]:.0%} of the bytes"
-            )
             said.append(
-                f"{self.zeros:.0%} of the weights are zero: no faster, as ONNX Runtime multiplies by zeros, "
-                f"and no smaller as a file{shipped}"
+                f"{self.zeros:.0%} of the weights are zero: for that alone no faster, as ONNX Runtime "
+                "multiplies by zeros, and no smaller but in a pack"
             )
         if self.after.bytes < self.before.bytes:
             said.append(f"{self.after.bytes / self.before.bytes:.0%} of the bytes of tensors are left")
+        if self.packed is not None:
+            said.append(
+                f"packed, it takes {self.packed[1] / self.packed[0]:.0%} of what the input takes packed"
+            )
         return tuple(said)
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,10 +47,9 @@ def print_pruning(
             layers.add_row(layer.weight, amount(layer.elements), f"{layer.share:.1%}")
         console.print(layers)
     for trial in report.searched.trials if len(report.searched.trials) > 1 else ():
-        style = "green" if trial.ok else "red"
-        console.print(
-            Text(f"tried    {trial.share:.0%} of the strength: ") + Text(trial.summary, style=style)
-        )
+        time = "" if trial.time is None else f"{trial.time:.3f} of the time, "
+        said = Text(time + trial.summary, style="green" if trial.ok else "red")
+        console.print(Text(f"tried    {trial.share:.0%} of the strength: ") + said)
     style = "green" if best.judgement.ok else "red"
     console.print(Text("accuracy ", style="bold") + Text(best.judgement.summary, style=style))
     for sentence in report.savings:

@@ -15,12 +15,14 @@ from onnx import helper, numpy_helper
 from onnxopt.errors import UsageError
 from onnxopt.passes.cluster.cluster_weights import ClusterWeights
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
+from onnxopt.passes.fold.fold_constants import FoldConstants
 from onnxopt.passes.prune.prune_weights import PruneWeights
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pipeline import Pipeline
 from onnxopt.protobuf import dump
 from onnxopt.pruning.codebooks import codebook_of
+from onnxopt.pruning.weights import sparsity
 from onnxopt.recipe import parse_pass
 from tests.passes.weighted import LAYERS, layer, weight_of
 from tests.support import Rewritten, execute, random_feeds, run_pass, text_model
@@ -246,3 +248,25 @@ def test_options_that_make_no_sense_are_refused(text: str, problem: str) -> None
     with pytest.raises(UsageError) as error:
         parse_pass(f"cluster-weights{{{text}}}")
     assert str(error.value) == f"cluster-weights: {problem}"
+
+
+def test_clustered_weights_are_pruned_where_their_codebook_has_a_zero() -> None:
+    model = layer("MatMul")
+    sparse = Pipeline((PruneWeights(0.3), ClusterWeights(4))).run(lambda: ir.from_proto(model)).model
+    (before,) = sparsity(sparse)
+    assert before.weight == "w"
+    assert before.share == pytest.approx(0.3, abs=0.01)
+    done = run_pass(dump(sparse), PruneWeights(0.6))
+    assert done.changes == 1
+    assert sparsity(done.model)[0].share == pytest.approx(0.6, abs=0.01)
+    done = run_pass(dump(run_pass(model, ClusterWeights(4)).model), PruneWeights(0.6))
+    assert (done.changes, done.declined) == (0, ("the weight shares numbers of which none is zero",))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_folding_leaves_small_codebooks_alone(groups: int) -> None:
+    model = layer("MatMul")
+    done = run_pass(model, ClusterWeights(3, groups=groups))
+    folded = run_pass(dump(done.model), FoldConstants())
+    assert folded.op_types == ["Cast", "Gather", "MatMul"]
+    assert set(folded.declined) == {"it keeps a weight in a codebook"}

@@ -263,7 +263,7 @@ def test_blocks_of_functions_are_declined() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"number": 0}, "number is 0; expected at least 1"),
+        ({"number": -1}, "number is -1; expected at least 0"),
         ({"energy": 1.0}, r"energy is 1.0; expected a share, from 0 to below 1"),
     ],
 )

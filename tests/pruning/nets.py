@@ -1,4 +1,4 @@
-"""Random small networks whose channels are tied together in many ways."""
+"""Random small networks whose channels are tied together in many ways, and what a cut of them must give."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["Net"]
+from onnxopt.protobuf import dump
+from onnxopt.pruning.cut import cut, mask
+from onnxopt.pruning.structure import Structure, survey
+from onnxopt.structure import checker_complaint
+from tests.support import execute, random_feeds, sqnr
+
+__all__ = ["Net", "assert_cut_is_exact", "surveyed"]
 
 
 class Net:
@@ -103,7 +110,7 @@ class Net:
         return self.op("Add", x, self.op("MatMul", flat, self.weight(24, width)))
 
     def model(
-        self, output: str, shape: tuple[int | str, ...], sizes: tuple[int | str, ...]
+        self, output: str, shape: tuple[int | str, ...], sizes: tuple[int | str, ...], opset: int = 18
     ) -> onnx.ModelProto:
         info = helper.make_tensor_value_info
         graph = helper.make_graph(
@@ -113,6 +120,36 @@ class Net:
             [info(output, TensorProto.FLOAT, sizes)],
             self.constants,
         )
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
         onnx.checker.check_model(made, full_check=True)
         return made
+
+
+def surveyed(proto: onnx.ModelProto) -> tuple[ir.Model, Structure]:
+    model = ir.from_proto(proto)
+    return model, survey(model)
+
+
+def any_gone(structure: Structure, share: float, seed: int = 0) -> np.ndarray:
+    """Some channels of each group, at random; one stays."""
+    rng, gone = np.random.default_rng(seed), np.zeros(len(structure.solution.pinned), bool)
+    for group in structure.groups:
+        gone[rng.permutation(group.channels)[: int(share * len(group.channels))]] = True
+    return gone
+
+
+def assert_cut_is_exact(proto: onnx.ModelProto, share: float = 0.5, seed: int = 0) -> ir.Model:
+    """Cut and masked model agree to 100 dB, and the cut one is valid; the cut one."""
+    model, structure = surveyed(proto)
+    masked, twin = surveyed(proto)
+    gone = any_gone(structure, share, seed)
+    assert gone.any(), structure.pinned
+    cut(structure, gone)
+    mask(twin, gone)
+    assert checker_complaint(model) is None
+    onnx.checker.check_model(dump(model), full_check=True)
+    feeds = random_feeds(proto, seed)
+    for want, have in zip(execute(masked, feeds), execute(model, feeds), strict=True):
+        assert want.shape == have.shape
+        assert sqnr(want, have) >= 100
+    return model

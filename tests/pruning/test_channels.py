@@ -16,44 +16,10 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array, nodes, static_shape
 from onnxopt.ledger import Ledger
 from onnxopt.passes.prune.prune_channels import PruneChannels, channel_cut
-from onnxopt.protobuf import dump
-from onnxopt.pruning.cut import cut, mask
-from onnxopt.pruning.structure import Structure, survey
-from onnxopt.structure import checker_complaint
-from tests.pruning.nets import Net
+from tests.pruning.nets import Net, assert_cut_is_exact, surveyed
 from tests.support import execute, random_feeds, run_pass, sqnr, text_model
 
 KINDS = ("residual", "concat", "split", "grouped", "depthwise", "gate", "shuffle", "pad", "slice")
-
-
-def surveyed(proto: onnx.ModelProto) -> tuple[ir.Model, Structure]:
-    model = ir.from_proto(proto)
-    return model, survey(model)
-
-
-def any_gone(structure: Structure, share: float, seed: int = 0) -> np.ndarray:
-    """Some channels of each group, at random; one stays."""
-    rng, gone = np.random.default_rng(seed), np.zeros(len(structure.solution.pinned), bool)
-    for group in structure.groups:
-        gone[rng.permutation(group.channels)[: int(share * len(group.channels))]] = True
-    return gone
-
-
-def assert_cut_is_exact(proto: onnx.ModelProto, share: float = 0.5, seed: int = 0) -> ir.Model:
-    """Cut and masked model agree to 100 dB, and the cut one is valid; the cut one."""
-    model, structure = surveyed(proto)
-    masked, twin = surveyed(proto)
-    gone = any_gone(structure, share, seed)
-    assert gone.any(), structure.pinned
-    cut(structure, gone)
-    mask(twin, gone)
-    assert checker_complaint(model) is None
-    onnx.checker.check_model(dump(model), full_check=True)
-    feeds = random_feeds(proto, seed)
-    for want, have in zip(execute(masked, feeds), execute(model, feeds), strict=True):
-        assert want.shape == have.shape
-        assert sqnr(want, have) >= 100
-    return model
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)

@@ -270,7 +270,9 @@ def test_prune_recovers_what_it_lost_in_one_command(place: Path) -> None:
         "--no-bench",
     )
     assert run(*cut, "-o", "cut.onnx") == 0
-    assert run(*cut, "-o", "out.onnx", "--recover", "--recipe", "how.toml", "--json", "report.json") == 0
+    assert (
+        run(*cut, "-o", "out.onnx", "--recover", "--recover-with", "how.toml", "--json", "report.json") == 0
+    )
     before, after = (accuracy(onnx.load(name)) for name in ("cut.onnx", "out.onnx"))
     assert before < 0.9
     assert after > before + 0.05
@@ -288,7 +290,9 @@ def test_recovery_keeps_zeros(place: Path) -> None:
     cut = ("prune", "m.onnx", "--weights", "--sparsity", "0.8", "--data", "in.npz", "--no-bench")
     Path("how.toml").write_text("epochs = 2\nlr = 0.003\n")
     assert run(*cut, "-o", "cut.onnx") == 0
-    assert run(*cut, "-o", "out.onnx", "--recover", "--recipe", "how.toml", "--metric", "agreement") == 0
+    assert (
+        run(*cut, "-o", "out.onnx", "--recover", "--recover-with", "how.toml", "--metric", "agreement") == 0
+    )
     before, after = (kept_elements(load(name)) for name in ("cut.onnx", "out.onnx"))
     for name, kept in before.items():
         np.testing.assert_array_equal(after[name] & ~kept, False)
@@ -305,9 +309,9 @@ def test_train_prune_from_the_command_line(place: Path) -> None:
     ("more", "said"),
     [
         (("--recover",), "give --data"),
-        (("--data", "in.npz", "--recipe", "how.toml"), "--recipe is of --recover"),
+        (("--data", "in.npz", "--recover-with", "how.toml"), "--recover-with is of --recover"),
         (("--data", "in.npz", "--recover", "--cluster", "bits=4"), "cluster the result"),
-        (("--data", "in.npz", "--recover", "--recipe", "no.toml"), "no.toml: cannot be read"),
+        (("--data", "in.npz", "--recover", "--recover-with", "no.toml"), "no.toml: cannot be read"),
     ],
 )
 def test_bad_usage_of_recover_is_told(

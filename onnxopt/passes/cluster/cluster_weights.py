@@ -28,7 +28,7 @@ from onnxopt.passes.shared.stored import Stored, operand
 from onnxopt.pruning.codebooks import codebook_of
 from onnxopt.pruning.levels import INTEGERS
 from onnxopt.pruning.weights import convolves_alone
-from onnxopt.quantization.operands import QUANTIZED, find_weight
+from onnxopt.quantization.operands import CODES, QUANTIZED, find_weight, reads_codebook
 from onnxopt.quantization.weights import OPERANDS, weight_axis
 from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
@@ -116,7 +116,7 @@ class ClusterWeights(Pass):
         if codes.size * dtype.bitwidth + numbers.size * stored.dtype.bitwidth >= nbytes(tensor) * 8:
             raise Declined("the weight would not become smaller")
         edit, like = Edit(stored.anchor, scope), stored.value.name or "weight"
-        index = edit.constant(ir.Tensor(codes.astype(dtype.numpy()), dtype=dtype), f"{like}_codes")
+        index = edit.constant(ir.Tensor(codes.astype(dtype.numpy()), dtype=dtype), f"{like}{CODES}")
         book = ir.Tensor(numbers.astype(stored.dtype.numpy()), dtype=stored.dtype)
         whole = edit.op("Cast", [index], {"to": ir.DataType.INT32}, name=f"{like}/codes")
         inputs = [edit.constant(book, f"{like}_codebook"), whole]
@@ -154,12 +154,8 @@ class ClusterWeights(Pass):
 
 
 def _is_clustered(value: ir.Value) -> bool:
-    """Whether a weight is taken from a codebook by constant codes."""
-    gather = find_weight(value).source.producer()
-    if gather is None or gather.op_type != "Gather" or constant_of(gather.inputs[0]) is None:
-        return False
-    cast = gather.inputs[1].producer() if gather.inputs[1] is not None else None
-    return cast is not None and cast.op_type == "Cast" and constant_of(cast.inputs[0]) is not None
+    """Whether a weight is taken from a codebook by stored codes."""
+    return reads_codebook(find_weight(value).source.producer())
 
 
 def _quantized(node: ir.Node, _scope: Scope) -> Edit | None:

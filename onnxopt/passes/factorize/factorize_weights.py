@@ -75,7 +75,7 @@ agraph (float[N, 4] x) => (float[N, 4] y)
     energy: float = 0.95
     macs: float | None = None
     multiple: int = 8
-    samples: Sequence[Feeds] = unspelled(())
+    samples: Sequence[Feeds] | None = unspelled(None)
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:

@@ -3,8 +3,8 @@
 Before: y = MatMul(x, Transpose(w)); s = Gather(Shape(x), 1); z = Reshape(y, Concat([-1], s))
 After:  y = MatMul(x, w'); z = Reshape(y, [-1, 64])
 A graph output that is constant is given by a Constant node.
-Declines: random and quantizing operators; an initializer that is also a graph input; a fold that would
-    add more than `max_growth` bytes; what cannot be evaluated exactly.
+Declines: random and quantizing operators, and what looks numbers up in a codebook; an initializer that is
+    also a graph input; a fold that would add more than `max_growth` bytes; what cannot be evaluated exactly.
 
 `max_growth` holds for each fold by itself: bytes of the new constants, less those of the constants that
 nobody reads afterwards. So a Cast or Mul that unpacks a compressed weight stays, as does an Expand or a
@@ -31,6 +31,7 @@ from onnxopt.graph import has_reference, is_deterministic, static_shape, subgrap
 from onnxopt.inference import refine
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.passes.shared.growth import Growth, used
+from onnxopt.quantization.operands import reads_codebook
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope, scopes
 from onnxopt.streamed import LARGE
@@ -140,6 +141,9 @@ class _Folder:
             raise Declined("it is random")
         if node.op_type in _QUANTIZING:
             raise Declined("it keeps a weight quantized")
+        users = {use.node for use in node.outputs[0].uses()} if node.op_type == "Cast" else {node}
+        if any(map(reads_codebook, users)):
+            raise Declined("it keeps a weight in a codebook")
 
     def settle(self, read: Sequence[ir.Value | None]) -> None:
         """Put values in place that a node which stays reads; where that is refused, what they come from."""

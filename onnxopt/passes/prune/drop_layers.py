@@ -57,20 +57,22 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
 
     number: int = 1
     energy: float = 0.0
-    samples: Sequence[Feeds] = unspelled(())
+    samples: Sequence[Feeds] | None = unspelled(None)
 
     def __post_init__(self) -> None:
-        if self.number < 1:
-            raise UsageError(f"{self.name}: number is {self.number}; expected at least 1")
+        if self.number < 0:
+            raise UsageError(f"{self.name}: number is {self.number}; expected at least 0")
         if not 0 <= self.energy < 1:
             raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, from 0 to below 1")
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
-        if ledger.has_granted(_RULE):
+        if ledger.has_granted(_RULE) or not self.number:
             return
         InferShapes().apply(model, ledger)
         blocks = [
-            block for block in _blocks(model, self.samples, ledger) if not ledger.leaves_out(_rewrite(block))
+            block
+            for block in _blocks(model, self.samples or (), ledger)
+            if not ledger.leaves_out(_rewrite(block))
         ]
         if len(blocks) <= self.number and not self.energy:
             for block in blocks:
@@ -78,11 +80,13 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
         elif not self.samples:
             raise UsageError(f"{self.name}: which of {len(blocks)} blocks are missed least needs samples")
         elif blocks:
-            self._measured(blocks, model, ledger)
+            self._measured(blocks, model, self.samples, ledger)
 
-    def _measured(self, blocks: Sequence[Block], model: ir.Model, ledger: Ledger) -> None:
+    def _measured(
+        self, blocks: Sequence[Block], model: ir.Model, samples: Sequence[Feeds], ledger: Ledger
+    ) -> None:
         left, dropped = dict(enumerate(blocks)), list[int]()
-        with Influence(model, blocks, self.samples) as noise:
+        with Influence(model, blocks, samples) as noise:
             while len(dropped) < self.number and not ledger.exhausted:
                 missed = sorted((noise([*dropped, one]), one) for one in left)
                 wanted = (one for lost, one in missed if 1 - lost >= self.energy)

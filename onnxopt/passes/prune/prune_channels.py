@@ -44,9 +44,9 @@ class PruneChannels(Pass):
     macs: fraction of the multiply-accumulates that is kept, at most.
     parameters: instead, fraction of the elements of constants that is kept.
     ratio: instead, fraction of the channels that goes, of all that can.
-    score: l1 or l2, norms of the weights that write a channel; bn-gamma; random; obs, what the layers that
-        read a channel lose with it when others make up for it, as samples tell; auto: obs where there are
-        samples, else l2.
+    score: l1 or l2, norms of the weights that write a channel; bn-gamma; random; on samples, energy, the mean
+        square of what a channel carries, and obs, what the layers that read it lose with it when others make
+        up for it; auto: obs where there are samples, else l2.
     seed: of random scores.
     multiple: a group keeps a multiple of this many, where the budget can be met so; None: of 8. What `prune`
         takes for None, the target says.

@@ -101,6 +101,8 @@ class PruneWeights(Pass):
         amounts = [name for name in _AMOUNTS if getattr(self, name) not in (None, "")]
         if len(amounts) > 1:
             raise UsageError(f"{self.name}: {' and '.join(amounts)} both say how much: give one of them")
+        if amounts and self.masks is not None:
+            raise UsageError(f"{self.name}: masks say what goes, and {amounts[0]} how much: give one of them")
         plain = self.score == "l1" and self.saliency is None and self.scope != "row"
         if (self.threshold, self.percentile) != (None, None) and not plain:
             raise UsageError(

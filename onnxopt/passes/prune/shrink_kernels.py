@@ -37,8 +37,8 @@ _Sides = list[tuple[int, int]]
 class ShrinkKernels(Pass):
     """Cut weak borders off the kernels of convolutions.
 
-    energy: a slice at a border goes if it has at most this share of the sum of the squared elements of the
-        kernels; 0: only where it is all zero, which changes no number.
+    energy: a slice at a border goes if the others keep this share of the sum of the squared elements of the
+        kernels; 1: only where it is all zero, which changes no number.
     """
 
     name: ClassVar[str] = "shrink-kernels"
@@ -49,11 +49,11 @@ agraph (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <float[1, 1, 3, 3] w = {0,
 }
     """
 
-    energy: float = 0.0
+    energy: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.energy < 1:
-            raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, from 0 to below 1")
+        if not 0 < self.energy <= 1:
+            raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, above 0 and up to 1")
 
     def rules(self) -> Sequence[Rule]:
         return (Rule("weak border of a kernel", ("Conv", "ConvTranspose"), self._cropped),)
@@ -67,11 +67,11 @@ agraph (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <float[1, 1, 3, 3] w = {0,
         power = np.square(array.astype(np.float64)).sum(axis=(0, 1))
         if not np.isfinite(power).all():
             raise Declined("the weight is not finite")
-        if not any(map(any, _weak(power, self.energy, [(size, size) for size in power.shape]))):
+        if not any(map(any, _weak(power, 1 - self.energy, [(size, size) for size in power.shape]))):
             return None
         pads, step = _padding(layer)
         room = [(front // d, behind // d) for (front, behind), d in zip(pads, step, strict=True)]
-        cut = _weak(power, self.energy, room)
+        cut = _weak(power, 1 - self.energy, room)
         if not any(map(any, cut)):
             raise Declined("there is less padding than would go with the border")
         box = [slice(front, size - behind) for (front, behind), size in zip(cut, power.shape, strict=True)]
