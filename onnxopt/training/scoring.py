@@ -20,6 +20,7 @@ from onnxopt.runtimes import open_session
 from onnxopt.storage import save
 from onnxopt.training.dataset import Batch, Dataset
 from onnxopt.training.losses import CrossEntropy, Objective
+from onnxopt.training.module import final_logits
 
 __all__ = ["INVERSES", "FileJudge", "final_activations", "find_metric", "outputs_of", "score"]
 
@@ -79,12 +80,7 @@ def score(metric: Metric, model: ModelLike, split: Split = "search") -> float:
 
 def final_activations(model: ir.Model) -> dict[str, str]:
     """The graph outputs that a Softmax, LogSoftmax or Sigmoid gives, and which one it is."""
-    producers = {value.name or "": value.producer() for value in model.graph.outputs}
-    return {
-        name: node.op_type
-        for name, node in producers.items()
-        if node is not None and node.op_type in INVERSES
-    }
+    return {name: one.activation for name, one in final_logits(model.graph).items()}
 
 
 @dataclass

@@ -199,7 +199,7 @@ class Masks(Hook):
         """What is judged and written has all its zeros, also where training has not come to them yet."""
         kept = self.kept if self.final else self._chosen(self.recipe.sparsity)
         masks = {name: one.cpu().numpy() for name, one in kept.items()}
-        _apply(dataclasses.replace(self._pass(None, None), masks=masks), model)
+        _apply(PruneWeights(masks=masks), model)
 
     def pruned(self, share: float, score: Score | None) -> ir.Model:
         """A copy of the model with so many zeros, by these scores, else by the magnitudes of what it has.
@@ -221,10 +221,10 @@ class Masks(Hook):
             state[name] for name in ("kept", "final", "heard", "early")
         )
 
-    def _pass(self, share: float | None, score: Score | None) -> PruneWeights:
+    def _pass(self, share: float, score: Score | None) -> PruneWeights:
         """The pass `prune-weights` as the recipe asks; its names are those of the weights."""
         recipe = self.recipe
-        by = f"nm={recipe.nm}" if recipe.nm and share else f"sparsity={share or 0},scope={recipe.scope}"
+        by = f"nm={recipe.nm}" if recipe.nm and share else f"sparsity={share},scope={recipe.scope}"
         base = recipe.score if recipe.score in ("l1", "l2", "random") else "l1"
         spelled = ",".join(filter(None, [by, f"score={base}", f"seed={recipe.seed}", recipe.options]))
         one = parse_pass(f"prune-weights{{{spelled}}}")

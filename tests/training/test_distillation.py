@@ -103,6 +103,13 @@ def test_the_loss_is_hintons_on_the_logits_behind_softmax(temperature: float) ->
     )
 
 
+def test_what_lies_behind_softmax_does_not_hide_it() -> None:
+    student, teacher = net(1, 5), net(2, 8)
+    teacher.graph.node[-1].output[0] = "p"
+    teacher.graph.node.append(onnx.helper.make_node("Identity", ["p"], ["y"]))
+    np.testing.assert_allclose(loss_of(student, teacher), loss_of(student, net(2, 8)), rtol=1e-5)
+
+
 def test_probabilities_and_numbers_have_losses_of_their_own() -> None:
     student, teacher = net(1, 5, "Sigmoid"), net(2, 8, "Sigmoid")
     p, z = 1 / (1 + np.exp(-logits_of(teacher))), logits_of(student)
