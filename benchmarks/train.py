@@ -110,7 +110,13 @@ def distill(options: argparse.Namespace) -> None:
         scratch: dict[str, Any] = {**SCRATCH, "seed": seed}
         teacher = training.finetune(cnn(WIDTH), train, labels="y", **scratch).graph
         half, few = cnn(WIDTH // 2), {name: array[:100] for name, array in train.items()}
-        of_few: dict[str, Any] = {**scratch, "epochs": 150, "batch_size": "25"}
+        of_few: dict[str, Any] = {
+            **scratch,
+            "epochs": 100,
+            "batch_size": "25",
+            "holdout": 0.0,
+            "metric": "loss",
+        }
         soft: dict[str, Any] = {"teacher": teacher, "temperature": 4.0}
         students = {
             "half width, all labels": training.finetune(half, train, labels="y", **scratch),

@@ -201,7 +201,7 @@ def _free(owner: nn.Module, part: str, *, inner: bool) -> str:
 
 
 def final_logits(graph: ir.Graph) -> dict[str, Logits]:
-    """By graph output, what the Softmax, LogSoftmax or Sigmoid reads that gives it, Identity and Cast aside."""
+    """By graph output, what the Softmax, LogSoftmax or Sigmoid that gives it reads; also behind Identity."""
     found = {}
     for output in graph.outputs:
         value: ir.Value | None = output
