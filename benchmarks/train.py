@@ -212,7 +212,7 @@ def text_lines(count: int, folder: Path) -> dict[str, np.ndarray]:
 
 
 RECOVERED: dict[str, dict[str, Any]] = {
-    "ppocr_cls": {"epochs": 8, "lr": 2e-3, "batch_size": "32"},
+    "ppocr_cls": {"epochs": 5, "lr": 1.5e-3, "batch_size": "32"},
     "kws_dscnn_bn": {"epochs": 60, "lr": 2e-3, "batch_size": "32", "transforms": ("shift{by=2}",)},
 }
 """Model -> how it is trained."""
@@ -270,7 +270,7 @@ def main() -> None:
         one.add_argument("--only", nargs="*")
         one.add_argument("--passes", nargs="*", default=["prune-channels{macs=0.5}"])
         one.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
-        one.add_argument("--lines", type=int, default=4000)
+        one.add_argument("--lines", type=int, default=6000)
         one.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
