@@ -1,6 +1,6 @@
 """Lines of code by folder of onnxopt/; fails above the budget.
 
-    python scripts/room_sizes.py --budget 36000
+    python scripts/room_sizes.py --budget 40000
 
 A line of code is neither blank nor only a comment, and no part of a docstring: what a pass says of
 itself is printed by `onnxopt passes NAME`, and is to be as long as it needs.

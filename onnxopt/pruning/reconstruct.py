@@ -103,8 +103,8 @@ def _add_biases(model: ir.Model, kept: Mapping[str, np.ndarray]) -> None:
 
 
 def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
-    """Whether the layer has a weight of its own, in floating point."""
-    if not has_rows(node) or int_attr(node, "transA", 0):
+    """Whether a weight of the layer's own, in floating point, is summed up over all channels."""
+    if not has_rows(node) or int_attr(node, "transA", 0) or int_attr(node, "group", 1) != 1:
         return False
     weight = node.inputs[1]
     if weight is None or use_count(weight) > 1 or weight.dtype not in FLOATS:
@@ -152,23 +152,22 @@ def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: S
     node, name = layer.node, layer.source
     array = constant_array(node.inputs[1])
     assert array is not None  # it has rows
-    weight = weight_rows(node, array).astype(np.float64)
-    read = [operand_rows(node, one[name], array.shape[2:], layer.most) for one in states]
-    x, y = np.concatenate(read).swapaxes(0, 1), np.concatenate(targets)
+    weight = weight_rows(node, array)[0].astype(np.float64)
+    read = [operand_rows(node, one[name], array.shape[2:], layer.most)[:, 0] for one in states]
+    x, y = np.concatenate(read), np.concatenate(targets)
     if layer.beside:
         y = y - np.concatenate([result_rows(node, one[layer.beside], layer.most) for one in states])
-    y = y.reshape(len(y), len(weight), -1).swapaxes(0, 1)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     held = constant_of(bias)
     own = bias is not None and use_count(bias) == 1
-    has_bias = own and held is not None and held.size == targets[0].shape[1]
-    mean, goal = (has_bias * rows.mean(1, dtype=np.float64, keepdims=True) for rows in (x, y))
+    has_bias = own and held is not None and held.size == y.shape[1]
+    mean, goal = (has_bias * rows.mean(0, dtype=np.float64) for rows in (x, y))
     x = x - mean.astype(x.dtype)
-    missing = y - goal.astype(y.dtype) - x @ weight.swapaxes(1, 2).astype(x.dtype)
-    new = weight + _ridge(x, missing).swapaxes(1, 2)
-    _store(node.inputs[1], from_rows(node, new, array.shape))
+    missing = y - goal.astype(y.dtype) - x @ weight.T.astype(x.dtype)
+    new = weight + _ridge(x, missing).T
+    _store(node.inputs[1], from_rows(node, new[None], array.shape))
     if has_bias:
-        _store(bias, goal - mean @ new.swapaxes(1, 2))
+        _store(bias, goal - new @ mean)
 
 
 def _store(value: ir.Value | None, array: np.ndarray) -> None:
@@ -179,26 +178,21 @@ def _store(value: ir.Value | None, array: np.ndarray) -> None:
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The solution of x @ solution = y of each group, as regular as the second half of the rows asks for.
-
-    x [groups, rows, summands], y [groups, rows, channels]; zeros where no solution does better on that half.
-    """
-    half = x.shape[1] // 2
-    seen, unseen = (_moments(x[:, part], y[:, part]) for part in (slice(half), slice(half, None)))
+    """The solution of x @ solution = y, as regular as the second half of the rows asks for."""
+    half = len(x) // 2
+    seen, unseen = (_moments(x[part], y[part]) for part in (slice(half), slice(half, None)))
     values, vectors = np.linalg.eigh(seen[0])
-    turned, size = vectors.swapaxes(1, 2) @ seen[1], values.mean(1, keepdims=True)
-    best, chosen = np.zeros(len(x)), np.full(len(x), np.inf)
+    turned, best, chosen = vectors.T @ seen[1], 0.0, None
     for ridge in _RIDGES:
-        delta = vectors @ (turned / (values.clip(0) + ridge * size + 1e-12)[:, :, None])
-        gain = 2 * (delta * unseen[1]).sum((1, 2)) - (delta * (unseen[0] @ delta)).sum((1, 2))
-        best, chosen = np.maximum(gain, best), np.where(gain > best, ridge, chosen)
+        delta = vectors @ (turned / (values.clip(0) + ridge * values.mean() + 1e-12)[:, None])
+        gain = 2 * float((delta * unseen[1]).sum()) - float((delta * (unseen[0] @ delta)).sum())
+        if gain > best:
+            best, chosen = gain, ridge
+    if chosen is None:
+        return np.zeros((x.shape[1], y.shape[1]))
     gram, cross = seen[0] + unseen[0], seen[1] + unseen[1]
-    none = np.isinf(chosen)
-    damping = np.where(none, 1.0, chosen * np.trace(gram, axis1=1, axis2=2) / gram.shape[1])
-    found = np.linalg.solve(gram + damping[:, None, None] * np.eye(gram.shape[1]), cross)
-    return np.where(none[:, None, None], 0.0, found)
+    return np.asarray(np.linalg.solve(gram + chosen * np.trace(gram) / len(gram) * np.eye(len(gram)), cross))
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    turned = x.swapaxes(1, 2)
-    return (turned @ x).astype(np.float64), (turned @ y).astype(np.float64)
+    return (x.T @ x).astype(np.float64), (x.T @ y).astype(np.float64)

@@ -247,9 +247,7 @@ def _pool(e: Elements, node: ir.Node) -> None:
 
 def _shape(e: Elements, node: ir.Node) -> None:
     """Sizes that are read stay, but for those that the readers leave out."""
-    source = e.axes(node.inputs[0])
-    if source is None:
-        return
+    source = e.axes(node.inputs[0]) or []  # of unknown rank: nothing to pin
     start, end = (int_attr(node, name, default) for name, default in (("start", 0), ("end", len(source))))
     read = list(range(*slice(start, end).indices(len(source))))
     wanted: set[int] = set() if not node.outputs[0].is_graph_output() else set(read)

@@ -34,7 +34,7 @@ _MOST = 8.0
 
 _STRENGTH: Mapping[str, Callable[[float, float], float]] = {
     **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda value, share: value * share),
-    **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: 1 - (1 - value) * share),
+    **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: round(1 - (1 - value) * share, 6)),
     "number": lambda value, share: round(value * share),
 }
 """Option -> its value at a share of the strength; at 0, what a pass has of them together prunes nothing."""

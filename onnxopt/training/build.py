@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import NONDETERMINISTIC, constant_of, sizes_of, sole_user, subgraphs_of, walk
+from onnxopt.graph import NONDETERMINISTIC, constant_of, ints_attr, sizes_of, sole_user, subgraphs_of, walk
 from onnxopt.index import operator_of
 from onnxopt.inference import refine
 from onnxopt.passes.shared.quantized import QUANTIZED
@@ -18,8 +18,8 @@ from onnxopt.training.functions import FunctionBody, has_function
 from onnxopt.training.graph import Body, Plan, Step
 from onnxopt.training.quantized import add_quantized
 from onnxopt.training.registry import Context, Operator
-from onnxopt.training.state import State
-from onnxopt.training.values import HOST_LIMIT, host_of, tensor_of
+from onnxopt.training.state import State, is_statistic
+from onnxopt.training.values import FLOATS, HOST_LIMIT, Host, host_of, tensor_of
 
 __all__ = ["Builder", "label", "operator_for", "unknown_nodes"]
 
@@ -111,7 +111,7 @@ class Builder:
         if (value, False) in self.slots and value not in self.states:
             return self.slots[value, False]
         constant = constant_of(value)
-        host = host and constant is not None and self._small(value)
+        host = host and constant is not None and self._small(value) and not self.is_held(value)
         if (value, host) in self.slots:
             return self.slots[value, host]
         if host and constant is not None:
@@ -149,20 +149,17 @@ class Builder:
         if (value, False) in self.slots and value not in self.states:
             return False
         if constant_of(value) is not None:
-            return self._small(value) and not self._root().is_parameter(value)
+            return self._small(value) and not self.is_held(value)
         return self.outer is not None and self.outer._is_host(value)
 
-    def is_parameter(self, value: ir.Value) -> bool:
-        """Whether a constant is trained, so that it is no number that stays."""
-        return value in self.states and self.states[value].trainable
+    def is_held(self, value: ir.Value) -> bool:
+        """Whether training may change a constant, so that it is no number that stays."""
+        return value in self.states and (self.states[value].trainable or is_statistic(value))
 
     def named(self) -> dict[str, tuple[int, ir.DataType | None]]:
         """Number and type of what the nodes of the graph give, by name."""
         made = ((value, slot) for (value, _), slot in self.slots.items() if value not in self.states)
         return {value.name: (slot, value.dtype) for value, slot in made if value.name}
-
-    def _root(self) -> Builder:
-        return self if self.outer is None else self.outer._root()
 
     def emit(
         self,
@@ -193,12 +190,19 @@ class Builder:
         if node.op_type != "MatMul" or node.domain or add is None or add.op_type != "Add" or add.domain:
             return False
         x, weight = node.inputs
+        turn = weight.producer() if weight is not None else None
+        turned = turn is not None and turn.op_type == "Transpose" and ints_attr(turn, "perm") != (0, 1)
+        weight = turn.inputs[0] if turn is not None and turned else weight
         bias = add.inputs[1] if add.inputs[0] is value else add.inputs[0]
-        sizes = [sizes_of(one) for one in map(constant_of, (weight, bias)) if one is not None]
-        if len(sizes) < 2 or len(sizes[0]) != 2 or sizes[1] != sizes[0][1:] or value.name in self.shown:
+        known = [one for one in map(constant_of, (weight, bias)) if one is not None]
+        sizes = [sizes_of(one) for one in known]
+        if len(known) < 2 or known[0].dtype not in FLOATS or value.name in self.shown:
+            return False
+        if len(sizes[0]) != 2 or sizes[1] != sizes[0][:1] if turned else sizes[1] != sizes[0][1:]:
             return False
         inputs = [self.slot(one, False) for one in (x, weight, bias)]
-        self.slots[add.outputs[0], False] = self.emit("onnxopt", "Linear", inputs, {}, node)
+        options = {"turned": turned}
+        self.slots[add.outputs[0], False] = self.emit("onnxopt", "Linear", inputs, options, node)
         self.done.add(add)
         return True
 
@@ -225,6 +229,9 @@ class Builder:
             for i, value in enumerate(node.inputs)
         ]
         outputs = [self._new(value) if value.name else -1 for value in node.outputs]
+        if all_host and self._folded(operator, options, ctx, inputs, outputs):
+            self._host.update(node.outputs)
+            return
         if all_host or operator.raw:
             self._host.update(node.outputs)
         computed = any(
@@ -234,6 +241,25 @@ class Builder:
         self.plan.steps.append(
             Step(operator, options, ctx, inputs, outputs, captured, all_host or computed, node.name or "")
         )
+
+    def _folded(
+        self,
+        operator: Operator,
+        options: Mapping[str, Any],
+        ctx: Context,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+    ) -> bool:
+        """Compute now what depends on numbers alone."""
+        known = dict(self.plan.constants)
+        if not all(i < 0 or i in known for i in inputs):
+            return False
+        step = Step(operator, options, ctx, inputs, outputs, (), True, "")
+        found = step.run_on_host(*[known.get(i) for i in inputs])
+        if not all(isinstance(one, Host) for one in found):
+            return False
+        self.plan.constants += [(i, one) for i, one in zip(outputs, found, strict=False) if i >= 0]
+        return True
 
     def _options(self, node: ir.Node, operator: Operator) -> tuple[dict[str, Any], list[int]]:
         """Attributes by name, graphs among them as bodies, and what those read of this graph."""

@@ -7,7 +7,7 @@ output of the Constant node, that holds it. See `State` for the integers of quan
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -138,20 +138,35 @@ def collect(model: ir.Model, options: Options) -> list[State]:
     numbers = {node: number for number, node in enumerate(nodes_of(model))}
     states: list[State] = []
     for name, value in constants(model):
-        state = State(name, value, _form(value), source=name)
-        if _dtype(value) in FLOATS or state.form != "float":
-            patterns = options.trainable
-            state.trainable = (
-                is_weight(value)
-                if patterns is None
-                else any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-            ) and not any(use.idx > 2 and use.node.op_type == "BatchNormalization" for use in value.uses())
+        group = [State(name, value, _form(value), source=name)]
+        if group[0].form == "float" and _unties(value, options.tied):
+            group += _copies(group[0], numbers, model.graph)
+        for state in group:
+            state.trainable = _is_trained(state, options.trainable)
             if not state.trainable and state.form == "integers":
                 state.form = "float"
-        states.append(state)
-        if state.trainable and state.form == "float" and _unties(value, options.tied):
-            states += _copies(state, numbers, model.graph)
+        states += group
     return states
+
+
+def _is_trained(state: State, patterns: Sequence[str] | None) -> bool:
+    floats = _dtype(state.value) in FLOATS or state.form != "float"
+    if not floats or is_statistic(state.value):
+        return False
+    if patterns is None:
+        return is_weight(state.value)
+    names = (state.name, state.source)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def is_statistic(value: ir.Value) -> bool:
+    """Whether BatchNormalization reads the value, as it is, as the statistics that it has seen."""
+    for user, position in value.uses():
+        if user.op_type == "BatchNormalization" and position > 2:
+            return True
+        if user.op_type == "Identity" and is_statistic(user.outputs[0]):
+            return True
+    return False
 
 
 def is_weight(value: ir.Value) -> bool:
@@ -189,6 +204,8 @@ def _dtype(value: ir.Value) -> ir.DataType | None:
 def _unties(value: ir.Value, tied: Tying) -> bool:
     if tied == "all" or len(tuple(value.uses())) < 2 or value.is_graph_output():
         return False
+    if _dtype(value) not in FLOATS or not (is_weight(value) or is_statistic(value)):
+        return False
     if any(operator_of(use.node) in QUANTIZED for use in value.uses()):
         return False
     if tied == "none":
@@ -211,5 +228,5 @@ def _copies(state: State, numbers: Mapping[ir.Node, int], main: ir.Graph) -> lis
         main.register_initializer(own)
         user.replace_input_with(position, own)
         site = (numbers[user], position)
-        copies.append(State(own.name or "", own, "float", True, state.source, (site,)))
+        copies.append(State(own.name or "", own, source=state.source, sites=(site,)))
     return copies

@@ -105,7 +105,7 @@ def test_scores_on_samples_need_some(score: str) -> None:
         run_pass(proto, PruneChannels(score=score))
 
 
-def test_depthwise_layers_are_fitted_and_layers_without_a_bias_get_one() -> None:
+def test_layers_that_are_fitted_get_a_bias_where_they_have_none() -> None:
     """What went had a mean: others make up for the rest, and the bias for the mean."""
     net = Net(0)
     x = net.op("Add", "x", net.constant(np.array(3, np.float32)))
@@ -117,7 +117,7 @@ def test_depthwise_layers_are_fitted_and_layers_without_a_bias_get_one() -> None
     done = run_pass(proto, PruneChannels(ratio=0.5, multiple=1, score="l2", samples=samples))
     convs = [node for node in nodes(done.model) if node.op_type == "Conv"]
     shapes = [[constant_array(value).shape for value in node.inputs[1:]] for node in convs]  # type: ignore[union-attr]
-    assert shapes == [[(8, 3, 1, 1), (8,)], [(8, 1, 3, 3), (8,)], [(4, 8, 1, 1), (4,)]]
+    assert shapes == [[(8, 3, 1, 1), (8,)], [(8, 1, 3, 3)], [(4, 8, 1, 1), (4,)]]
     plain = run_pass(proto, PruneChannels(ratio=0.5, multiple=1, score="l2"))
     (want,) = execute(proto, samples[0])
     (fitted,), (cut,) = (execute(one.model, samples[0]) for one in (done, plain))

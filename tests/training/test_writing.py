@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -194,3 +195,30 @@ def test_constants_in_nodes_and_bodies_are_written_where_they_were() -> None:
 def test_another_model_is_refused() -> None:
     with pytest.raises(UsageError, match=r"the model has no 'conv\.weight' as the module has it"):
         write_back(to_torch(net()), TIED)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's exporter
+def test_an_exported_network_trains_as_it_would_have_in_torch() -> None:
+    def block() -> list[torch.nn.Module]:
+        return [torch.nn.Conv2d(6, 6, 3, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU()]
+
+    native = torch.nn.Sequential(*block(), *block(), torch.nn.Flatten(), torch.nn.Linear(96, 3)).eval()
+    x, stream = torch.randn(5, 6, 4, 4), io.BytesIO()
+    keep = torch.onnx.TrainingMode.PRESERVE
+    torch.onnx.export(
+        native, (x,), stream, dynamo=False, do_constant_folding=False, training=keep, output_names=["y"]
+    )
+    proto = onnx.ModelProto.FromString(stream.getvalue())
+    graph = to_torch(proto, batch_statistics=True)
+    assert len(list(graph.parameters())) == len(list(native.parameters()))  # the exporter shared equal ones
+    (name,) = graph.input_names
+    runs = {native: lambda: native(x), graph: lambda: graph({name: x})["y"]}
+    for module, run in runs.items():
+        optimizer = torch.optim.SGD(module.train().parameters(), 0.1, momentum=0.9)
+        for _ in range(4):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(run(), torch.arange(5) % 3).backward()
+            optimizer.step()
+        module.eval()
+    torch.testing.assert_close(graph({name: x})["y"], native(x))
+    torch.testing.assert_close(to_torch(write_back(graph, proto))({name: x})["y"], native(x))

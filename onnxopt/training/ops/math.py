@@ -200,9 +200,9 @@ def gemm(
     return torch.addmm(c, a, b, beta=beta, alpha=alpha)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """MatMul by a matrix, then Add of a vector: one product for torch."""
-    return F.linear(x, weight.t(), bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, turned: bool) -> Tensor:
+    """MatMul by a matrix (or by its transpose), then Add of a vector: one product for torch."""
+    return F.linear(x, weight if turned else weight.t(), bias)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
