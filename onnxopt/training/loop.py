@@ -101,8 +101,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             groups=recipe.groups,
         )
-        # over the parameters alone: a list that holds them, not copies
-        self._parameters = nn.ParameterList(self.trained.values())
+        self._parameters = nn.ParameterList(self.trained.values())  # them, not copies
         average = get_ema_multi_avg_fn(recipe.ema)
         self.ema = AveragedModel(self._parameters, multi_avg_fn=average) if recipe.ema else None
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="training needs torch")
+import torch
 
 from onnxopt.data.contract import Contract, contract_of
 from onnxopt.errors import UsageError

@@ -18,8 +18,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch")
-
 from models.digits_cnn import digits
 from onnxopt.cli import main
 from onnxopt.data import synthesize

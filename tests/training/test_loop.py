@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs torch")
-
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import DivergedError, UsageError
 from onnxopt.model import load

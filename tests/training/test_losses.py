@@ -6,8 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="training needs torch")
+import torch
 
 from onnxopt.errors import UsageError
 from onnxopt.training.losses import LOSSES, parse_loss
