@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ __all__ = ["command", "spelled"]
 @click.option("--target", default="cpu", show_default=True, help="cpu, cuda, tensorrt or generic.")
 @click.option("--metric", help="file.py:function called as metric(run), or agreement, mse, sqnr.")
 @click.option("--max-drop", help="Prune less where more of the metric would be lost: 0.005, or 1%.")
+@click.option("--recover", is_flag=True, help="Train what is left to say what MODEL says on --data.")
+@click.option("--recover-with", type=click.Path(path_type=Path), help="How: options of train prune, in TOML.")
 @click.option(
     "--freeze-initializers", is_flag=True, help="Prune initializers that callers could override, too."
 )
@@ -89,6 +92,8 @@ def command(
     target: str,
     metric: str | None,
     max_drop: str | None,
+    recover: bool,
+    recover_with: Path | None,
     freeze_initializers: bool,
     shape: tuple[str, ...],
     seed: int,
@@ -104,6 +109,7 @@ def command(
     onnxopt prune model.onnx -o fast.onnx --channels --latency 0.65 --data samples/
     onnxopt prune model.onnx -o sparse.onnx --weights --sparsity 0.9 --cluster bits=5
     onnxopt prune model.onnx -o out.onnx --channels --macs 0.5 --data samples/ --max-drop 1%
+    onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/ --recover
 
     Exit codes: 0 written, 1 nothing was pruned or the budget was not kept, 2 bad input.
     """
@@ -112,6 +118,7 @@ def command(
     from onnxopt.pruning.weights import kept_elements
     from onnxopt.recipe import load_recipe
     from onnxopt.reporting.pruning_tables import print_pruning
+    from onnxopt.reporting.training_tables import print_training
     from onnxopt.storage import check_target
 
     keep_apart(json_file, model, output, masks)
@@ -136,6 +143,14 @@ def command(
     _require_use({"masks": masks}, "--weights", any("prune-weights" in str(one) for one in chosen))
     _require_use({"macs": macs}, "--channels", channels)
     _require_use({"score": score}, "--weights and --channels", weights or channels)
+    trained = None
+    _require_use({"recover-with": recover_with}, "--recover", recover)
+    if recover:
+        if any("cluster" in str(one) for one in chosen):
+            raise click.UsageError("--recover trains apart what --cluster makes equal: cluster the result")
+        from onnxopt.cli.train import recovery
+
+        learn = recovery(model, data, metric, recover_with, seed)
     with progress() as show:
         result = prune(
             model,
@@ -153,9 +168,17 @@ def command(
             metadata=not no_metadata,
             progress=show,
         )
+        if recover and result.report.ok:
+            trained = learn(result.graph, show)
+            result = replace(result, graph=trained.graph)
         written = result.save(output) if result.report.ok else None
-    print_pruning(result.report, console(json_file), written=written, list_layers=list_layers)
-    write_json(result.report.to_dict(), json_file)
+    shown = console(json_file)
+    print_pruning(result.report, shown, written=None if trained else written, list_layers=list_layers)
+    report = result.report.to_dict()
+    if trained is not None:
+        print_training(trained.report, shown, written=written)
+        report["recovered"] = trained.report.to_dict()
+    write_json(report, json_file)
     if save_masks is not None and written is not None:
         write_masks(kept_elements(result.graph), save_masks)
     return int(not result.report.ok)

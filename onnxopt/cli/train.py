@@ -6,14 +6,23 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
+from onnxopt.training.kinds import DistillRecipe, PruneRecipe
 from onnxopt.training.recipe import QatRecipe, Recipe
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxopt.data import FeedSource
+    from onnxopt.job import Progress
+    from onnxopt.reporting.training import TrainingReport
+    from onnxopt.result import Result
+
+__all__ = ["command", "recovery"]
 
 Command = typing.TypeVar("Command", bound=Callable[..., Any])
 
@@ -88,6 +97,23 @@ def run_training(
     return int(not report.ok)
 
 
+def recovery(
+    model: Path, data: FeedSource | None, metric: str | None, recipe: Path | None, seed: int
+) -> Callable[[ir.Model, Progress], Result[TrainingReport]]:
+    """What trains a pruned model; what it needs is looked for before anything is pruned."""
+    from onnxopt.data import read_feeds
+    from onnxopt.model import load
+    from onnxopt.training import recover
+
+    if data is None:
+        raise click.UsageError("--recover learns from real inputs, made-up ones teach nothing: give --data")
+    samples = read_feeds(data, load(model))
+    given = {} if metric is None else {"metric": metric}
+    return lambda pruned, show: recover(
+        pruned, model, samples, recipe=recipe, progress=show, **{"seed": seed, **given}
+    )
+
+
 @command.command("finetune")
 @training_options(Recipe)
 def finetune(
@@ -104,6 +130,41 @@ def finetune(
     input.
     """
     return run_training("finetune", model, output, recipe, resume, json_file, given)
+
+
+@command.command("distill")
+@training_options(DistillRecipe)
+def distill(
+    model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
+) -> int:
+    """Train MODEL to say what its teachers say, with labels or without.
+
+    \b
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data inputs.npz --epochs 20
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data train.npz --labels y
+    onnxopt train distill small.onnx --teacher large.onnx -o out.onnx --data in.npz --match hidden=hidden_t
+
+    Inputs have to be real ones: what a model says to noise teaches little.
+    Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
+    """
+    return run_training("distill", model, output, recipe, resume, json_file, given)
+
+
+@command.command("prune")
+@training_options(PruneRecipe)
+def prune(
+    model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
+) -> int:
+    """Set weights of MODEL to zero, and train the rest to do without them.
+
+    \b
+    onnxopt train prune model.onnx -o out.onnx --data train.npz --labels y --sparsity 0.9 --ramp cubic
+    onnxopt train prune model.onnx -o out.onnx --data inputs.npz --nm 2:4
+
+    Without labels the model itself, as it was, is the teacher. `onnxopt prune --recover` trains what is left
+    when channels or layers are cut. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
+    """
+    return run_training("prune", model, output, recipe, resume, json_file, given)
 
 
 @command.command("qat")

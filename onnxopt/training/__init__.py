@@ -9,24 +9,46 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onnxopt.training.distillation import distill
     from onnxopt.training.finetuning import finetune
+    from onnxopt.training.kinds import DistillRecipe, PruneRecipe
     from onnxopt.training.module import GraphModule, Logits, to_torch
     from onnxopt.training.qat import train_qat
     from onnxopt.training.recipe import QatRecipe, Recipe
+    from onnxopt.training.sparsity import prune, recover
     from onnxopt.training.writing import write_back
 
 _HOMES = {
+    "DistillRecipe": "kinds",
     "GraphModule": "module",
     "Logits": "module",
+    "PruneRecipe": "kinds",
     "QatRecipe": "recipe",
     "Recipe": "recipe",
+    "distill": "distillation",
     "finetune": "finetuning",
+    "prune": "sparsity",
+    "recover": "sparsity",
     "to_torch": "module",
     "train_qat": "qat",
     "write_back": "writing",
 }
 
-__all__ = ["GraphModule", "Logits", "QatRecipe", "Recipe", "finetune", "to_torch", "train_qat", "write_back"]
+__all__ = [
+    "DistillRecipe",
+    "GraphModule",
+    "Logits",
+    "PruneRecipe",
+    "QatRecipe",
+    "Recipe",
+    "distill",
+    "finetune",
+    "prune",
+    "recover",
+    "to_torch",
+    "train_qat",
+    "write_back",
+]
 
 
 def __getattr__(name: str) -> object:

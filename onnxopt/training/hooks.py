@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import onnx_ir as ir
 from torch import Tensor, nn
 
+from onnxopt.metric import Metric
+
 if TYPE_CHECKING:
+    from onnxopt.training.dataset import Dataset
     from onnxopt.training.loop import Trainer
 
 __all__ = ["Hook", "Judge"]
@@ -26,7 +30,12 @@ class Judge(Protocol):
 
 
 class Hook:
-    """What distillation, masks or quantization add to a training; each method may be left as it is."""
+    """What distillation, masks or quantization add to a training; each method may be left as it is.
+
+    notes: for the report, once the training is done.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def start(self, trainer: Trainer) -> None:
         """Before the optimizer is made: parameters may be added or frozen."""
@@ -41,6 +50,12 @@ class Hook:
 
     def stepped(self, trainer: Trainer) -> None:
         """After each step of the optimizer, without gradients."""
+
+    def written(self, model: ir.Model) -> None:
+        """A model that is to be judged or written; it may be changed."""
+
+    def metric(self, data: Dataset, test: Dataset | None) -> Metric | None:
+        """What files are judged by where the recipe names nothing; `test` is for the last word."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep: tensors and plain values."""

@@ -18,7 +18,7 @@ from onnxopt.training.preparation import initial, prepare
 from onnxopt.training.state import Options, State, Tying, collect
 from onnxopt.training.values import deliver, receive
 
-__all__ = ["GraphModule", "Logits", "to_torch"]
+__all__ = ["GraphModule", "Logits", "final_logits", "to_torch"]
 
 _FINAL = ("Softmax", "LogSoftmax", "Sigmoid")
 
@@ -94,7 +94,7 @@ class GraphModule(nn.Module):
             builder.add_frozen(part)
         self._plan = builder.build(graph.graph)
         self._named = builder.named()
-        self._logits = _logits(graph.graph)
+        self._logits = final_logits(graph.graph)
         self.keys: dict[str, str] = {}
         self._owners: list[tuple[int, nn.Module, str]] = []
         for state in states:
@@ -217,7 +217,8 @@ def _free(owner: nn.Module, part: str, *, inner: bool) -> str:
     return part
 
 
-def _logits(graph: ir.Graph) -> dict[str, Logits]:
+def final_logits(graph: ir.Graph) -> dict[str, Logits]:
+    """By graph output, what the Softmax, LogSoftmax or Sigmoid that gives it reads; also behind Identity."""
     found = {}
     for output in graph.outputs:
         value: ir.Value | None = output

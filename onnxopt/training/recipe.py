@@ -210,6 +210,8 @@ def _table(path: Path, who: str) -> dict[str, Any]:
 
 def _beside(recipe: Path, name: str, value: Any) -> Any:
     """A path that a recipe names lies beside it, unless it is no path there."""
+    if isinstance(value, list):
+        return [_beside(recipe, name, one) for one in value]
     if name not in ("data", "validation", "test", "metric", "loss", "teacher") or not isinstance(value, str):
         return value
     beside = recipe.parent / value
@@ -253,7 +255,7 @@ def _shown(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple):
-        return list(value)
+        return list(map(_shown, value))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return f"({getattr(value, '__name__', type(value).__name__)})"

@@ -20,12 +20,13 @@ from onnxopt.runtimes import open_session
 from onnxopt.storage import save
 from onnxopt.training.dataset import Batch, Dataset
 from onnxopt.training.losses import CrossEntropy, Objective
+from onnxopt.training.module import final_logits
 
-__all__ = ["FileJudge", "final_activations", "find_metric", "score"]
+__all__ = ["INVERSES", "FileJudge", "final_activations", "find_metric", "outputs_of", "score"]
 
 _TOGETHER = 64
 """Samples in a run of the runtime, where the model takes any number of them."""
-_INVERSES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+INVERSES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "Softmax": lambda p: np.log(np.maximum(p, np.finfo(p.dtype).tiny)),
     "LogSoftmax": lambda y: y,
     "Sigmoid": lambda p: np.log(np.maximum(p, np.finfo(p.dtype).tiny)) - np.log1p(-np.minimum(p, 1 - 1e-7)),
@@ -61,7 +62,7 @@ def find_metric(
 
         def measured(run: Run, split: Split = "search") -> float:
             total, count = 0.0, 0
-            for batch, outputs in _outputs(splits[split], run):
+            for batch, outputs in outputs_of(splits[split], run):
                 figure, counted = of_batch(objective, activations, batch, outputs)
                 total, count = total + figure, count + counted
             return total / max(count, 1)
@@ -79,12 +80,7 @@ def score(metric: Metric, model: ModelLike, split: Split = "search") -> float:
 
 def final_activations(model: ir.Model) -> dict[str, str]:
     """The graph outputs that a Softmax, LogSoftmax or Sigmoid gives, and which one it is."""
-    producers = {value.name or "": value.producer() for value in model.graph.outputs}
-    return {
-        name: node.op_type
-        for name, node in producers.items()
-        if node is not None and node.op_type in _INVERSES
-    }
+    return {name: one.activation for name, one in final_logits(model.graph).items()}
 
 
 @dataclass
@@ -110,7 +106,7 @@ class FileJudge:
             save(self.best, self.folder / "best.onnx")
 
 
-def _outputs(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+def outputs_of(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each batch of a dataset and what the model gives for it; a fixed batch size is filled up."""
     inputs = data.contract.required
     sizes = [one.dims[0] for one in inputs if one.dims and isinstance(one.dims[0], int)]
@@ -154,7 +150,7 @@ def _negated_loss(
     for name, y in outputs.items():
         if y.dtype.kind in "fiub":
             through = _looks_through(objective, name, activations)
-            given[name] = torch.from_numpy(_INVERSES[activations[name]](y) if through else y)
+            given[name] = torch.from_numpy(INVERSES[activations[name]](y) if through else y)
     arrays = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items()}
     return -float(objective(given, arrays).mean()) * batch.size, batch.size
 

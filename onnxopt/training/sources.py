@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxopt.data import Preprocess, python_target, read_preprocess
+from onnxopt.data import Preprocess, Samples, python_target, read_preprocess
 from onnxopt.data.images import PREPROCESS_FILE, image_files, read_image
 from onnxopt.data.python import names_target, told
 from onnxopt.errors import UsageError
@@ -54,8 +54,8 @@ def open_source(source: Any, *, labels: Sequence[str], preprocess: str | None = 
         source: one ``.npz`` (arrays by name, mapped unless it is compressed); a folder of ``.npz``, a file
             a sample; a folder of ``.npy``, named as inputs and labels, mapped; a folder of folders of images,
             each a class; ``.csv``; ``file.py:function`` or ``module:function``; a folder of Hugging Face
-            ``datasets``, or ``hf:NAME:SPLIT``; a callable that gives batches; a mapping of arrays; an
-            iterable of batches such as a torch DataLoader; a Dataset of Hugging Face.
+            ``datasets``, or ``hf:NAME:SPLIT``; a callable that gives batches; a mapping of arrays; `Samples`;
+            an iterable of batches such as a torch DataLoader; a Dataset of Hugging Face.
         labels: their names; images and CSV files give theirs the first one.
         preprocess: how images become arrays; by default ``preprocess.toml`` in the folder says it.
 
@@ -65,6 +65,8 @@ def open_source(source: Any, *, labels: Sequence[str], preprocess: str | None = 
     label = labels[0] if labels else "label"
     if isinstance(source, Mapping):
         return _columns({name: np.asarray(array) for name, array in source.items()}, "data")
+    if isinstance(source, Samples):
+        return _items(len(source), source.__getitem__)
     if hasattr(source, "with_format"):
         return _hugging(source)
     if callable(source):

@@ -58,7 +58,9 @@ def train(
     *,
     start: ir.Model | None = None,
     hooks: Sequence[Hook] = (),
-    labelled: bool = True,
+    share: float = 1.0,
+    reference: ModelLike | None = None,
+    floor: ir.Model | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -71,7 +73,9 @@ def train(
         recipe: how to train.
         start: the model that is trained, where it is another one.
         hooks: what they add to the loop.
-        labelled: whether the recipe's loss is part of the objective; else hooks give all of it.
+        share: what the recipe's loss is multiplied with; 0: hooks give all of it.
+        reference: what metrics such as agreement compare with, where it is another one than `model`.
+        floor: a model that the result has to be as good as, where it is another one than `model`.
         folder: keeps log, checkpoint and the best model; None: nothing is kept.
         resume: go on from the checkpoint in the folder, if there is one.
         progress: called with what is being done.
@@ -94,22 +98,27 @@ def train(
             prepared, sites = with_batchnorm(begun, data.samples()[:_PROBED])
         module = to_torch(prepared, batch_statistics=recipe.batchnorm)
         initialize(module, prepared, recipe.init, recipe.seed)
-        objective = _objective(recipe, original, data) if labelled else None
+        objective = _objective(recipe, original, data) if share else None
         activations = final_activations(original)
-        metric = find_metric(recipe.metric, objective, activations, validation, test, model)
+        own = (one.metric(validation, test) for one in hooks if recipe.metric is None)
+        metric = next(filter(None, own), None) or find_metric(
+            recipe.metric, objective, activations, validation, test, model if reference is None else reference
+        )
         sha256 = fingerprint(model, original)
 
         def finish(trained: nn.Module) -> ir.Model:
             assert isinstance(trained, GraphModule)
             done = write_back(trained, prepared)
             fold_batchnorm(done, sites)
-            record(done, [command], sha256)
+            for hook in hooks:
+                hook.written(done)
+            record(done, [*filter(None, [done.metadata_props.get("onnxopt.passes")]), command], sha256)
             return done
 
         judge = FileJudge(metric, finish, place, writes=where.first)
         trainer = Trainer(
             module,
-            _through(objective, module),
+            _through(objective, module, share),
             data,
             recipe,
             judge,
@@ -132,6 +141,11 @@ def train(
         )
         reason = _objection(final, recipe.max_drop)
         notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
+        notes += [note for hook in hooks for note in hook.notes]
+        if floor is not None:
+            least = where.agreed(_both(metric, floor)[1] if where.first else None)
+            notes.append(f"without training: {metric.name} {least:.6g}")
+            reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")
         parameters = list(module.parameters())
         report = TrainingReport(
             command=command,
@@ -188,16 +202,19 @@ def _objective(recipe: Recipe, model: ir.Model, data: Dataset) -> Objective:
     return parse_loss(recipe.loss).bound(floats, recipe.labels, known)
 
 
-def _through(objective: Objective | None, module: GraphModule) -> Objective | None:
-    """The objective on what final activations are computed from, for losses that take logits."""
+def _through(objective: Objective | None, module: GraphModule, share: float) -> Objective | None:
+    """A share of the objective, on what final activations are computed from for losses that take logits."""
     if objective is None:
         return None
     terms = []
     for term in objective.terms:
         found = module.logits_of(term.output) if term.loss.looks_through else None
         fits = found is not None and found.activation.removeprefix("Log") == term.loss.looks_through
-        terms.append(dataclasses.replace(term, output=found.name) if found is not None and fits else term)
-    return dataclasses.replace(objective, terms=tuple(terms))
+        output = found.name if found is not None and fits else term.output
+        terms.append(dataclasses.replace(term, output=output, weight=share * term.weight))
+    function = objective.function
+    scaled = None if function is None else (lambda outputs, arrays: share * function(outputs, arrays))
+    return Objective(tuple(terms), scaled)
 
 
 def _both(metric: Any, model: ModelLike) -> tuple[float, float]:

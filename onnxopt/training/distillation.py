@@ -1,0 +1,249 @@
+"""Distil: train a model to say what others say, with labels or without.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (1503.02531); hidden tensors as in Jiao et
+al., "TinyBERT", 2020 (1909.10351): a learned linear map where the widths differ, which is not written;
+attention as in Zagoruyko & Komodakis, "Paying More Attention to Attention", 2017 (1612.03928).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from onnxopt.data.contract import contract_of
+from onnxopt.errors import UsageError
+from onnxopt.job import Progress
+from onnxopt.metric import Metric, Run, Split
+from onnxopt.model import ModelLike, load, reusable
+from onnxopt.recipe import parse_spelled
+from onnxopt.reporting.training import TrainingReport
+from onnxopt.result import Result
+from onnxopt.training.dataset import Dataset
+from onnxopt.training.hooks import Hook
+from onnxopt.training.kinds import DistillRecipe
+from onnxopt.training.likeness import Answer, Match, differing
+from onnxopt.training.loop import Trainer
+from onnxopt.training.losses import LOSSES, CrossEntropy, Kl, Loss, parse_loss
+from onnxopt.training.module import GraphModule
+from onnxopt.training.recipe import read_recipe
+from onnxopt.training.scoring import INVERSES, final_activations, outputs_of
+from onnxopt.training.teachers import Teacher, looks_random, paired, pairs
+from onnxopt.training.transforms import Normalize, parse_transforms
+from onnxopt.training.values import FLOATS
+from onnxopt.training.work import train
+
+__all__ = ["Distiller", "distill"]
+
+_NOISE = (
+    "the samples look like independent random numbers: what a model says to noise teaches little about real "
+    "inputs; give real ones"
+)
+
+
+def distill(
+    model: ModelLike,
+    data: Any = None,
+    *,
+    recipe: DistillRecipe | str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result[TrainingReport]:
+    """Train a model to say what its teachers say; the result is the same graph.
+
+        distill("small.onnx", "inputs.npz", teacher="large.onnx", epochs=20)
+
+    Without labels the teachers' outputs are all there is to learn from, and any real inputs serve; made-up
+    ones do not. Arguments are those of `finetune`; options are the fields of `DistillRecipe`.
+
+    Returns:
+        The best epoch's model; the model as it was, and `report.ok` false, where that lost more of the
+        metric than `max_drop`. Without labels the metric is the distance to the teachers' outputs, negated.
+
+    Raises:
+        ModelError, UsageError: input that cannot be used, or an unknown option.
+        DivergedError: the loss is no finite number any more.
+    """
+    given = {"data": data, **options} if data is not None else options
+    chosen = read_recipe(DistillRecipe, recipe, given)
+    if not chosen.teachers:
+        raise UsageError("distill: there is nobody to learn from: give --teacher (teacher=)")
+    model = reusable(model)
+    return train(
+        "distill",
+        model,
+        chosen,
+        hooks=[Distiller(chosen, load(model))],
+        share=1 - chosen.mix if chosen.labels else 0,
+        reference=chosen.teachers[0],
+        folder=folder,
+        resume=resume,
+        progress=progress,
+    )
+
+
+@dataclass
+class Distiller(Hook):
+    """Adds the distance to what teachers say.
+
+    weight: of the outputs in the loss. student: the model that is trained, which is only looked at.
+    """
+
+    recipe: DistillRecipe
+    student: ir.Model
+    teachers: list[Teacher] = field(default_factory=list)
+    answers: list[tuple[Answer, list[str]]] = field(default_factory=list)
+    """What is compared, and what each teacher calls it."""
+    notes: tuple[str, ...] = ()
+    _matches: list[list[Match]] = field(default_factory=list)
+
+    def start(self, trainer: Trainer) -> None:
+        module = trainer.module
+        assert isinstance(module, GraphModule)
+        self._open(trainer.world.device)
+        self.answers = [(self._seen(one, module), theirs) for one, theirs in self.answers]
+        module.expose(*(match.mine for match in self._matches[0]))
+        if self._matches[0]:
+            self._project(trainer, module)
+        self.notes = (_NOISE,) if looks_random(trainer.data) else ()
+
+    def loss(self, trainer: Trainer, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
+        weight = self.recipe.mix if self.recipe.labels else 1.0
+        parts = []
+        for number, told in enumerate(teacher(arrays) for teacher in self.teachers):
+            parts += [weight * one for one in self._distances(number, outputs, told)]
+            parts += [self.recipe.match_weight * one(outputs, told) for one in self._matches[number]]
+        return torch.stack(parts).sum(0) / len(self.teachers)
+
+    def metric(self, data: Dataset, test: Dataset | None) -> Metric | None:
+        """The distance to the teachers' outputs, negated; None where there are labels."""
+        if self.recipe.labels:
+            return None
+        splits: dict[Split, Dataset] = {"search": data, "final": test or data}
+
+        def measured(run: Run, split: Split = "search") -> float:
+            found, sizes = [], []
+            for batch, outputs in outputs_of(splits[split], run):
+                arrays = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items()}
+                given = {}
+                for one, _ in self.answers:
+                    y = outputs[one.name]
+                    given[one.seen] = torch.from_numpy(INVERSES[one.activation](y) if one.activation else y)
+                parts = [
+                    part
+                    for number, teacher in enumerate(self.teachers)
+                    for part in self._distances(number, given, teacher(arrays))
+                ]
+                found.append(-float(torch.stack(parts).sum(0).mean()) / len(self.teachers))
+                sizes.append(batch.size)
+            return float(np.average(found, weights=sizes))
+
+        return Metric("likeness", measured, test is not None)
+
+    def _distances(
+        self, number: int, outputs: Mapping[str, Tensor], told: Mapping[str, Tensor]
+    ) -> Iterator[Tensor]:
+        for one, theirs in self.answers:
+            activation = self.teachers[number].activations.get(theirs[number], "")
+            yield one(outputs[one.seen], told[theirs[number]], activation)
+
+    def _open(self, device: torch.device) -> None:
+        """Open the teachers, and find what of them goes with which output."""
+        if self.teachers:
+            return
+        recipe = self.recipe
+        kinds = [(recipe.match, False), (recipe.attend, True)]
+        hidden = [(mine, theirs, attends) for specs, attends in kinds for mine, theirs in pairs(specs)]
+        inputs = [item.name for item in contract_of(self.student).required]
+        again = all(isinstance(one, Normalize) for one in parse_transforms(recipe.transforms))
+        for model in map(reusable, recipe.teachers):
+            theirs = [item.name for item in contract_of(load(model)).required]
+            fed_by = paired("input", theirs, inputs, {b: a for a, b in pairs(recipe.inputs)})
+            self.teachers.append(
+                Teacher(
+                    model,
+                    [name for _, name, _ in hidden],
+                    {name: fed_by[name] for name in theirs},
+                    device=device if recipe.teacher_in == "torch" else None,
+                    memory=recipe.cache << 20 if again else 0,
+                )
+            )
+            self._matches.append([Match(*one) for one in hidden])
+        floats = [one.name or "" for one in self.student.graph.outputs if one.dtype in FLOATS]
+        renamed = dict(pairs(recipe.outputs))
+        names = [
+            paired("output", list(renamed) or floats, teacher.outputs, renamed) for teacher in self.teachers
+        ]
+        self.answers = [
+            (Answer(name, name, self._loss(name)), [one[name] for one in names])
+            for name in (list(renamed) or floats)
+        ]
+
+    def _loss(self, output: str) -> Loss:
+        """By what the output is: a distribution, the probability of something, or numbers."""
+        recipe = self.recipe
+        activation = final_activations(self.student).get(output, "")
+        soft = recipe.soft
+        if not soft:
+            first = parse_loss(recipe.loss).terms[:1] if recipe.labels else ()
+            of_classes = any(isinstance(term.loss, CrossEntropy) for term in first)
+            soft = "kl" if recipe.temperature or of_classes or activation.endswith("Softmax") else "mse"
+            soft = "bce" if activation == "Sigmoid" else soft
+        loss = parse_spelled(soft, LOSSES, "soft loss")
+        if isinstance(loss, Kl) and loss == Kl():
+            return Kl(recipe.temperature or 4.0)
+        return loss
+
+    def _seen(self, one: Answer, module: GraphModule) -> Answer:
+        """The answer, of what its final activation is computed from where the loss takes that."""
+        found = module.logits_of(one.name) if one.loss.looks_through else None
+        if found is None or found.activation.removeprefix("Log") != one.loss.looks_through:
+            return one
+        axis = found.axis if isinstance(one.loss, Kl) else -1
+        return Answer(one.name, found.name, one.loss, found.activation, axis)
+
+    def _project(self, trainer: Trainer, module: GraphModule) -> None:
+        """Find where widths differ, and let the module give those tensors behind linear maps, too."""
+        batch = next(trainer.data.evaluated(1))
+        arrays = {
+            name: torch.from_numpy(np.array(a)).to(trainer.world.device) for name, a in batch.arrays.items()
+        }
+        with torch.no_grad():
+            outputs = module({name: arrays[name] for name in module.input_names})
+        random = torch.Generator().manual_seed(self.recipe.seed)
+        maps = nn.ModuleList()
+        axes: list[tuple[str, str, int]] = []
+        for teacher, matches in zip(self.teachers, self._matches, strict=True):
+            told = teacher(arrays)
+            for match in matches:
+                found = differing(match, outputs[match.mine].shape, told[match.theirs].shape)
+                if found is None:
+                    continue
+                axis, mine, theirs = found
+                linear = nn.Linear(mine, theirs, bias=False)
+                nn.init.xavier_uniform_(linear.weight, generator=random)
+                match.key = f"{match.mine} -> {len(maps)}"
+                axes.append((match.key, match.mine, axis))
+                maps.append(linear)
+        if not axes:
+            return
+        maps.to(trainer.world.device)
+        name = "distillation"
+        while hasattr(module, name):
+            name += "_"
+        module.add_module(name, maps)
+
+        def mapped(_module: nn.Module, _feeds: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            for (key, mine, axis), linear in zip(axes, maps, strict=True):
+                outputs[key] = linear(outputs[mine].movedim(axis, -1)).movedim(-1, axis)
+            return outputs
+
+        module.register_forward_hook(mapped)  # in the forward, so that parallel training sees the maps
