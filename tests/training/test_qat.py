@@ -11,18 +11,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.errors import UsageError
 from onnxopt.model import load
 from onnxopt.protobuf import dump
-from tests.support import execute
-
-torch = pytest.importorskip("torch", reason="training needs torch")
-
 from onnxopt.training import finetune, to_torch, train_qat, write_back
 from onnxopt.training.ops.quantize import fake_quantize, limits
 from onnxopt.training.scales import learn_scales, scale_groups
+from tests.support import execute
 
 torch.set_num_threads(1)
 _T = TensorProto
