@@ -7,6 +7,7 @@ import sys
 
 SECTIONS = {
     **dict.fromkeys(("distill", "prune", "recover"), "benchmarks.train_distill"),
+    "qat": "benchmarks.train_qat",
     "step": "benchmarks.train_step",
 }
 """Section -> the module whose `main` takes the section and the other arguments."""

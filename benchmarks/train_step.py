@@ -10,11 +10,12 @@ quantized to int8; and with --compile of both under torch.compile.
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import onnx
 import torch
@@ -88,14 +89,14 @@ class Encoder(nn.Module):
 
 def exported(module: nn.Module, x: Tensor) -> onnx.ModelProto:
     """The module as ONNX; BatchNormalization stays."""
-    stream = io.BytesIO()
     module.eval()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
+        path = Path(folder) / "net.onnx"
         torch.onnx.export(
             module,
             (x,),
-            stream,
+            path,
             dynamo=False,
             opset_version=20,
             input_names=["x"],
@@ -103,7 +104,7 @@ def exported(module: nn.Module, x: Tensor) -> onnx.ModelProto:
             do_constant_folding=False,
             training=torch.onnx.TrainingMode.PRESERVE,
         )
-    return onnx.ModelProto.FromString(stream.getvalue())
+        return onnx.load(path)
 
 
 def stepper(run: Callable[[], Tensor], module: nn.Module, rows: int) -> Callable[[], float]:

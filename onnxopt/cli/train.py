@@ -12,7 +12,7 @@ import click
 
 from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
 from onnxopt.training.kinds import DistillRecipe, PruneRecipe
-from onnxopt.training.recipe import Recipe
+from onnxopt.training.recipe import QatRecipe, Recipe
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,7 +46,7 @@ def training_options(kind: type[Recipe]) -> Callable[[Command], Command]:
             option: dict[str, Any] = {"help": kind.meanings[f.name], "default": None}
             if f.type == "bool":
                 flag = f"{flag}/--no-{flag[2:]}"
-            elif f.default == ():
+            elif isinstance(f.default, tuple):
                 option |= {"help": f"{option['help']} Repeatable.", "multiple": True}
             elif f.default not in (None, "", "0", 0):
                 option["help"] += f"  [default: {f.default}]"
@@ -165,3 +165,21 @@ def prune(
     when channels or layers are cut. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
     """
     return run_training("prune", model, output, recipe, resume, json_file, given)
+
+
+@command.command("qat")
+@training_options(QatRecipe)
+def qat(
+    model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
+) -> int:
+    """Train MODEL with its weights and activations in few bits, their scales included.
+
+    \b
+    onnxopt train qat model.onnx -o int4.onnx --data train.npz --labels y --weights int4 --epochs 10
+    onnxopt train qat model.onnx -o int8.onnx --data unlabelled.npz
+    onnxopt train qat quantized.onnx -o trained.onnx --data train.npz --labels y
+
+    A float model is quantized first, all that can be. Without labels it learns to give what the float model
+    gives. Exit codes: 0 written, 1 training gained nothing or diverged, 2 bad input.
+    """
+    return run_training("train_qat", model, output, recipe, resume, json_file, given)

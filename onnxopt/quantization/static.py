@@ -29,7 +29,16 @@ from onnxopt.quantization.shapes import measure_shapes
 from onnxopt.quantization.units import Survey, Unit, survey
 from onnxopt.targets import Placement
 
-__all__ = ["Goal", "Settings", "Static", "quantize_static"]
+__all__ = [
+    "Goal",
+    "Settings",
+    "Static",
+    "calibrated",
+    "plan_of",
+    "quantize_static",
+    "ranges_of",
+    "tensors_of",
+]
 
 Goal = Literal["speed", "size"]
 _AS_WRITTEN = MappingProxyType(
@@ -130,13 +139,13 @@ def quantize_static(
     if given is not None:
         return _as_given(model, samples, settings, judge, progress, possible, given)
     if statistics is None:
-        statistics = _calibrated(model, samples, held_out, settings, possible, progress)
+        statistics = calibrated(model, samples, held_out, settings, possible, progress)
     names = tensors_of(possible.units)
     known = [name for name in names if statistics[name].count and not statistics[name].nonfinite]
     surveyed = survey(model, placement, frozenset(known))
     if not surveyed.units:
         return surveyed
-    plan = plan_of(surveyed.units, _ranges(surveyed.units, statistics, settings), settings)
+    plan = plan_of(surveyed.units, ranges_of(surveyed.units, statistics, settings), settings)
     draft = Draft(model, placement, plan, statistics, settings.method)
     prices = _prices(model, samples[0], settings)
     noise = _noise(draft, samples, {}, progress)
@@ -195,7 +204,7 @@ def _kept(units: Sequence[Unit], settings: Settings) -> tuple[str, ...]:
     return tuple(unit.site for unit in units if unit.site in settings.keep)
 
 
-def _calibrated(
+def calibrated(
     model: ir.Model,
     samples: Sequence[Feeds],
     held_out: Sequence[Feeds],
@@ -263,7 +272,7 @@ def tensors_of(units: Sequence[Unit]) -> list[str]:
     return [value.name or "" for value in values]
 
 
-def _ranges(
+def ranges_of(
     units: Sequence[Unit], statistics: Statistics, settings: Settings
 ) -> dict[str, tuple[float, float]]:
     """Of each tensor that units read or write, by what calibration saw."""

@@ -18,17 +18,22 @@ SCHEMA = "onnxopt.train/1"
 
 @dataclass(frozen=True)
 class Score:
-    """The metric before and after, in ONNX Runtime. unseen: on samples by which nothing was chosen."""
+    """The metric before and after, in ONNX Runtime. unseen: on samples by which nothing was chosen.
+
+    start: that of the model that was trained, before it was, where it is another one than `before` is of.
+    """
 
     metric: str
     before: float
     after: float
     unseen: bool
+    start: float | None = None
 
     @property
     def summary(self) -> str:
         """``accuracy 0.91 before, 0.98 after``"""
-        return f"{self.metric} {self.before:.6g} before, {self.after:.6g} after"
+        start = "" if self.start is None else f"{self.start:.6g} at the start, "
+        return f"{self.metric} {self.before:.6g} before, {start}{self.after:.6g} after"
 
 
 @dataclass(frozen=True)

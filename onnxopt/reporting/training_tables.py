@@ -36,7 +36,8 @@ def print_training(report: TrainingReport, console: Console, *, written: Path | 
     console.print()
     for label, one in {"chosen by": report.choice, "score    ": report.final}.items():
         if label.startswith("score") or one != report.final:
-            style = "green" if one.after > one.before else "red" if one.after < one.before else ""
+            reference = one.before if one.start is None else one.start
+            style = "green" if one.after > reference else "red" if one.after < reference else ""
             console.print(Text(f"{label} ", style="bold") + Text(one.summary, style=style))
     console.print(f"{report.steps} steps in {report.seconds:.1f} s")
     for note in report.notes:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from onnxopt.training.finetuning import finetune
     from onnxopt.training.kinds import DistillRecipe, PruneRecipe
     from onnxopt.training.module import GraphModule, Logits, to_torch
-    from onnxopt.training.recipe import Recipe
+    from onnxopt.training.qat import train_qat
+    from onnxopt.training.recipe import QatRecipe, Recipe
     from onnxopt.training.sparsity import prune, recover
     from onnxopt.training.writing import write_back
 
@@ -22,12 +23,14 @@ _HOMES = {
     "GraphModule": "module",
     "Logits": "module",
     "PruneRecipe": "kinds",
+    "QatRecipe": "recipe",
     "Recipe": "recipe",
     "distill": "distillation",
     "finetune": "finetuning",
     "prune": "sparsity",
     "recover": "sparsity",
     "to_torch": "module",
+    "train_qat": "qat",
     "write_back": "writing",
 }
 
@@ -36,12 +39,14 @@ __all__ = [
     "GraphModule",
     "Logits",
     "PruneRecipe",
+    "QatRecipe",
     "Recipe",
     "distill",
     "finetune",
     "prune",
     "recover",
     "to_torch",
+    "train_qat",
     "write_back",
 ]
 

@@ -164,6 +164,23 @@ class GraphModule(nn.Module):
         held = zip(self.keys, self._owners, strict=True)
         return {name: getattr(owner, attribute).detach() for name, (_, owner, attribute) in held}
 
+    def derive(self, name: str, owner: nn.Module, attribute: str) -> None:
+        """Let a constant be what an attribute of a module is each time; that module becomes a part of this.
+
+        `write_back` also writes a constant that the graph reads without this module holding it.
+        """
+        if name in self.keys:
+            number = list(self.keys).index(name)
+            slot, before, last = self._owners[number]
+            delattr(before, last)
+            before.add_module(last, owner)
+            self._owners[number] = (slot, owner, attribute)
+            return
+        self.keys[name] = last = _free(self, name.replace(".", "_"), inner=False)
+        self.add_module(last, owner)
+        self._owners.append((self._plan.size, owner, attribute))
+        self._plan.size += 1
+
     def train(self, mode: bool = True) -> GraphModule:
         """As of `nn.Module`; it matters to BatchNormalization with batch statistics only."""
         super().train(mode)
@@ -210,7 +227,7 @@ def final_logits(graph: ir.Graph) -> dict[str, Logits]:
                 default = -1 if graph.opset_imports.get("", 13) >= 13 else 1
                 axis = int_attr(node, "axis", default)
                 found[output.name or ""] = Logits(node.inputs[0].name or "", node.op_type, axis)
-            if node.op_type not in ("Identity", "Cast"):
+            if node.op_type not in ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear"):
                 break
             value = node.inputs[0]
     return found

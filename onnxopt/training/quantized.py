@@ -15,7 +15,15 @@ from torch import Tensor
 
 from onnxopt.graph import constant_array, constant_of, int_attr
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.quantized import DEQUANTIZE, QUANTIZE, QUANTIZED, Port, input_of, require_same
+from onnxopt.passes.shared.quantized import (
+    DEQUANTIZE,
+    QUANTIZE,
+    QUANTIZED,
+    Port,
+    input_of,
+    quantized_kind,
+    require_same,
+)
 from onnxopt.rewrite import Declined
 from onnxopt.training.ops.quantize import dequantize, quantize
 from onnxopt.training.values import CARRIERS, Host, host_of, tensor_of
@@ -156,7 +164,7 @@ def add_quantized(builder: Builder, node: ir.Node) -> bool:
 def _add_pair(builder: Builder, node: ir.Node) -> bool:
     """QuantizeLinear of which there is nothing but its DequantizeLinear."""
     uses, value = list(node.outputs[0].uses()), node.outputs[0]
-    dtype = value.dtype
+    dtype = quantized_kind(node)
     if not uses or value.is_graph_output() or dtype is None or dtype not in _ROUNDED:
         return False
     if any(operator_of(use.node) not in DEQUANTIZE or use.node.graph is not node.graph for use in uses):

@@ -41,7 +41,7 @@ from onnxopt.training.transforms import parse_transforms
 from onnxopt.training.values import FLOATS
 from onnxopt.training.writing import write_back
 
-__all__ = ["train"]
+__all__ = ["datasets_of", "train"]
 
 _PROBED = 64
 """Samples that the statistics of a new BatchNormalization are taken from, at most."""
@@ -90,7 +90,7 @@ def train(
     model, show = reusable(model), progress or silent
     show("reading the model", None)
     original = load(model)
-    data, validation, test = _datasets(recipe, original)
+    data, validation, test = datasets_of(recipe, original)
     with world(recipe.devices) as where, _folder(folder) as place:
         begun = original if start is None else start
         prepared, sites = begun, tuple[str, ...]()
@@ -130,15 +130,16 @@ def train(
         )
         show("scoring the original", None)
         before = where.agreed(_both(metric, model) if where.first else None)
+        begin = where.agreed(_both(metric, begun) if where.first else None) if start is not None else None
         curves = trainer.fit(resume=resume)
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
         after = where.agreed(_both(metric, best) if where.first else None)
         choice, final = (
-            Score(metric.name, before[i], after[i], unseen=metric.has_split and i == 1) for i in range(2)
+            Score(metric.name, before[i], after[i], metric.has_split and i == 1, begin[i] if begin else None)
+            for i in range(2)
         )
-        within = not recipe.max_drop or parse_drop(recipe.max_drop).allows(final.before, final.after)
-        reason = "" if within else f"{final.summary}; max_drop is {recipe.max_drop}"
+        reason = _objection(final, recipe.max_drop)
         notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
         notes += [note for hook in hooks for note in hook.notes]
         if floor is not None:
@@ -174,7 +175,7 @@ def train(
     return Result(original if reason else best, report, model)
 
 
-def _datasets(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Dataset | None]:
+def datasets_of(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Dataset | None]:
     """The samples to train on, to choose by, and for the last word."""
     if recipe.data is None:
         raise UsageError("train: there is nothing to train on: give --data (data=)")
@@ -219,6 +220,15 @@ def _through(objective: Objective | None, module: GraphModule, share: float) -> 
 def _both(metric: Any, model: ModelLike) -> tuple[float, float]:
     found = score(metric, model)
     return found, score(metric, model, "final") if metric.has_split else found
+
+
+def _objection(final: Score, max_drop: str) -> str:
+    """Why the result is not to be written; empty where it is."""
+    if final.start is not None and final.after <= final.start:
+        return f"{final.summary}: training gained nothing"
+    if max_drop and not parse_drop(max_drop).allows(final.before, final.after):
+        return f"{final.summary}; max_drop is {max_drop}"
+    return ""
 
 
 def _identity(command: str, sha256: str, recipe: Recipe, where: World) -> str:

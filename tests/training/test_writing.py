@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -198,22 +198,22 @@ def test_another_model_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's exporter
-def test_an_exported_network_trains_as_it_would_have_in_torch() -> None:
+def test_an_exported_network_trains_as_it_would_have_in_torch(tmp_path: Path) -> None:
     def block() -> list[torch.nn.Module]:
         return [torch.nn.Conv2d(6, 6, 3, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU()]
 
     native = torch.nn.Sequential(*block(), *block(), torch.nn.Flatten(), torch.nn.Linear(96, 3)).eval()
-    x, stream = torch.randn(5, 6, 4, 4), io.BytesIO()
+    x, proto = torch.randn(5, 6, 4, 4), tmp_path / "net.onnx"
     keep = torch.onnx.TrainingMode.PRESERVE
     torch.onnx.export(
-        native, (x,), stream, dynamo=False, do_constant_folding=False, training=keep, output_names=["y"]
+        native, (x,), proto, dynamo=False, do_constant_folding=False, training=keep, output_names=["y"]
     )
-    proto = onnx.ModelProto.FromString(stream.getvalue())
     graph = to_torch(proto, batch_statistics=True)
     assert len(list(graph.parameters())) == len(list(native.parameters()))  # the exporter shared equal ones
     (name,) = graph.input_names
-    runs = {native: lambda: native(x), graph: lambda: graph({name: x})["y"]}
-    for module, run in runs.items():
+    runs: list[tuple[torch.nn.Module, Callable[[], torch.Tensor]]]
+    runs = [(native, lambda: native(x)), (graph, lambda: graph({name: x})["y"])]
+    for module, run in runs:
         optimizer = torch.optim.SGD(module.train().parameters(), 0.1, momentum=0.9)
         for _ in range(4):
             optimizer.zero_grad()

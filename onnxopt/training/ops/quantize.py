@@ -33,6 +33,8 @@ _BITS = {
 }
 
 Zero = Tensor | Host | None
+_BESIDE = 2.0**-20
+"""Relative: some rounding errors of float32. What is so near to a limit is inside."""
 
 
 def limits(dtype: ir.DataType) -> tuple[int, int]:
@@ -65,25 +67,40 @@ def _zero(zero: Zero, x: Tensor, axis: int, block_size: int) -> Any:
 
 
 class _Fake(torch.autograd.Function):
-    """Rounded, clipped and scaled back; of x and the scale alone, the zero point is in the limits."""
+    """Rounded, clipped and scaled back; of x and the scale alone, the zero point is in the limits.
+
+    By the scale, with v = x / s clipped to [low, high]: round(v) - x / s inside the limits, the limit
+    outside, times 1 / sqrt(elements that share a scale * the largest integer). Kept for it are x / s and the
+    result, which the operator that reads it keeps, too: sum g round(v) = sum g y / s.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
-        ctx.save_for_backward(x, scale, *(one for one in (low, high) if isinstance(one, Tensor)))
-        ctx.limits = None if isinstance(low, Tensor) else (low, high)
-        return (x / scale).clamp_(low, high).round_().mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, scale, *bounds = ctx.saved_tensors
-        low, high = ctx.limits or bounds
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any, most: float) -> Tensor:
         steps = x / scale
-        inside = (steps >= low) & (steps <= high)
-        by_scale = None
-        if ctx.needs_input_grad[1]:
-            error = steps.clamp(low, high).round_().sub_(steps * inside)
-            by_scale = (grad * error).sum_to_size(scale.shape)
-        return grad * inside, by_scale, None, None
+        found = steps.clamp(low, high).round_().mul_(scale)
+        bounds = [one for one in (low, high) if isinstance(one, Tensor)]
+        ctx.save_for_backward(steps, scale, found, *bounds)
+        ctx.limits = None if bounds else (low, high)
+        ctx.factor = (x.numel() / scale.numel() * most) ** -0.5
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        steps, scale, found, *bounds = ctx.saved_tensors
+        if ctx.limits is not None:  # one kernel, which leaves out the limits themselves
+            low, high = ctx.limits
+            beside = _BESIDE * max(abs(low), abs(high))
+            by_x = torch.ops.aten.hardtanh_backward(grad, steps, low - beside, high + beside)
+        else:
+            by_x = grad * ((steps >= bounds[0]) & (steps <= bounds[1]))
+        if not ctx.needs_input_grad[1]:
+            return by_x, None, None, None, None
+        if scale.numel() == 1:
+            total = torch.dot(grad.reshape(-1), found.reshape(-1)) / scale
+            total = (total - torch.dot(by_x.reshape(-1), steps.reshape(-1))).reshape(scale.shape)
+        else:
+            total = (grad * found / scale).sub_(by_x * steps).sum_to_size(scale.shape)
+        return by_x, total * ctx.factor, None, None, None
 
 
 _fake: Any = _Fake.apply
@@ -91,7 +108,7 @@ _fake: Any = _Fake.apply
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: int, high: int) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x)) in one step; scale and zero point in shapes that go with x."""
-    return _fake(x, scale, low - zero, high - zero)
+    return _fake(x, scale, low - zero, high - zero, float(high))
 
 
 def _kind(ctx: Context, output_dtype: int, zero: Zero) -> ir.DataType:

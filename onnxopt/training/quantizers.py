@@ -1,0 +1,129 @@
+"""What quantization adds to a training: learned scales, where they and the weights begin, when they stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from onnxopt.errors import UsageError
+from onnxopt.training.hooks import Hook
+from onnxopt.training.module import GraphModule, to_torch
+from onnxopt.training.ops.quantize import limits
+from onnxopt.training.quantized import integers_of, reading
+from onnxopt.training.recipe import QatRecipe
+from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
+from onnxopt.training.schedules import parse_schedule
+from onnxopt.training.sizes import parse_sizes
+from onnxopt.training.state import constants
+from onnxopt.training.values import FLOATS, tensor_of
+
+if TYPE_CHECKING:
+    from onnxopt.training.loop import Trainer
+
+__all__ = ["Quantizers"]
+
+_MOMENTUM = 0.9
+"""Of the moving averages of what activations reach."""
+_ALIKE = 0.9
+"""The share of its integers that a float weight gives, at least, that is taken for what they were made of."""
+
+
+class Quantizers(Hook):
+    """Learned scales, and weights that begin as the floats that their integers were made of."""
+
+    def __init__(self, model: ir.Model, floats: ir.Model | None) -> None:
+        self._model, self._floats = model, floats
+        self._fixed: dict[str, Tensor] | None = None
+        self.scales: dict[str, LogScale] = {}
+
+    def start(self, trainer: Trainer) -> None:
+        module, recipe = trainer.module, trainer.recipe
+        assert isinstance(module, GraphModule)
+        assert isinstance(recipe, QatRecipe)
+        groups = scale_groups(self._model)
+        self.scales = learn_scales(module, groups)
+        if not self.scales:
+            raise UsageError("qat: the model has no DequantizeLinear with a constant scale")
+        module.to(trainer.world.device)
+        if self._floats is not None:
+            _adopt(module, self._model, self._floats)
+        if recipe.observe:
+            self._observe(trainer, groups, recipe.observe)
+
+    def epoch(self, trainer: Trainer, epoch: int) -> None:
+        assert isinstance(trainer.recipe, QatRecipe)
+        if trainer.recipe.scale_epochs and epoch >= trainer.recipe.scale_epochs:
+            self._fixed = {name: one.log.detach().clone() for name, one in self.scales.items()}
+
+    def stepped(self, trainer: Trainer) -> None:
+        for name, fixed in (self._fixed or {}).items():
+            self.scales[name].log.copy_(fixed)
+
+    def _observe(self, trainer: Trainer, groups: Mapping[str, str], batches: int) -> None:
+        """Set the scales of activations by moving averages of the least and the most that they reach."""
+        watched = {
+            name: found
+            for name, found in activations_of(self._model, groups).items()
+            if name in self.scales and self.scales[name].start.numel() == 1
+        }
+        module = to_torch(self._model).to(trainer.world.device).requires_grad_(False)
+        module.expose(*(_source(node) for found in watched.values() for node in found))
+        sizes = parse_sizes(trainer.recipe.batch_size, parse_schedule("constant"), trainer.recipe.seed)
+        ranges: dict[str, Tensor] = {}
+        for number, (_, pieces) in enumerate(trainer.data.batches(sizes, 0, 1)):
+            if number == batches:
+                break
+            outputs = module({name: pieces[0].arrays[name] for name in module.input_names})
+            for name, found in watched.items():
+                ends = [torch.stack(outputs[_source(node)].aminmax()).float() for node in found]
+                new = torch.stack(ends)
+                now = torch.stack([new[:, 0].min(), new[:, 1].max()])
+                ranges[name] = _MOMENTUM * ranges[name] + (1 - _MOMENTUM) * now if name in ranges else now
+        for name, (low, high) in ranges.items():
+            self.scales[name].start.fill_(_covering(watched[name][0], float(low), float(high)))
+
+
+def _source(node: ir.Node) -> str:
+    value = node.inputs[0]
+    return (value.name if value is not None else None) or ""
+
+
+def _covering(quantizer: ir.Node, low: float, high: float) -> float:
+    """The scale with which integers reach from low to high, the zero point being as it is."""
+    value = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
+    dtype = quantizer.outputs[0].dtype or ir.DataType.UINT8
+    tensor = value.const_value if value is not None else None
+    zero = float(tensor.numpy().reshape(-1)[0]) if tensor is not None else 0.0
+    least, most = limits(dtype)
+    return max(
+        high / (most - zero) if most > zero else 0.0,
+        low / (least - zero) if least < zero else 0.0,
+        2.0**-100,
+    )
+
+
+def _adopt(module: GraphModule, model: ir.Model, floats: ir.Model) -> None:
+    """Let integer weights begin as those of the float model that give the same integers."""
+    known: dict[tuple[int, ...], list[Tensor]] = {}
+    for _, value in constants(floats):
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in FLOATS:
+            found = tensor_of(tensor.numpy(), tensor.dtype)
+            known.setdefault(tuple(found.shape), []).append(found)
+    held = module.tensors()
+    for name, value in constants(model):
+        one, tensor = reading(value), value.const_value
+        if one is None or tensor is None or name not in held or tensor.dtype == ir.DataType.INT32:
+            continue
+        stored = tensor_of(tensor.numpy(), tensor.dtype)
+        shares = [
+            (float((integers_of(each, tensor.dtype, one, one.scale()) == stored).float().mean()), each)
+            for each in known.get(tuple(stored.shape), ())
+        ]
+        share, best = max(shares, key=lambda pair: pair[0], default=(0.0, stored))
+        if share >= _ALIKE and held[name].is_floating_point():
+            held[name].copy_(best)
