@@ -56,11 +56,11 @@ def cnn(width: int) -> onnx.ModelProto:
     text = f"""agraph (float[n, 1, 8, 8] x) => (float[n, 10] logits) <
         float[{width}, 1, 3, 3] w1, float[{width}] b1, float[{2 * width}, {width}, 3, 3] w2,
         float[{2 * width}] b2, float[{2 * width}, {2 * width}, 3, 3] w3, float[{2 * width}] b3,
-        float[10, {2 * width}] w4, float[10] b4> {{
+        float[10, {32 * width}] w4, float[10] b4> {{
         c1 = Conv<pads=[1,1,1,1]>(x, w1, b1)  r1 = Relu(c1)
         c2 = Conv<pads=[1,1,1,1], strides=[2,2]>(r1, w2, b2)  r2 = Relu(c2)
         c3 = Conv<pads=[1,1,1,1]>(r2, w3, b3)  r3 = Relu(c3)
-        p = GlobalAveragePool(r3)  f = Flatten(p)  logits = Gemm<transB=1>(f, w4, b4)
+        f = Flatten(r3)  logits = Gemm<transB=1>(f, w4, b4)
     }}"""
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 17]> {text}')
     for value in model.graph.value_info:
@@ -71,12 +71,11 @@ def cnn(width: int) -> onnx.ModelProto:
 
 
 SCRATCH: dict[str, Any] = {
-    "epochs": 25,
+    "epochs": 15,
     "lr": 3e-3,
     "schedule": "cosine{end=0.01}",
     "warmup": 10,
     "init": ("w*=kaiming",),
-    "transforms": ("shift{by=1}",),
     "max_drop": "1",
 }
 """Training from nothing."""
@@ -151,7 +150,6 @@ def prune(options: argparse.Namespace) -> None:
         "epochs": 20,
         "lr": 3e-3,
         "schedule": "cosine{end=0.01}",
-        "transforms": ("shift{by=1}",),
     }
 
     def one(seed: int) -> dict[str, float]:
