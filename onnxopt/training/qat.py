@@ -109,7 +109,7 @@ def train_qat(
         chosen,
         start=start,
         hooks=hooks,
-        labelled=bool(chosen.labels),
+        share=1.0 if chosen.labels else 0.0,
         folder=folder,
         resume=resume,
         progress=progress,

@@ -117,6 +117,8 @@ def test_gradients_are_those_of_learned_step_sizes(name: str, by_channel: bool, 
     offset = torch.tensor(zero) if zeros else 0.0
     y = fake_quantize(at, by, offset, low, high)
     y.backward(torch.tensor(upstream))
+    assert at.grad is not None
+    assert by.grad is not None
     v, least, most = x / scale, low - zero, high - zero
     np.testing.assert_array_equal(y.detach(), np.rint(np.clip(v, least, most)) * scale)
     np.testing.assert_array_equal(at.grad, upstream * ((v > least) & (v < most)))
