@@ -77,7 +77,7 @@ class _Fake(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any, most: float) -> Tensor:
         steps = x / scale
-        found = steps.clamp(low, high).round_().mul_(scale)
+        found = steps.clamp(low, high).round_().add_(0.0).mul_(scale)  # integers know no -0
         bounds = [one for one in (low, high) if isinstance(one, Tensor)]
         ctx.save_for_backward(steps, scale, found, *bounds)
         ctx.limits = None if bounds else (low, high)
