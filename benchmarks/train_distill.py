@@ -29,7 +29,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 
 import onnxopt
 import onnxopt.training as training

@@ -53,7 +53,7 @@ def depthwise_cnn(seed: int, width: int = 16) -> onnx.ModelProto:
 
 def handwritten(seed: int, test: int = 600) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """scikit-learn's 1,797 digits to train on and to test on: ``x``, from 0 to 1, and ``label``."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     found = load_digits()
     x, label = (found.images[:, None] / 16).astype(np.float32), found.target.astype(np.int64)
