@@ -82,7 +82,7 @@ class PruningReport:
                 f"{self.zeros:.0%} of the weights are zero: for that alone no faster, as ONNX Runtime "
                 "multiplies by zeros, and no smaller but in a pack"
             )
-        if self.after.bytes < self.before.bytes:
+        if self.after.bytes < 0.99 * self.before.bytes:
             said.append(f"{self.after.bytes / self.before.bytes:.0%} of the bytes of tensors are left")
         if self.packed is not None:
             said.append(
