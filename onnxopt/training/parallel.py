@@ -84,6 +84,7 @@ def world(devices: str) -> Iterator[World]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # a process that leaves first can hang the others
     finally:
         if ours:
             dist.destroy_process_group()
