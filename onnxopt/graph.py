@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 __all__ = [
+    "FLOATS",
     "NONDETERMINISTIC",
     "constant_array",
     "constant_of",
@@ -41,6 +42,9 @@ __all__ = [
     "value_names",
     "walk",
 ]
+
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+"""The floating-point types that operators compute in; those of 8 bits and less are for storage."""
 
 _GRAPH, _GRAPHS = ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS
 _TENSOR, _TENSORS = ir.AttributeType.TENSOR, ir.AttributeType.TENSORS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,8 +14,9 @@ import onnxopt
 from onnxopt.data import Feeds, FeedSource, read_feeds, synthesize
 from onnxopt.errors import NoSamplesError
 from onnxopt.job import Job
+from onnxopt.model import ModelLike
 
-__all__ = ["record", "samples_for", "silent", "sizes_of", "versions"]
+__all__ = ["record", "samples_for", "silent", "sizes_of", "source_of", "versions"]
 
 
 def samples_for(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
@@ -32,6 +34,11 @@ def samples_for(job: Job, data: FeedSource | None) -> Sequence[Feeds]:
 def sizes_of(samples: Sequence[Feeds]) -> dict[str, tuple[int, ...]]:
     """Input shapes of the first sample."""
     return {name: np.shape(array) for name, array in samples[0].items()} if samples else {}
+
+
+def source_of(model: ModelLike) -> str:
+    """What a report calls the input: its path, or what kind of object it was."""
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})"
 
 
 def silent(_what: str, _share: float | None) -> None:

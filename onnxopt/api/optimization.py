@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from onnxopt.api.common import record, samples_for, silent, sizes_of, versions
+from onnxopt.api.common import record, samples_for, silent, sizes_of, source_of, versions
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.profits import Guard
 from onnxopt.benchmarking.settings import Setting, session_config
@@ -111,7 +111,7 @@ def optimize(
         record(rewritten, applied, fingerprint(model, job.original))
     sizes = {**(shapes or {}), **sizes_of(samples)}
     report = Report(
-        source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
+        source=source_of(model),
         target=where.name,
         passes=tuple(spelling(one) for one in pipeline.passes),
         seed=seed,

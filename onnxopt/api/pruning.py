@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.api.common import record, silent, sizes_of, versions
+from onnxopt.api.common import record, silent, sizes_of, source_of, versions
 from onnxopt.api.optimization import optimize
 from onnxopt.api.packing import packed_sizes
 from onnxopt.api.preparation import samples_of
@@ -152,7 +152,7 @@ def prune(
     if packed is None and not reason:
         job.notes.append("not packed to see its size: that takes onnxopt[pack], and no more than 256 MB")
     report = PruningReport(
-        source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
+        source=source_of(model),
         input_sha256=sha256,
         target=where.name,
         seed=seed,
@@ -191,11 +191,14 @@ class _Work:
 
     def noise(self, passes: Passes) -> float:
         """Of the outputs, over the signal, on a few samples."""
-        few = self.samples[:_FEW]
-        with open_session(self.dense) as session:
-            expected = [session.run(feeds) for feeds in few]
         with open_session(self._run(passes).model) as session:
-            return noise_between(expected, [session.run(feeds) for feeds in few])
+            found = [session.run(feeds) for feeds in self.samples[:_FEW]]
+        return noise_between(self._expected, found)
+
+    @functools.cached_property
+    def _expected(self) -> list[dict[str, Any]]:
+        with open_session(self.dense) as session:
+            return [session.run(feeds) for feeds in self.samples[:_FEW]]
 
     def timed(self, passes: Passes) -> Candidate:
         """Run passes on a copy, clean it up, judge it, and measure its time against the original's.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from onnxopt.api.candidates import find_candidate
 from onnxopt.api.checks import not_here, saturation_notes
-from onnxopt.api.common import record, silent, sizes_of, versions
+from onnxopt.api.common import record, silent, sizes_of, source_of, versions
 from onnxopt.api.preparation import prepare, prepared, require_use, samples_of, settings_for
 from onnxopt.api.proving import prove
 from onnxopt.api.work import Candidate, Proved, Work
@@ -201,9 +201,7 @@ def _report(
     after = measure_size(candidate.model if candidate.model is not None else job.original, sizes)
     kernels, notes = _as_run(work, candidate, proved, after.macs)
     return QuantizationReport(
-        source=os.fspath(job.model)
-        if isinstance(job.model, str | os.PathLike)
-        else f"({type(job.model).__name__})",
+        source=source_of(job.model),
         input_sha256=sha256,
         target=work.target.name,
         scheme=work.scheme.name,

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import detach, subgraphs_of, value_names, walk
+from onnxopt.graph import FLOATS, detach, subgraphs_of, value_names, walk
 from onnxopt.inference import refine
 from onnxopt.model import ModelLike, load, opener
 from onnxopt.runtimes import open_session
@@ -20,8 +20,6 @@ __all__ = ["Slices", "cut", "exposable"]
 
 Runner = Callable[[Feeds], Iterable[tuple[str, np.ndarray]]]
 
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
-
 
 def exposable(model: ModelLike) -> tuple[str, ...]:
     """The names of the tensors that can be calibrated, graph inputs first.
@@ -29,7 +27,7 @@ def exposable(model: ModelLike) -> tuple[str, ...]:
     Those are the float ones (64, 32, 16 bits) of the main graph that are no constants. What lies in the
     bodies of If, Loop and Scan and in functions has no value outside of them.
     """
-    return tuple(name for name, dtype in _tensors(load(model)).items() if dtype in _FLOATS)
+    return tuple(name for name, dtype in _tensors(load(model)).items() if dtype in FLOATS)
 
 
 def _tensors(model: ir.Model) -> dict[str, ir.DataType | None]:
@@ -108,9 +106,9 @@ class Slices:
         self._open: Callable[[], ir.Model] = opener(model)
         first = self._open()
         types = _tensors(first)
-        self.names = tuple(names if names is not None else (n for n, t in types.items() if t in _FLOATS))
+        self.names = tuple(names if names is not None else (n for n, t in types.items() if t in FLOATS))
         for name in self.names:
-            if types.get(name) not in _FLOATS:
+            if types.get(name) not in FLOATS:
                 raise UsageError(f"calibrate: tensor {name!r} {_why_not(name, types)}")
         given = {value.name for value in first.graph.inputs}
         self.inputs = tuple(name for name in self.names if name in given)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_of, subgraphs_of, walk
+from onnxopt.graph import FLOATS, constant_of, subgraphs_of, walk
 from onnxopt.inspection.costs import multiplies
 from onnxopt.inspection.sizes import Shapes, sized
 from onnxopt.model import clone
@@ -27,7 +27,6 @@ from onnxopt.scope import Names
 __all__ = ["Block", "Influence", "Sizes", "find_block", "require_flow"]
 
 _SIZES = frozenset({"Shape", "Size"})
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def find_block(
         others = [user for user in users if user not in members and user.op_type not in _SIZES]
         if value.is_graph_output() or others != [add] * (value is branch):
             raise Declined("a value of the branch is read elsewhere, too")
-    if add.outputs[0].dtype not in _FLOATS:
+    if add.outputs[0].dtype not in FLOATS:
         raise Declined("the type is not known to be a float")
     if not sizes.alike(kept, add.outputs[0]) and not sizes.alike(kept, branch):
         raise Declined("the shapes of the block's input and output are not known to be the same")

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, sizes_of
+from onnxopt.graph import FLOATS, constant_array, constant_of, has_reference, int_attr, sizes_of
 from onnxopt.index import operator_of
 from onnxopt.quantization.operands import MOVES, reads_codebook
 
-__all__ = ["FLOATS", "INTEGERS", "Levels", "Reader", "levels_of", "passes_on"]
+__all__ = ["INTEGERS", "Levels", "Reader", "levels_of", "passes_on"]
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _RETYPES = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
 _MS = "com.microsoft::"
 _SECOND: dict[int, tuple[int | None, int]] = {1: (None, 3)}

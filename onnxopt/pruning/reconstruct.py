@@ -16,9 +16,8 @@ import onnx_ir as ir
 from onnxopt.calibration.exposing import Slices
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
+from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
 from onnxopt.pruning.cut import new_constant, set_constant
-from onnxopt.pruning.levels import FLOATS
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 from onnxopt.scope import scopes

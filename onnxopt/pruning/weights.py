@@ -16,10 +16,19 @@ import onnx_ir as ir
 
 from onnxopt.boxes import Box
 from onnxopt.evaluation import CannotEvaluateError, evaluate
-from onnxopt.graph import constant_array, constant_of, has_reference, int_attr, nested, roots, sizes_of
+from onnxopt.graph import (
+    FLOATS,
+    constant_array,
+    constant_of,
+    has_reference,
+    int_attr,
+    nested,
+    roots,
+    sizes_of,
+)
 from onnxopt.index import operator_of
 from onnxopt.ledger import site_of
-from onnxopt.pruning.levels import FLOATS, INTEGERS, Levels, Reader, levels_of, passes_on
+from onnxopt.pruning.levels import INTEGERS, Levels, Reader, levels_of, passes_on
 from onnxopt.pruning.masks import Mask
 from onnxopt.quantization.operands import CODES, MOVES
 from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis

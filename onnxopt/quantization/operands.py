@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation import CannotEvaluateError, evaluate
-from onnxopt.graph import constant_of, has_reference, ints_attr
+from onnxopt.graph import FLOATS, constant_of, has_reference, ints_attr
 
 __all__ = ["CODES", "COMPUTED", "MOVES", "QUANTIZED", "Weight", "find_weight", "reads_codebook"]
 
@@ -22,7 +22,6 @@ MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Un
 _UNPACKS = frozenset({"Add", "Cast", "Div", "Mul", "Sub"})
 """Operators that turn a stored weight into the one that is meant."""
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 CODES = "_codes"
 """What the name of a weight ends in that is stored as places in a codebook."""
 
@@ -91,7 +90,7 @@ def find_weight(value: ir.Value) -> Weight:
         source = node.inputs[0]
     weight = Weight(value, source, tuple(moves))
     reason = _why_not(source, _DEPTH)
-    if not reason and weight.dtype not in _FLOATS:
+    if not reason and weight.dtype not in FLOATS:
         reason = f"is of type {weight.dtype.name}"
     return replace(weight, reason=reason)
 
@@ -102,7 +101,7 @@ def reads_codebook(gather: ir.Node | None) -> bool:
         return False
     numbers, index = gather.inputs
     book, cast = constant_of(numbers), index.producer() if index is not None else None
-    if book is None or len(book.shape) != 1 or book.dtype not in _FLOATS:
+    if book is None or len(book.shape) != 1 or book.dtype not in FLOATS:
         return False
     if cast is None or cast.domain or cast.op_type != "Cast":
         return False

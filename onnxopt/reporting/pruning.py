@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from onnxopt.claims import spelling
-from onnxopt.reporting.report import Size, session_of
+from onnxopt.reporting.report import Size, WithSettings
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
@@ -22,7 +22,7 @@ PRUNE_SCHEMA = "onnxopt.prune/1"
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(WithSettings):
     """What `prune` did.
 
     source: path or kind of the input. input_sha256: of its content. samples: how many passes were fitted to,
@@ -56,11 +56,6 @@ class PruningReport:
     def ok(self) -> bool:
         """Whether the result is a pruned model."""
         return not self.reason
-
-    @property
-    def session(self) -> dict[str, Any]:
-        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
-        return session_of(self.settings, self.target, self.versions)
 
     @property
     def zeros(self) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from onnxopt.quantization.fusion import is_integer
 from onnxopt.quantization.planfile import PLAN_SCHEMA, range_of
 from onnxopt.quantization.sensitivity import Source
-from onnxopt.reporting.report import Size, session_of
+from onnxopt.reporting.report import Size, WithSettings
 
 if TYPE_CHECKING:
     from onnxopt.benchmarking import Timing
@@ -43,7 +43,7 @@ class UnitLine:
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
+class QuantizationReport(WithSettings):
     """What `quantize` did.
 
     source: path or kind of the input. input_sha256: of its content. samples: how many to calibrate on, and
@@ -84,11 +84,6 @@ class QuantizationReport:
     def ok(self) -> bool:
         """Whether the result is a quantized model."""
         return not self.reason
-
-    @property
-    def session(self) -> dict[str, Any]:
-        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
-        return session_of(self.settings, self.target, self.versions)
 
     @property
     def integer_kernels(self) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxopt.pipeline import LeftOut, Step
     from onnxopt.verification import Verdict
 
-__all__ = ["SCHEMA", "SESSION_SCHEMA", "Report", "Size", "measure_size", "session_file", "session_of"]
+__all__ = ["SCHEMA", "SESSION_SCHEMA", "Report", "Size", "WithSettings", "measure_size", "session_file"]
 
 SCHEMA = "onnxopt.optimize/1"
 """Name and version of the layout of `Report.to_dict`; a change that breaks readers raises the version."""
@@ -33,15 +33,23 @@ def session_file(model: str | os.PathLike[str]) -> Path:
     return Path(model).with_suffix(".session.json")
 
 
-def session_of(settings: Sequence[Setting], target: str, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of sessions, why, and what they are for, in types that JSON has."""
-    return {
-        "schema": SESSION_SCHEMA,
-        "session_config": session_config(settings),
-        "why": [one.summary for one in settings],
-        "target": target,
-        "versions": dict(versions),
-    }
+class WithSettings:
+    """A report on a model that may want settings for its sessions."""
+
+    settings: tuple[Setting, ...]
+    target: str
+    versions: Mapping[str, str]
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
+        return {
+            "schema": SESSION_SCHEMA,
+            "session_config": session_config(self.settings),
+            "why": [one.summary for one in self.settings],
+            "target": self.target,
+            "versions": dict(self.versions),
+        }
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def measure_size(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = N
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(WithSettings):
     """What `optimize` did.
 
     source: path or kind of the input. passes: as a recipe spells them. steps: one for each pass.
@@ -94,11 +102,6 @@ class Report:
     timing: Timing | None
     notes: tuple[str, ...]
     seconds: float
-
-    @property
-    def session(self) -> dict[str, Any]:
-        """What users of the result set in its sessions, and why; laid out as docs/report.md says."""
-        return session_of(self.settings, self.target, self.versions)
 
     @property
     def clean(self) -> bool:

@@ -8,7 +8,16 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import NONDETERMINISTIC, constant_of, ints_attr, sizes_of, sole_user, subgraphs_of, walk
+from onnxopt.graph import (
+    FLOATS,
+    NONDETERMINISTIC,
+    constant_of,
+    ints_attr,
+    sizes_of,
+    sole_user,
+    subgraphs_of,
+    walk,
+)
 from onnxopt.index import operator_of
 from onnxopt.inference import refine
 from onnxopt.passes.shared.quantized import QUANTIZED
@@ -19,7 +28,7 @@ from onnxopt.training.graph import Body, Plan, Step
 from onnxopt.training.quantized import add_quantized
 from onnxopt.training.registry import Context, Operator
 from onnxopt.training.state import State, is_statistic
-from onnxopt.training.values import FLOATS, HOST_LIMIT, Host, host_of, tensor_of
+from onnxopt.training.values import HOST_LIMIT, Host, host_of, tensor_of
 
 __all__ = ["Builder", "label", "operator_for", "unknown_nodes"]
 

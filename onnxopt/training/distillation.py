@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import UsageError
+from onnxopt.graph import FLOATS
 from onnxopt.job import Progress
 from onnxopt.metric import Metric, Run, Split
 from onnxopt.model import ModelLike, load, reusable
@@ -36,7 +37,6 @@ from onnxopt.training.recipe import read_recipe
 from onnxopt.training.scoring import INVERSES, final_activations, outputs_of
 from onnxopt.training.teachers import Teacher, looks_random, paired, pairs
 from onnxopt.training.transforms import Normalize, parse_transforms
-from onnxopt.training.values import FLOATS
 from onnxopt.training.work import train
 
 __all__ = ["Distiller", "distill"]

@@ -20,7 +20,7 @@ from onnxopt.api.preparation import prepare, require_opset, settings_for
 from onnxopt.calibration import split
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import nodes
+from onnxopt.graph import FLOATS, nodes
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, opener, reusable
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
@@ -39,7 +39,6 @@ from onnxopt.training.losses import Objective, parse_loss
 from onnxopt.training.module import GraphModule, to_torch
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import QatRecipe, read_recipe
-from onnxopt.training.values import FLOATS
 from onnxopt.training.work import datasets_of, train
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onnxopt.errors import UsageError
+from onnxopt.graph import FLOATS
 from onnxopt.training.hooks import Hook
 from onnxopt.training.module import GraphModule, to_torch
 from onnxopt.training.ops.quantize import limits
@@ -19,7 +20,7 @@ from onnxopt.training.scales import LogScale, activations_of, learn_scales, scal
 from onnxopt.training.schedules import parse_schedule
 from onnxopt.training.sizes import parse_sizes
 from onnxopt.training.state import constants
-from onnxopt.training.values import FLOATS, tensor_of
+from onnxopt.training.values import tensor_of
 
 if TYPE_CHECKING:
     from onnxopt.training.loop import Trainer

@@ -13,11 +13,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from onnxopt.graph import constant_array, constant_of, graphs, walk
+from onnxopt.graph import FLOATS, constant_array, constant_of, graphs, walk
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training.quantized import reading
-from onnxopt.training.values import FLOATS
 
 __all__ = ["Options", "Site", "State", "Tying", "collect", "constants", "is_constant_node", "nodes_of"]
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 __all__ = [
     "CARRIERS",
-    "FLOATS",
     "HOST_LIMIT",
     "NATIVE",
     "Host",
@@ -66,7 +65,6 @@ _CARRIED = {
 CARRIERS = {**NATIVE, **_CARRIED}
 """The torch type that holds a type's values inside the graph."""
 
-FLOATS = frozenset({_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.BFLOAT16})
 HOST_LIMIT = 1024
 """Elements of the largest value that is kept on the host."""
 

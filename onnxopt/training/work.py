@@ -17,9 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from onnxopt.api.common import record, silent, versions
+from onnxopt.api.common import record, silent, source_of, versions
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import ModelError, UsageError
+from onnxopt.graph import FLOATS
 from onnxopt.job import Progress
 from onnxopt.metric import parse_drop
 from onnxopt.model import ModelLike, fingerprint, load, reusable
@@ -38,7 +39,6 @@ from onnxopt.training.recipe import Recipe
 from onnxopt.training.scoring import FileJudge, final_activations, find_metric, score
 from onnxopt.training.sources import open_source
 from onnxopt.training.transforms import parse_transforms
-from onnxopt.training.values import FLOATS
 from onnxopt.training.writing import write_back
 
 __all__ = ["datasets_of", "train"]
@@ -149,7 +149,7 @@ def train(
         parameters = list(module.parameters())
         report = TrainingReport(
             command=command,
-            source=os.fspath(model) if isinstance(model, str | os.PathLike) else f"({type(model).__name__})",
+            source=source_of(model),
             input_sha256=sha256,
             recipe=recipe.to_dict(),
             seed=recipe.seed,

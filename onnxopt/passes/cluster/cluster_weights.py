@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -24,12 +23,12 @@ from onnxopt.claims import Kind, Pass
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, nbytes, sizes_of
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.stored import Stored, operand
+from onnxopt.passes.shared.stored import Stored, operand, weight_rules
 from onnxopt.pruning.codebooks import codebook_of
 from onnxopt.pruning.levels import INTEGERS
 from onnxopt.pruning.weights import convolves_alone
 from onnxopt.quantization.operands import CODES, QUANTIZED, find_weight, reads_codebook
-from onnxopt.quantization.weights import OPERANDS, weight_axis
+from onnxopt.quantization.weights import weight_axis
 from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
@@ -80,16 +79,8 @@ class ClusterWeights(Pass):
             raise UsageError(f"{self.name}: {shared} numbers; codes of a byte tell {_MOST} apart")
 
     def rules(self) -> Sequence[Rule]:
-        by_position: dict[int, list[str]] = {}
-        for operator, positions in OPERANDS.items():
-            if not self.layers or operator in self.layers:
-                for position in positions:
-                    by_position.setdefault(position, []).append(operator)
         return (
-            *(
-                Rule(f"weight in input {position}", tuple(operators), partial(self._clustered, position))
-                for position, operators in sorted(by_position.items())
-            ),
+            *weight_rules(self.layers, self._clustered),
             Rule("weight of integers", tuple(INTEGERS), _quantized),
         )
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxopt.claims import Pass
-from onnxopt.graph import has_reference
-from onnxopt.passes.shared.layer import FLOATS
+from onnxopt.graph import FLOATS, has_reference
 from onnxopt.pattern import Patterns
 from onnxopt.rewrite import Edit, Rule
 from onnxopt.scope import Scope

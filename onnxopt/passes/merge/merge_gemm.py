@@ -24,9 +24,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
-from onnxopt.graph import constant_array, constant_of
+from onnxopt.graph import FLOATS, constant_array, constant_of
 from onnxopt.passes.shared.gemm import Product, gemm, product_of, sum_as_gemm, untransposed
-from onnxopt.passes.shared.layer import FLOATS, require_sole_reader
+from onnxopt.passes.shared.layer import require_sole_reader
 from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 

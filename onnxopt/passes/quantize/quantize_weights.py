@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -37,10 +36,10 @@ from onnxopt.graph import constant_of, float_attr, int_attr, sizes_of
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.dequantized import gathered, turned
 from onnxopt.passes.shared.nbits import BLOCKS, packed
-from onnxopt.passes.shared.stored import Stored, elements, operand
+from onnxopt.passes.shared.stored import Stored, elements, operand, weight_rules
 from onnxopt.quantization.formats import Format, QuantParams, find_format
 from onnxopt.quantization.operands import Weight
-from onnxopt.quantization.weights import OPERANDS, block_axis, quantize_weight, ternarize, weight_axis
+from onnxopt.quantization.weights import block_axis, quantize_weight, ternarize, weight_axis
 from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
 from onnxopt.scope import Scope
 
@@ -102,16 +101,8 @@ class QuantizeWeights(Pass):
             raise UsageError(f"{self.name}: {self.levels} levels are for signed integers, not {self.type}")
 
     def rules(self) -> Sequence[Rule]:
-        by_position: dict[int, list[str]] = {}
-        for operator, positions in OPERANDS.items():
-            if not self.layers or operator in self.layers:
-                for position in positions:
-                    by_position.setdefault(position, []).append(operator)
         return (
-            *(
-                Rule(f"weight in input {position}", tuple(operators), partial(self._quantized, position))
-                for position, operators in sorted(by_position.items())
-            ),
+            *weight_rules(self.layers, self._quantized),
             Rule("rows taken before they are dequantized", ("Gather",), gathered),
             *(() if self.even else (Rule("product of a transposed weight", ("Gemm",), turned),)),
         )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxopt.graph import float_attr, has_reference, int_attr, ints_attr
-from onnxopt.passes.shared.layer import FLOATS, require_sole_reader
+from onnxopt.graph import FLOATS, float_attr, has_reference, int_attr, ints_attr
+from onnxopt.passes.shared.layer import require_sole_reader
 from onnxopt.rewrite import AttributeValue, Declined, Edit
 from onnxopt.scope import Scope
 

@@ -13,12 +13,20 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, float_attr, has_reference, int_attr, sizes_of, sole_user, use_count
+from onnxopt.graph import (
+    FLOATS,
+    constant_of,
+    float_attr,
+    has_reference,
+    int_attr,
+    sizes_of,
+    sole_user,
+    use_count,
+)
 from onnxopt.passes.shared.weight import Weight, rounded
 from onnxopt.rewrite import Declined, Edit
 
 __all__ = [
-    "FLOATS",
     "LAYERS",
     "Layer",
     "along",
@@ -29,7 +37,6 @@ __all__ = [
 ]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 def is_stored(value: ir.Value | None) -> bool:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import has_reference, int_attr, sole_user
+from onnxopt.graph import FLOATS, has_reference, int_attr, sole_user
 from onnxopt.passes.shared.affine import Place, outputs_scaled
 from onnxopt.passes.shared.axes import across, joined_axis, passed, require_passage, sections_of
 from onnxopt.passes.shared.chain import normalised, rank_of
-from onnxopt.passes.shared.layer import FLOATS, Layer, constant, is_stored, layer_of
+from onnxopt.passes.shared.layer import Layer, constant, is_stored, layer_of
 from onnxopt.passes.shared.weight import rounded
 from onnxopt.rewrite import Declined, Edit
 from onnxopt.scope import Scope

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation import CannotEvaluateError
-from onnxopt.graph import has_reference, use_count
+from onnxopt.graph import FLOATS, has_reference, use_count
 from onnxopt.index import operator_of
-from onnxopt.passes.shared.layer import FLOATS
 from onnxopt.quantization.operands import COMPUTED, MOVES, QUANTIZED, Weight, find_weight
 from onnxopt.quantization.weights import OPERANDS
-from onnxopt.rewrite import Declined
+from onnxopt.rewrite import Declined, Edit, Rule
 from onnxopt.scope import Scope
 
-__all__ = ["Stored", "elements", "operand"]
+__all__ = ["Stored", "elements", "operand", "weight_rules"]
+
+
+def weight_rules(
+    layers: Sequence[str], rewrite: Callable[[int, ir.Node, Scope], Edit | None]
+) -> tuple[Rule, ...]:
+    """A rule for each position that a weight can stand in, of these operators; of all where there are none.
+
+    rewrite: from the position, the node and where it is to the change.
+    """
+    by_position: dict[int, list[str]] = {}
+    for operator, positions in OPERANDS.items():
+        if not layers or operator in layers:
+            for position in positions:
+                by_position.setdefault(position, []).append(operator)
+    return tuple(
+        Rule(f"weight in input {position}", tuple(operators), partial(rewrite, position))
+        for position, operators in sorted(by_position.items())
+    )
 
 
 def operand(node: ir.Node, position: int) -> Weight | None:
