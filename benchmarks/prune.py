@@ -3,12 +3,14 @@
     python benchmarks/prune.py --models MODELS --evals EVALS --results RESULTS [--only ...]
 
 EVALS holds a score.py whose `load(NAME)` gives `calib` (complete feeds), `run(session)`, `score(outputs)` and
-`metric`. Passes are fitted to `calib`, the score is on the test items; nothing is trained. Two tables:
+`metric`. Passes are fitted to `calib`, the score is on the test items; nothing is trained. Tables:
 
 - channels: half the multiply-adds, 0.65 of the time, 30 % of the channels, by plain scores of weights and
   with samples;
 - weights: 80 % and 90 % zeros, and 90 % with 5 bits a weight; packed bytes are those of `onnxopt pack`, for
-  all tools, over the bytes of the float32 file.
+  all tools, over the bytes of the float32 file;
+- ranks: products and convolutions of lower rank;
+- packs: every model as it is, and a fully connected net behind the passes of weights; all come back the same.
 
 CPU time is that of a run on one thread, as a ratio to the original at the runtime's default level, paired;
 A/A is the original to itself.
@@ -17,6 +19,7 @@ A/A is the original to itself.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
+import zstandard
+from onnx import helper, numpy_helper
 
 import onnxopt
 from benchmarks.peers import ENVIRONMENTS, ORT, Peer, run
@@ -81,6 +87,12 @@ WEIGHTS = {
     ),
     "onnxsim 90 %": onnxsim("apply_magnitude_pruning(model, sparsity=0.9, global_sparsity=True)"),
 }
+RANKS = {
+    "onnxopt energy=0.999, samples": ours("factorize-weights{energy=0.999}", data=True),
+    "onnxopt energy=0.99, samples": ours("factorize-weights{energy=0.99}", data=True),
+    "onnxopt energy=0.95": ours("factorize-weights{energy=0.95}", data=False),
+}
+OF_RANKS = ("silero_vad_sequence", "super_resolution")
 OF_CHANNELS = ("cifar10_resnet8_bn", "efficientnet_lite0_bn", "kws_dscnn_bn", "ppocr_cls")
 OF_WEIGHTS = ("cifar10_resnet8_bn", "dtln_1", "efficientnet_lite0_bn", "kws_dscnn_bn", "ppocrv4_rec")
 
@@ -145,6 +157,49 @@ def show(title: str, names: tuple[str, ...], tools: Mapping[str, Peer], args: ar
             row(bench.line(tool, peer))
 
 
+def fully_connected() -> onnx.ModelProto:
+    """784-2048-2048-10, weights of Student's t with 5 degrees of freedom."""
+    random, sizes = np.random.default_rng(0), (784, 2048, 2048, 10)
+    nodes, weights = [], []
+    for layer, (wide, narrow) in enumerate(itertools.pairwise(sizes)):
+        array = random.standard_t(5, (wide, narrow)) / np.sqrt(wide)
+        weights.append(numpy_helper.from_array(array.astype(np.float32), f"w{layer}"))
+        nodes.append(helper.make_node("MatMul", [f"x{layer}", f"w{layer}"], [f"y{layer}"]))
+        nodes.append(helper.make_node("Relu", [f"y{layer}"], [f"x{layer + 1}"]))
+    ends = [helper.make_tensor_value_info(name, 1, ["N", n]) for name, n in (("x0", 784), ("x3", 10))]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def show_packs(args: argparse.Namespace) -> None:
+    """The models as they are, and the fully connected net behind the passes of weights."""
+    made = args.results / "fully_connected.onnx"
+    onnx.save(fully_connected(), made)
+    files = {path.name: path for path in sorted(args.models.glob("*.onnx"))}
+    for passes in (
+        "prune-weights{sparsity=0.8}",
+        "prune-weights{sparsity=0.9}",
+        "prune-weights{sparsity=0.9},cluster-weights{bits=5}",
+    ):
+        path = args.results / f"fully_connected-{len(files)}.onnx"
+        onnxopt.prune(made, passes, bench=False).save(path)
+        files[f"fully connected, {passes}"] = path
+    print("\n### packs\n")
+    table(("model", "bytes", "zstd -19", "pack", "of float32"))
+    total = np.zeros(3, int)
+    for name, path in files.items():
+        packed, back = args.results / "pack", args.results / "back.onnx"
+        onnxopt.pack(path, packed)
+        onnxopt.unpack(packed, back)
+        assert back.read_bytes() == path.read_bytes()
+        plain = len(zstandard.ZstdCompressor(19).compress(path.read_bytes()))
+        sizes = np.array((path.stat().st_size, plain, packed.stat().st_size))
+        dense = made if name.startswith("fully") else path
+        total += sizes if dense is path else 0
+        row([name, *map(str, sizes), f"{sizes[2] / dense.stat().st_size:.4f}"])
+    row(["all models", *map(str, total), f"{total[2] / total[0]:.4f}"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,6 +216,8 @@ def main() -> int:
     ort.set_default_logger_severity(3)
     show("channels", OF_CHANNELS, CHANNELS, args)
     show("weights", OF_WEIGHTS, WEIGHTS, args)
+    show("ranks", OF_RANKS, RANKS, args)
+    show_packs(args)
     return 0
 
 
