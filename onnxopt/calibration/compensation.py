@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["change_summands", "square_error"]
+__all__ = ["change_summands", "damped", "square_error"]
 
 _DAMPING = 0.01
 _TINY = float(np.finfo(np.float32).tiny)
@@ -31,9 +31,7 @@ def change_summands(rows: np.ndarray, moments: np.ndarray, ends: Sequence[int], 
             and the diagonal of U, [groups, summands], to the new summand, [groups, rows].
     """
     left, found = rows.copy(), np.empty_like(rows)
-    damping = _DAMPING * np.diagonal(moments, axis1=1, axis2=2).mean(1) + _TINY
-    damped = moments + damping[:, None, None] * np.eye(rows.shape[2])
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).swapaxes(1, 2)
+    factor = np.linalg.cholesky(np.linalg.inv(damped(moments, _DAMPING))).swapaxes(1, 2)
     diagonal = np.diagonal(factor, axis1=1, axis2=2)
     for start, stop in zip((0, *ends), ends, strict=False):
         errors = np.empty_like(left[..., start:stop])
@@ -44,6 +42,12 @@ def change_summands(rows: np.ndarray, moments: np.ndarray, ends: Sequence[int], 
             errors[..., i - start] = error
         left[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return found
+
+
+def damped(moments: np.ndarray, damping: float) -> np.ndarray:
+    """The moments with this share of their mean added to all on the diagonal: what samples lack may come."""
+    more = damping * np.diagonal(moments, axis1=1, axis2=2).mean(1) + _TINY
+    return np.asarray(moments + more[:, None, None] * np.eye(moments.shape[2]))
 
 
 def square_error(error: np.ndarray, moments: np.ndarray) -> np.ndarray:

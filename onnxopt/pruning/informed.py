@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.calibration.moments import MOST_SUMMANDS, Layer, layers_with_moments
+from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
 from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import int_attr
+from onnxopt.graph import constant_of, int_attr
 from onnxopt.pruning.levels import Reader
 from onnxopt.pruning.oneshot import prune_rows
 from onnxopt.pruning.saliency import Score
+from onnxopt.pruning.successive import in_turn
 from onnxopt.pruning.weights import StoredWeight
 
-__all__ = ["by_input_norm", "made_up_for", "why_unseen"]
+__all__ = ["by_input_norm", "make_up_for", "why_unseen"]
 
 
 def why_unseen(model: ir.Model, weight: StoredWeight, *, whole: bool) -> str:
@@ -37,7 +38,9 @@ def why_unseen(model: ir.Model, weight: StoredWeight, *, whole: bool) -> str:
 
 def _is_seen(model: ir.Model, reader: Reader) -> bool:
     node, position, between = reader
-    inside = node.graph is model.graph and position == 1 and not between
+    source = node.inputs[0]
+    fed = source is not None and constant_of(source) is None and not source.is_initializer()
+    inside = fed and node.graph is model.graph and position == 1 and not between
     return inside and has_rows(node) and not int_attr(node, "transA", 0)
 
 
@@ -59,31 +62,23 @@ def by_input_norm(model: ir.Model, weights: Sequence[StoredWeight], samples: Seq
     return score
 
 
-def made_up_for(
+def make_up_for(
     model: ir.Model,
     chosen: Mapping[StoredWeight, np.ndarray],
     samples: Sequence[Feeds],
     pattern: tuple[int, int] | None,
-) -> Iterator[tuple[StoredWeight, np.ndarray]]:
-    """Each weight in its own type with as many zeros as were chosen, and the rest making up for them.
+) -> None:
+    """Give each weight as many zeros as were chosen, the rest making up for them, layer after layer.
 
     chosen: bool, the elements that go by magnitude.
     """
     by_node = {one.readers[0].node: one for one in chosen}
-    for layer in layers_with_moments(model, list(by_node), samples):
-        weight = by_node[layer.node]
-        stretches = None if pattern is None else _stretches(layer.weight.shape[2], layer.shape, pattern[1])
-        gone = weight_rows(layer.node, chosen[weight])
-        rows = prune_rows(layer.weight, _shrunk(layer), gone, stretches, pattern[0] if pattern else 0)
-        yield weight, from_rows(layer.node, rows, layer.shape).astype(weight.stored().dtype)
-
-
-def _shrunk(layer: Layer) -> np.ndarray:
-    """The second moments, the nearer to their diagonals the fewer positions they are of."""
-    summands = layer.moments.shape[2]
-    unsure = summands / (summands + int(layer.positions))
-    own = layer.moments * np.eye(summands)
-    return np.asarray((1 - unsure) * layer.moments + unsure * own)
+    for turn in in_turn(model, list(by_node), samples):
+        weight = by_node[turn.node]
+        places = None if pattern is None else _stretches(turn.rows.shape[2], weight.shape, pattern[1])
+        gone = weight_rows(turn.node, chosen[weight])
+        target = np.where(turn.rows == 0, 0, turn.target)
+        turn.store(prune_rows(target, turn.moments, gone, places, pattern[0] if pattern else 0))
 
 
 def _stretches(summands: int, shape: tuple[int, ...], length: int) -> np.ndarray:

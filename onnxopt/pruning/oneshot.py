@@ -3,7 +3,9 @@
 Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,
 after Hassibi and Stork, "Optimal Brain Surgeon", 1993: element j of a row costs w_j^2 / [H^-1]_jj, where H is
 the second moment of what the row is multiplied with; summands are decided on one after the other, in blocks,
-and those behind take up the error.
+and those behind take up the error. As in Boza, "Fast and Effective Weight Update for Pruned Large Language
+Models", 2024, what is kept is then solved for once more, now that it is known: here by conjugate gradients,
+of all rows at once.
 """
 
 from __future__ import annotations
@@ -18,10 +20,16 @@ __all__ = ["prune_rows"]
 
 _BLOCK = 128
 """Summands among which the elements that go are chosen together."""
+_TURNS = 30
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 def prune_rows(
-    rows: np.ndarray, moments: np.ndarray, gone: np.ndarray, stretches: np.ndarray | None, kept: int
+    rows: np.ndarray,
+    moments: np.ndarray,
+    gone: np.ndarray,
+    stretches: np.ndarray | None = None,
+    kept: int = 0,
 ) -> np.ndarray:
     """The rows with as many zeros as `gone` has, and the rest changed so that nearly the same sums come out.
 
@@ -42,9 +50,26 @@ def prune_rows(
         moved = _in_stretches(rows[..., order], moments[:, order[:, None], order], ends, kept)
         found = np.empty_like(rows)
         found[..., order] = moved
+    found = _refitted(rows, moments, found)
     plain = np.where(gone, 0, rows)
     better = square_error(found - rows, moments).sum() < square_error(plain - rows, moments).sum()
     return found if better else plain
+
+
+def _refitted(rows: np.ndarray, moments: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """What is found, its elements that are not zero changed so that the sums are as near as they can be."""
+    kept = found != 0
+    scale = np.maximum(np.diagonal(moments, axis1=1, axis2=2)[:, None], _TINY)
+    left = ((rows - found) @ moments) * kept
+    step = left / scale
+    size = (left * step).sum(-1, keepdims=True)
+    for _ in range(_TURNS):
+        bent = (step @ moments) * kept
+        length = size / np.maximum((step * bent).sum(-1, keepdims=True), _TINY)
+        found, left = found + length * step, left - length * bent
+        before, size = size, (left * left / scale).sum(-1, keepdims=True)
+        step = left / scale + size / np.maximum(before, _TINY) * step
+    return found
 
 
 def _unstructured(rows: np.ndarray, moments: np.ndarray, count: int) -> np.ndarray:

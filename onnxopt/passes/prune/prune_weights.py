@@ -29,7 +29,7 @@ from onnxopt.errors import UsageError
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.pruning.choice import Choice, require_fit
 from onnxopt.pruning.ends import first_layers, last_layers
-from onnxopt.pruning.informed import by_input_norm, made_up_for, why_unseen
+from onnxopt.pruning.informed import by_input_norm, make_up_for, why_unseen
 from onnxopt.pruning.masks import Mask
 from onnxopt.pruning.saliency import Score, lamp, magnitude, noise
 from onnxopt.pruning.weights import StoredWeight, find_weights
@@ -125,10 +125,25 @@ class PruneWeights(Pass):
                 ledger.decline(_rule(one), one.site, f"the weight {reason}")
             else:
                 weights.append(one)
+        if self._looks and self.score == "obs":
+            self._make_up(model, weights, ledger)
+            return
         for one, pruned in self._pruned(model, weights):
             if ledger.claim(_rule(one), one.site):
                 one.write(pruned)
                 ledger.touch(reader.node for reader in one.readers)
+
+    def _make_up(self, model: ir.Model, weights: Sequence[StoredWeight], ledger: Ledger) -> None:
+        """Of each weight as much goes as by magnitude, and the rest makes up for it."""
+        assert self.samples is not None  # `apply` asks for them
+        chosen = {
+            one: gone
+            for one, gone in self._choice.gone(weights, magnitude)
+            if _costs(one, gone) and ledger.claim(_rule(one), one.site)
+        }
+        if chosen:
+            make_up_for(model, chosen, self.samples, self._pattern)
+            ledger.touch(reader.node for one in chosen for reader in one.readers)
 
     def parts(self, model: ir.Model) -> Mapping[str, PruneWeights]:
         """Name of a weight -> a pass that prunes it alone; none where layers are not compared."""
@@ -200,10 +215,12 @@ class PruneWeights(Pass):
         self, model: ir.Model, weights: Sequence[StoredWeight]
     ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
         """The weights of which elements go that are not zero yet, and their new tensors."""
-        if self._looks:
-            return self._informed(model, weights)
         if self.masks is None:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
+            if self._looks:
+                assert self.samples is not None  # `apply` asks for them
+                left = any(_costs(one, gone) for one, gone in self._choice.gone(weights, magnitude))
+                scores["wanda"] = by_input_norm(model, weights, self.samples) if left else magnitude
             score, importance = self.saliency or scores[self.score], self.importance or {}
 
             def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
@@ -212,19 +229,6 @@ class PruneWeights(Pass):
             return _zeroed(self._choice.gone(weights, weighted if importance else score))
         masks = self.masks
         return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
-
-    def _informed(
-        self, model: ir.Model, weights: Sequence[StoredWeight]
-    ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
-        """With the samples; these run only where anything is left to prune, by magnitude to begin with."""
-        plain = ((one, gone) for one, gone in self._choice.gone(weights, magnitude) if _costs(one, gone))
-        assert self.samples is not None  # `apply` asks for them
-        if self.score == "obs":
-            for one, array in tuple(made_up_for(model, dict(plain), self.samples, self._pattern)):
-                yield one, ir.Tensor(array, dtype=one.tensor.dtype, name=one.tensor.name)
-        elif any(plain):
-            score = by_input_norm(model, weights, self.samples)
-            yield from _zeroed(self._choice.gone(weights, score))
 
 
 def _zeroed(
