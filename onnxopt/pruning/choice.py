@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.evaluation import CannotEvaluateError
-from onnxopt.pruning.saliency import Cut, Score, keys_of, least_of_lines
+from onnxopt.pruning.saliency import Cut, Score, Scored, least_of_lines
 from onnxopt.pruning.weights import StoredWeight
 
 __all__ = ["Choice", "require_fit"]
@@ -29,6 +30,7 @@ class Choice:
     exact: so many to the element, the first ones of equal scores; else those below the score where the share
         ends. threshold: instead, of a smaller magnitude.
     pattern: (N, M): instead, all but N of each M input channels, wherever `scope` says.
+    importance: name of a weight -> what its scores are multiplied with; 1 where it is not named.
     """
 
     share: float = 0.5
@@ -36,6 +38,7 @@ class Choice:
     threshold: float | None = None
     pattern: tuple[int, int] | None = None
     scope: Literal["layer", "global", "row"] = "layer"
+    importance: Mapping[str, float] = field(default_factory=dict)
 
     def gone(
         self, weights: Sequence[StoredWeight], score: Score
@@ -43,7 +46,8 @@ class Choice:
         """Each weight with a bool array of its shape, True where an element goes."""
         if self.threshold is not None:
             for one in weights:
-                yield one, np.abs(one.numbers(one.stored())) < self.threshold
+                parts = (np.abs(one.numbers(part)) < self.threshold for part in one.parts())
+                yield one, np.concatenate([part.reshape(-1) for part in parts]).reshape(one.shape)
         elif self.pattern is not None or self.scope == "row":
             for one in weights:
                 yield one, self._in_lines(one, score)
@@ -77,18 +81,25 @@ class Choice:
     ) -> Iterator[tuple[StoredWeight, np.ndarray]]:
         """The least of all these weights together."""
 
-        def scored(one: StoredWeight) -> np.ndarray:
-            return keys_of(one, score)
-
         total = sum(one.size for one in weights)
-        keys = functools.cache(scored) if total <= _HELD or len(weights) == 1 else scored
-        cut = Cut.at(lambda: map(keys, weights), round(self.share * total) + (not self.exact))
+        scored = [self._scored(one, score) for one in weights]
+        keys: Callable[[Scored], Iterable[np.ndarray]] = Scored.ranks
+        if not all(one.apart for one in scored) and (total <= _HELD or len(weights) == 1):
+            keys = functools.cache(lambda one: tuple(one.ranks()))
+        count = round(self.share * total) + (not self.exact)
+        cut = Cut.at(lambda: itertools.chain.from_iterable(map(keys, scored)), count)
         if not self.exact:
             cut.ties = 0
-        return ((one, cut.take(keys(one))) for one in weights)
+        for one in scored:
+            gone = np.concatenate([cut.take(part).reshape(-1) for part in keys(one)])
+            yield one.weight, gone.reshape(one.weight.shape)
+
+    def _scored(self, weight: StoredWeight, score: Score) -> Scored:
+        return Scored.of(weight, score, self.importance.get(weight.name, 1.0))
 
     def _in_lines(self, weight: StoredWeight, score: Score) -> np.ndarray:
-        keys = keys_of(weight, score)
+        keys = np.concatenate([part.reshape(-1) for part in self._scored(weight, score).ranks()])
+        keys = keys.reshape(weight.shape)
         if self.pattern is None:
             lines = weight.lines("summands")
             return least_of_lines(keys, lines, round(self.share * lines.shape[1]))

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from onnxopt.errors import UsageError
 from onnxopt.pruning.weights import StoredWeight
 
-__all__ = ["Cut", "Score", "keys_of", "lamp", "least_of_lines", "magnitude", "noise"]
+__all__ = ["Cut", "Score", "Scored", "lamp", "least_of_lines", "magnitude", "noise"]
 
-_SLAB = 1 << 22
+_SLAB = 1 << 20
 """Keys that are counted at once; it takes 16 bytes for each."""
 
 Score = Callable[[str, np.ndarray], np.ndarray]
@@ -33,17 +34,25 @@ def magnitude(_name: str, numbers: np.ndarray) -> np.ndarray:
 def lamp(_name: str, numbers: np.ndarray) -> np.ndarray:
     """w^2 over the sum of all squares in the layer that are at least as large: 1 for the largest.
 
-    The order within a layer is that of |w|; between layers, each keeps its largest elements.
+    The order within a layer is that of |w|; between layers, each keeps its largest elements. In the sums,
+    magnitudes that are the same in the upper half of their bits, within 1/128, count as the same.
     """
-    sizes = np.abs(numbers.reshape(-1))
-    order = np.argsort(sizes)
-    ascending = sizes[order]
-    squares = np.square(ascending, dtype=np.float64)
-    left = np.cumsum(squares[::-1])[::-1]
-    first = np.searchsorted(ascending, ascending)  # of equal ones
-    scores = np.empty(sizes.shape, np.float32)
-    scores[order] = squares / np.maximum(left[first], np.finfo(np.float64).tiny)
-    return scores.reshape(numbers.shape)
+    return _lamp(lambda: [numbers])(numbers)
+
+
+def _lamp(parts: Callable[[], Iterable[np.ndarray]]) -> Callable[[np.ndarray], np.ndarray]:
+    """The score of elements of a layer that consists of these parts."""
+    squares = np.zeros(1 << 16)
+    for numbers in parts():
+        sizes = np.abs(numbers.reshape(-1))
+        squares += np.bincount(sizes.view(np.uint32) >> 16, np.square(sizes, dtype=np.float64), 1 << 16)
+    left = np.maximum(np.cumsum(squares[::-1])[::-1], np.finfo(np.float64).tiny)
+
+    def score(numbers: np.ndarray) -> np.ndarray:
+        sizes = np.ascontiguousarray(np.abs(numbers))
+        return np.asarray(np.square(sizes, dtype=np.float64) / left[sizes.view(np.uint32) >> 16], np.float32)
+
+    return score
 
 
 def noise(seed: int) -> Score:
@@ -55,25 +64,49 @@ def noise(seed: int) -> Score:
     return score
 
 
-def keys_of(weight: StoredWeight, score: Score) -> np.ndarray:
-    """Scores as uint32 that are ordered as they are, shape of the weight; 0 for elements that are zero.
+@dataclass(frozen=True)
+class Scored:
+    """A weight with the scores of its elements.
 
-    Raises:
-        UsageError: the score gives another shape, or a number that is not finite.
+    score: of an array of its numbers. apart: whether these may be a part of them.
     """
-    stored = weight.stored()
-    scores = np.asarray(score(weight.name, weight.numbers(stored)), np.float32)
-    if scores.shape != weight.shape or not np.isfinite(scores).all():
-        found = (
-            f"shape {list(scores.shape)}" if scores.shape != weight.shape else "scores that are not finite"
-        )
-        raise UsageError(f"scores of {weight.name!r}: {found}; expected one finite number for each element")
-    keys = (scores + np.float32(0)).view(np.uint32)  # -0.0 ranks as 0.0
-    negative = scores < 0
-    np.invert(keys, out=keys, where=negative)
-    np.bitwise_or(keys, np.uint32(1 << 31), out=keys, where=~negative)
-    keys[weight.zeros(stored)] = 0
-    return keys
+
+    weight: StoredWeight
+    score: Callable[[np.ndarray], np.ndarray]
+    apart: bool
+
+    @classmethod
+    def of(cls, weight: StoredWeight, score: Score, factor: float = 1.0) -> Scored:
+        """By a score of any kind, times a factor."""
+        apart = score in (magnitude, lamp)
+        whole: Callable[[np.ndarray], np.ndarray] = partial(score, weight.name)
+        inner = _lamp(lambda: map(weight.numbers, weight.parts())) if score is lamp else whole
+        if factor == 1:
+            return cls(weight, inner, apart)
+        return cls(weight, lambda numbers: inner(numbers) * np.float32(factor), apart)
+
+    def ranks(self) -> Iterator[np.ndarray]:
+        """Scores as uint32 that are ordered as they are; 0 for elements that are zero; in order.
+
+        Raises:
+            UsageError: the score gives another shape, or a number that is not finite.
+        """
+        weight = self.weight
+        for stored in weight.parts() if self.apart else [weight.stored()]:
+            scores = np.asarray(self.score(weight.numbers(stored)), np.float32)
+            if scores.shape != stored.shape or not np.isfinite(scores).all():
+                found = "scores that are not finite"
+                if scores.shape != stored.shape:
+                    found = f"shape {list(scores.shape)}"
+                raise UsageError(
+                    f"scores of {weight.name!r}: {found}; expected one finite number for each element"
+                )
+            keys = (scores + np.float32(0)).view(np.uint32)  # -0.0 ranks as 0.0
+            negative = scores < 0
+            np.invert(keys, out=keys, where=negative)
+            np.bitwise_or(keys, np.uint32(1 << 31), out=keys, where=~negative)
+            keys[weight.zeros(stored)] = 0
+            yield keys
 
 
 @dataclass
@@ -127,15 +160,16 @@ def least_of_lines(keys: np.ndarray, lines: np.ndarray, count: int, length: int 
     """
     size = lines.shape[1]
     length = length or size
-    padded = np.pad(keys.reshape(-1)[lines], ((0, 0), (0, -size % length)))
-    stretches = padded.reshape(len(lines), -1, length)
-    order = np.argsort(stretches, axis=-1, kind="stable")
-    gone = np.zeros(stretches.shape, bool)
-    if size % length:
-        order[:, -1] = _filling_first(order[:, -1], size % length)
-    np.put_along_axis(gone, order[..., :count], True, axis=-1)
-    result = np.zeros(keys.size, bool)
-    result[lines.reshape(-1)] = gone.reshape(len(lines), -1)[:, :size].reshape(-1)
+    flat, result = keys.reshape(-1), np.zeros(keys.size, bool)
+    step = max(1, _SLAB // max(1, size))
+    for part in (lines[start : start + step] for start in range(0, len(lines), step)):
+        stretches = np.pad(flat[part], ((0, 0), (0, -size % length))).reshape(len(part), -1, length)
+        order = np.argsort(stretches, axis=-1, kind="stable")
+        gone = np.zeros(stretches.shape, bool)
+        if size % length:
+            order[:, -1] = _filling_first(order[:, -1], size % length)
+        np.put_along_axis(gone, order[..., :count], True, axis=-1)
+        result[part] = gone.reshape(len(part), -1)[:, :size]
     return result.reshape(keys.shape)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.boxes import Box
+from onnxopt.boxes import Box, runs
 from onnxopt.evaluation import CannotEvaluateError, evaluate
 from onnxopt.graph import (
     FLOATS,
@@ -35,6 +35,10 @@ from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis
 from onnxopt.streamed import Streamed, is_on_disk, read, sources
 
 __all__ = ["LayerSparsity", "StoredWeight", "convolves_alone", "find_weights", "kept_elements", "sparsity"]
+
+
+_PART = 1 << 20
+"""Elements that are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,21 @@ class StoredWeight:
         array: np.ndarray = self.tensor.numpy()
         return array
 
+    def parts(self) -> Iterator[np.ndarray]:
+        """The stored elements in order, flat, some at a time; all, in shape, where they have levels."""
+        if self.levels is not None:
+            yield self.stored()
+            return
+        held = None if is_on_disk(self.tensor) else self.stored().reshape(-1)
+        for start in range(0, self.size, _PART):
+            stop = min(start + _PART, self.size)
+            if held is not None:
+                yield held[start:stop]
+            else:
+                yield np.concatenate(
+                    [read(self.tensor, box).reshape(-1) for box in runs(self.shape, start, stop)]
+                )
+
     def zeros(self, stored: np.ndarray) -> np.ndarray:
         """Which of the stored elements stand for zero."""
         return np.asarray((stored if self.levels is None else self.levels.steps(stored)) == 0)
@@ -100,7 +119,7 @@ class StoredWeight:
         return steps if scale is None else np.asarray(steps * scale)
 
     def lines(self, along: Literal["inputs", "summands"]) -> np.ndarray:
-        """Places of the elements in the flat stored array: int64 [lines, elements of a line].
+        """Places of the elements in the flat stored array: int32 or int64 [lines, elements of a line].
 
         along: `summands`, all that one output channel adds up; `inputs`, the input channels of one output
         channel at one place of the kernel, which is what N:M patterns run along.
@@ -170,7 +189,7 @@ def sparsity(model: ir.Model) -> tuple[LayerSparsity, ...]:
             one.site,
             one.readers[0].node.op_type,
             one.size,
-            int(np.count_nonzero(one.zeros(one.stored()))),
+            sum(int(np.count_nonzero(one.zeros(part))) for part in one.parts()),
         )
         for one in find_weights(model)
     )
@@ -256,7 +275,8 @@ def _read_by(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[list[Reader], 
 def _lines(
     weight: StoredWeight, reader: Reader, along: Literal["inputs", "summands"]
 ) -> Iterator[np.ndarray]:
-    places = np.arange(weight.size).reshape(weight.shape)
+    kind = np.int32 if weight.size < 1 << 31 else np.int64
+    places = np.arange(weight.size, dtype=kind).reshape(weight.shape)
     for move in reader.between:
         if move.op_type in MOVES:
             others = [None if value is None else constant_array(value) for value in move.inputs[1:]]

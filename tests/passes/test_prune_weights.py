@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -531,18 +532,33 @@ def test_a_recipe_spells_all_but_data() -> None:
     assert parse_pass("prune-weights{protect=}") == PruneWeights(protect=())
 
 
+@pytest.mark.parametrize("score", ["l1", "l2"])
 @pytest.mark.parametrize("scope", ["layer", "global", "row"])
-def test_large_weights_of_files_are_pruned_when_they_are_written(tmp_path: Path, scope: Any) -> None:
-    array = weight_of((600, 500))
+def test_large_weights_of_files_are_pruned_when_they_are_written(
+    tmp_path: Path, scope: Any, score: Any
+) -> None:
+    array = weight_of((1500, 1000))
     save(ir.from_proto(product(array=array)), tmp_path / "in.onnx", external_data=True)
     model = load(tmp_path / "in.onnx")
-    PruneWeights(0.75, scope=scope)(model)
+    one = PruneWeights(0.75, scope=scope, score=score)
+    one(model)
     assert isinstance(model.graph.initializers["w"].const_value, Streamed)
     save(model, tmp_path / "out.onnx")
-    want = numbers(run_pass(product(array=array), PruneWeights(0.75, scope=scope)))
+    want = numbers(run_pass(product(array=array), one))
     have = only(load(tmp_path / "out.onnx")).stored()
-    assert np.count_nonzero(have == 0) == 225_000
+    assert np.count_nonzero(have == 0) == 1_125_000
     np.testing.assert_array_equal(have, want)
+
+
+def test_scores_in_parts_take_a_fraction_of_the_memory_of_the_weight(tmp_path: Path) -> None:
+    save(ir.from_proto(product(array=weight_of((4000, 2500)))), tmp_path / "in.onnx", external_data=True)
+    for score in ("l1", "l2"):
+        model = load(tmp_path / "in.onnx")
+        tracemalloc.start()
+        PruneWeights(0.75, scope="global", score=score)(model)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1.5 * 4 * 10_000_000, score
 
 
 def test_few_samples_leave_obs_no_worse_than_magnitude() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.errors import UsageError
-from onnxopt.pruning.saliency import Cut, keys_of, lamp, least_of_lines, magnitude, noise
+from onnxopt.pruning.saliency import Cut, Scored, lamp, least_of_lines, magnitude, noise
 from onnxopt.pruning.weights import StoredWeight, find_weights
 from tests.support import text_model
 
@@ -49,7 +49,7 @@ def test_of_equal_scores_the_first_go(values: list[int]) -> None:
 def test_keys_are_ordered_as_scores_and_zeros_come_first() -> None:
     scores = np.array([[-3.0, -0.0, 0.0, 1e-40, 2.5, -1e-40, 7.0]], np.float32)
     array = np.array([[1, 1, 1, 1, 1, 1, 0]], np.float32)
-    keys = keys_of(weight_of(array), lambda name, numbers: scores)
+    (keys,) = Scored.of(weight_of(array), lambda name, numbers: scores).ranks()
     assert keys[0, 1] == keys[0, 2]
     assert keys[0, 6] == 0
     order = [0, 5, 1, 3, 4]
@@ -62,7 +62,7 @@ def test_keys_are_ordered_as_scores_and_zeros_come_first() -> None:
 )
 def test_scores_that_fit_no_weight_are_refused(scores: np.ndarray, found: str) -> None:
     with pytest.raises(UsageError, match=f"scores of 'w': {found}; expected one finite number"):
-        keys_of(weight_of(np.ones((1, 2), np.float32)), lambda name, numbers: scores)
+        list(Scored.of(weight_of(np.ones((1, 2), np.float32)), lambda name, numbers: scores).ranks())
 
 
 def test_lamp_is_the_square_over_all_that_are_at_least_as_large() -> None:

@@ -171,7 +171,9 @@ class PruneWeights(Pass):
         if self.percentile is not None:
             share = self.percentile / 100
         scope = self.scope or ("row" if self.score == "wanda" else "layer")
-        return Choice(share, self.percentile is None, self.threshold, self._pattern, scope)
+        return Choice(
+            share, self.percentile is None, self.threshold, self._pattern, scope, self.importance or {}
+        )
 
     def _reasons(self, model: ir.Model, found: Sequence[StoredWeight]) -> Iterator[str]:
         """Why each weight stays as it is; empty where it may be pruned."""
@@ -209,7 +211,8 @@ class PruneWeights(Pass):
     def _why_not(self, model: ir.Model, one: StoredWeight) -> str:
         reason = why_unseen(model, one, whole=self.score == "obs") if self._looks else ""
         reason = reason or self._choice.why_not(one)
-        return reason or ("" if np.isfinite(one.numbers(one.stored())).all() else "is not finite")
+        finite = reason or all(np.isfinite(one.numbers(part)).all() for part in one.parts())
+        return reason or ("" if finite else "is not finite")
 
     def _pruned(
         self, model: ir.Model, weights: Sequence[StoredWeight]
@@ -221,12 +224,7 @@ class PruneWeights(Pass):
                 assert self.samples is not None  # `apply` asks for them
                 left = any(_costs(one, gone) for one, gone in self._choice.gone(weights, magnitude))
                 scores["wanda"] = by_input_norm(model, weights, self.samples) if left else magnitude
-            score, importance = self.saliency or scores[self.score], self.importance or {}
-
-            def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
-                return score(name, numbers) * np.float32(importance.get(name, 1.0))
-
-            return _zeroed(self._choice.gone(weights, weighted if importance else score))
+            return _zeroed(self._choice.gone(weights, self.saliency or scores[self.score]))
         masks = self.masks
         return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
 
@@ -239,7 +237,12 @@ def _zeroed(
 
 def _costs(one: StoredWeight, gone: np.ndarray) -> bool:
     """Whether an element goes that is not zero."""
-    return bool((gone & ~one.zeros(one.stored())).any())
+    before, flat = 0, gone.reshape(-1)
+    for part in one.parts():
+        before, start = before + part.size, before
+        if (flat[start:before] & ~one.zeros(part).reshape(-1)).any():
+            return True
+    return False
 
 
 def _rule(one: StoredWeight) -> str:
