@@ -31,7 +31,7 @@ def change_summands(rows: np.ndarray, moments: np.ndarray, ends: Sequence[int], 
             and the diagonal of U, [groups, summands], to the new summand, [groups, rows].
     """
     left, found = rows.copy(), np.empty_like(rows)
-    factor = np.linalg.cholesky(np.linalg.inv(damped(moments, _DAMPING))).swapaxes(1, 2)
+    factor = np.linalg.cholesky(np.linalg.inv(damped(moments))).swapaxes(1, 2)
     diagonal = np.diagonal(factor, axis1=1, axis2=2)
     for start, stop in zip((0, *ends), ends, strict=False):
         errors = np.empty_like(left[..., start:stop])
@@ -44,7 +44,7 @@ def change_summands(rows: np.ndarray, moments: np.ndarray, ends: Sequence[int], 
     return found
 
 
-def damped(moments: np.ndarray, damping: float) -> np.ndarray:
+def damped(moments: np.ndarray, damping: float = _DAMPING) -> np.ndarray:
     """The moments with this share of their mean added to all on the diagonal: what samples lack may come."""
     more = damping * np.diagonal(moments, axis1=1, axis2=2).mean(1) + _TINY
     return np.asarray(moments + more[:, None, None] * np.eye(moments.shape[2]))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from onnxopt.calibration.compensation import change_summands, square_error
+from onnxopt.calibration.compensation import change_summands, damped, square_error
 
 __all__ = ["prune_rows"]
 
@@ -58,8 +58,8 @@ def prune_rows(
 
 def _refitted(rows: np.ndarray, moments: np.ndarray, found: np.ndarray) -> np.ndarray:
     """What is found, its elements that are not zero changed so that the sums are as near as they can be."""
-    kept = found != 0
-    scale = np.maximum(np.diagonal(moments, axis1=1, axis2=2)[:, None], _TINY)
+    kept, moments = found != 0, damped(moments)
+    scale = np.diagonal(moments, axis1=1, axis2=2)[:, None]
     left = ((rows - found) @ moments) * kept
     step = left / scale
     size = (left * step).sum(-1, keepdims=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.calibration.compensation import change_summands, square_error
+from onnxopt.calibration.compensation import change_summands, damped, square_error
 from onnxopt.pruning.informed import _stretches
 from onnxopt.pruning.oneshot import prune_rows
 
@@ -63,6 +63,26 @@ def test_the_last_change_leaves_the_least_squares_solution() -> None:
     want = rows[0, :, 2:] + np.linalg.solve(free, fixed @ rows[0, :, :2].T).T
     np.testing.assert_allclose(found[0, :, 2:], want, rtol=1e-9)
     assert (found[0, :, :2] == 0).all()
+
+
+def test_what_is_kept_is_the_least_squares_solution_for_it() -> None:
+    rows, moments = problem(2, 5, 24, 3)
+    found = prune_rows(rows, moments, least(rows, rows.size // 2), None, 0)
+    for group in range(2):
+        seen = damped(moments)[group]
+        for row, have in zip(rows[group], found[group], strict=True):
+            kept = np.flatnonzero(have)
+            want = np.linalg.solve(seen[kept][:, kept], seen[kept] @ row)
+            np.testing.assert_allclose(have[kept], want, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_that_never_change_leave_rounding_noise_and_finite_weights() -> None:
+    rows, moments = problem(1, 4, 12, 4)
+    moments[:, 3] = moments[:, :, 3] = -1e-12
+    moments[:, 5] = moments[:, :, 5] = 0
+    found = prune_rows(rows, moments, least(rows, 24), None, 0)
+    assert np.isfinite(found).all()
+    assert np.count_nonzero(found) == 24
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
