@@ -49,6 +49,8 @@ _LARGEST_INDEX = 1 << 26
 _UNSUSPICIOUS = 1 << 34
 """Bytes that any pack may hold. Beyond them, it may hold so many times its own size:"""
 _RATIO = 1000
+_MOST_FILES = 1 << 14
+_LONGEST_NAME, _DEEPEST = 1 << 10, 32
 
 
 @dataclass(frozen=True)
@@ -250,9 +252,13 @@ def _numbers(values: object) -> tuple[int, ...]:
 
 
 def name_complaint(names: Sequence[str]) -> str | None:
-    """What is wrong with names of files to be unpacked; None if they are relative, plain and apart."""
+    """What is wrong with names of files to be unpacked; None if they are few, relative, plain and apart."""
+    if len(names) > _MOST_FILES:
+        return f"{len(names)} files, more than {_MOST_FILES}"
     for name in names:
         parts = name.split("/")
+        if len(name) > _LONGEST_NAME or len(parts) > _DEEPEST:
+            return f"{name[:32]!r}... is too long a file name"
         if any(part in ("", ".", "..") for part in parts) or any(
             c in '\\:*?"<>|' or ord(c) < 32 for c in name
         ):

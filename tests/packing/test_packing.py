@@ -248,6 +248,14 @@ HOSTILE: dict[str, tuple[Callable[[Index], Index], str]] = {
     "absolute": (file_of(name="/tmp/m.onnx"), "no plain relative file name"),
     "drive": (file_of(name="C:m.onnx"), "no plain relative file name"),
     "backslash": (file_of(name="..\\m.onnx"), "no plain relative file name"),
+    "long name": (file_of(name="a" * 2000), "is too long a file name"),
+    "deep name": (file_of(name="a/" * 400 + "b"), "is too long a file name"),
+    "many files": (
+        lambda index: replace(
+            index, files=(*index.files, *(Member(f"f{n}", 0, "", ()) for n in range(1 << 14)))
+        ),
+        "16385 files, more than 16384",
+    ),
     "no name": (file_of(name=""), "no plain relative file name"),
     "device": (file_of(name="a\0b"), "no plain relative file name"),
     "name of another type": (file_of(name=5), "makes no sense"),
