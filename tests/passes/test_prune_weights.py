@@ -122,6 +122,31 @@ def test_patterns_run_along_the_axis_that_is_summed_up(name: str, axis: int, nm:
             assert (np.where(left, part, np.inf).min(-1) >= np.where(left, 0, part).max(-1)).all()
 
 
+FOUR_AXES = {
+    "Conv(x, w)": ((8, 12, 3, 3), (1, 12, 5, 5), (0, 2, 3, 1)),
+    "Conv<group = 2>(x, w)": ((8, 6, 3, 3), (1, 12, 5, 5), (0, 2, 3, 1)),
+    "Gemm(x, w)": ((12, 8), (3, 12), (1, 0)),
+    "Gemm<transB = 1>(x, w)": ((8, 12), (3, 12), (0, 1)),
+    "MatMul(x, w)": ((12, 8), (3, 12), (1, 0)),
+}
+"""Layer -> shapes of its weight and input, and the weight's axes with the input channels last."""
+
+
+@pytest.mark.parametrize("score", ["l1", "wanda", "obs"])
+@pytest.mark.parametrize("call", FOUR_AXES)
+def test_two_of_four_is_what_tensorrt_takes(call: str, score: Any) -> None:
+    """For each output channel and place of the kernel, of four input channels in a row two are zero."""
+    shape, x, order = FOUR_AXES[call]
+    dims = ", ".join(["?"] * len(x))
+    model = text_model(f"agraph (float{list(x)} x) => (float[{dims}] y) {{ y = {call} }}")
+    model.graph.initializer.append(numpy_helper.from_array(weight_of(shape), "w"))
+    samples = [random_feeds(model, seed) for seed in range(8)]
+    done = run_pass(model, PruneWeights(nm="2:4", score=score, samples=samples, **SMALL))
+    rows = numbers(done).transpose(order).reshape(-1, shape[order[-1]])
+    for start in range(0, rows.shape[1] // 4 * 4, 4):
+        assert (np.count_nonzero(rows[:, start : start + 4], axis=1) == 2).all()
+
+
 @pytest.mark.parametrize(
     ("name", "axes"),
     [("Conv2D", (1, 2, 3)), ("Gemm", (0,)), ("MatMul left", (1,)), ("LSTM", (2,)), ("in groups", (0, 2, 3))],
