@@ -18,16 +18,11 @@ from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, resul
 from onnxopt.data import Feeds
 from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
 from onnxopt.pruning.cut import new_constant, set_constant
-from onnxopt.quantization.segments import needed_from, part_of
-from onnxopt.runtimes import open_session
+from onnxopt.pruning.successive import SAMPLES, Front, beside_of, positions_of
 from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]
 
-_SAMPLES = 64
-"""Samples that are looked at: what all of them need next is held at once."""
-_PER_SUMMAND, _LEAST = 4, 4096
-"""Positions of a layer that are looked at, in all samples together."""
 _MEMORY = 256 << 20
 """Bytes of what layers wrote that are exposed at once."""
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -67,25 +62,13 @@ def reconstruct(
         kept: name of what a layer writes -> which of its channels are left, bool [channels before].
         samples: complete feeds.
     """
-    samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
+    samples = [samples[number] for number in range(min(len(samples), SAMPLES))]
     _add_biases(model, kept)
-    order, start = list(model.graph), 0
-    place = {node: number for number, node in enumerate(order)}
-    layers = {node: _layer(node, place, len(samples)) for node in order if _can_learn(node, kept)}
-    targets = _targets(whole, list(layers.values()), kept, samples)
-    states: list[Mapping[str, np.ndarray]] = [dict(feeds) for feeds in samples]
+    place = {node: number for number, node in enumerate(model.graph)}
+    layers = {node: _layer(node, place, len(samples)) for node in model.graph if _can_learn(node, kept)}
+    targets, front = _targets(whole, list(layers.values()), kept, samples), Front(model, samples)
     for node, layer in layers.items():
-        end = place[node]
-        made = {value.name for one in order[start:end] for value in one.outputs}
-        needed = needed_from(order, end, model.graph.outputs)
-        wanted = [name for name in needed if name in made]
-        if wanted:
-            with open_session(part_of(model, start, end, wanted, states[0]), level="none") as session:
-                written = [session.run(state) for state in states]
-            left = [{name: state[name] for name in needed if name not in made} for state in states]
-            states = [{**one, **old, **new} for one, old, new in zip(samples, left, written, strict=True)]
-            start = end
-        _learn(layer, states, targets.pop(node.outputs[0].name or ""))
+        _learn(layer, front.at(place[node]), targets.pop(node.outputs[0].name or ""))
     return list(layers)
 
 
@@ -114,16 +97,10 @@ def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
 def _layer(node: ir.Node, place: Mapping[ir.Node, int], samples: int) -> _Layer:
     array = constant_array(node.inputs[1])
     assert array is not None
-    most = -(-max(_LEAST, _PER_SUMMAND * weight_rows(node, array).shape[2]) // samples)
-    output = node.outputs[0]
-    reader = sole_user(output)
-    if reader is not None and reader.op_type == "Add" and not reader.domain:
-        other = next((value for value in reader.inputs if value is not output), None)
-        maker = other.producer() if other is not None else None
-        before = maker is not None and place.get(maker, len(place)) < place[node]
-        if other is not None and before and other.shape is not None and other.shape == output.shape:
-            return _Layer(node, reader.outputs[0].name or "", other.name or "", most)
-    return _Layer(node, output.name or "", "", most)
+    most = positions_of(weight_rows(node, array).shape[2], samples)
+    beside, reader = beside_of(node, place), sole_user(node.outputs[0])
+    target = reader.outputs[0] if beside and reader is not None else node.outputs[0]
+    return _Layer(node, target.name or "", beside, most)
 
 
 def _targets(

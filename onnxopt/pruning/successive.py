@@ -23,10 +23,10 @@ from onnxopt.pruning.cut import set_constant
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 
-__all__ = ["Turn", "in_turn"]
+__all__ = ["SAMPLES", "Front", "Turn", "beside_of", "in_turn", "positions_of"]
 
-_SAMPLES = 64
-"""Samples that are looked at: what all of them need next is held at once, of both models."""
+SAMPLES = 64
+"""Samples that are looked at: what all of them need next is held at once."""
 _PER_SUMMAND, _LEAST = 4, 4096
 """Positions of a layer that are looked at, in all samples together."""
 _DAMPING = 0.2
@@ -80,16 +80,21 @@ def in_turn(model: ir.Model, nodes: Collection[ir.Node], samples: Sequence[Feeds
         nodes: with rows (`windows.has_rows`) of floats.
         samples: complete feeds.
     """
-    samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
-    fronts = _Front(model, samples), _Front(clone(model), samples)
+    samples = [samples[number] for number in range(min(len(samples), SAMPLES))]
+    fronts = Front(model, samples), Front(clone(model), samples)
     place = {node: number for number, node in enumerate(model.graph)}
     for node in sorted(nodes, key=place.__getitem__):
         now, was = (front.at(place[node]) for front in fronts)
         yield _turn(node, place, now, was)
 
 
+def positions_of(summands: int, samples: int) -> int:
+    """How many positions of each sample are looked at for a layer with so many summands."""
+    return -(-max(_LEAST, _PER_SUMMAND * summands) // samples)
+
+
 @dataclass
-class _Front:
+class Front:
     """How far samples have come through a model: what is needed from `start` on."""
 
     model: ir.Model
@@ -131,9 +136,9 @@ def _turn(
     assert source is not None
     rows = weight_rows(node, array.astype(np.float64))
     groups, height, summands = rows.shape
-    most = -(-max(_LEAST, _PER_SUMMAND * summands) // len(now))
+    most = positions_of(summands, len(now))
     plain = rows.swapaxes(1, 2).astype(np.float32)
-    beside = _beside(node, place)
+    beside = beside_of(node, place)
     squares, products = np.zeros((groups, summands, summands)), np.zeros((groups, summands, height))
     mean, shift, positions = np.zeros((groups, summands, 1)), np.zeros((groups, height, 1)), 0
     for states in zip(now, was, strict=True):
@@ -179,7 +184,7 @@ def _bias(node: ir.Node, size: int) -> ir.Value | None:
     return found if use_count(found) == 1 and _is_plain(node) else None
 
 
-def _beside(node: ir.Node, place: Mapping[ir.Node, int]) -> str:
+def beside_of(node: ir.Node, place: Mapping[ir.Node, int]) -> str:
     """The name of what is added to all that a layer writes, where that is known before; or nothing."""
     output = node.outputs[0]
     reader = sole_user(output)
