@@ -26,7 +26,9 @@ def why_unseen(model: ir.Model, weight: StoredWeight, *, whole: bool) -> str:
     whole: all second moments are needed, not the norms of single inputs alone.
     """
     if weight.levels is not None or not all(_is_seen(model, reader) for reader in weight.readers):
-        return "is not the second factor of a Conv, Gemm or MatMul of the main graph, in floating point"
+        return (
+            "is not the second factor of a convolution, Gemm or MatMul of the main graph, in floating point"
+        )
     if not whole:
         return ""
     if len(weight.readers) > 1:

@@ -35,6 +35,7 @@ def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     if draft.plan.weight.is_float:
         return None
     units = {unit.node: unit for unit in draft.units() if unit.weight == 1}
+    units = {node: unit for node, unit in units.items() if node.op_type != "ConvTranspose"}
 
     def as_quantized(name: str, rows: np.ndarray) -> np.ndarray:
         params = draft.plan.params[name]

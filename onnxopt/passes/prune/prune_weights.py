@@ -5,8 +5,8 @@ After:  y = MatMul(x, w), where so many elements of w are zero
 Declines: the weight is a graph input, a graph output, or read by something that does not multiply with it; it
     is not finite; it is an embedding, depthwise, small, or one of the first or last layers, as options say;
     it has fewer input channels than a pattern N:M is long; its integers are compared with other weights and
-    have no scale; what it is multiplied with is not known (wanda and obs take float Conv, Gemm and MatMul of
-    the main graph); obs would add up more than 2048 summands, or serve several readers.
+    have no scale; what it is multiplied with is not known (wanda and obs take float Conv, ConvTranspose,
+    Gemm and MatMul of the main graph); obs would add up more than 2048 summands, or serve several readers.
 
 Names, types and shapes stay. Biases and all else of one dimension are no weights. ONNX Runtime computes with
 zeros as with any other number: nothing becomes faster, and the file is smaller only once it is packed.
@@ -51,7 +51,8 @@ class PruneWeights(Pass):
     scope: what is compared: a layer, all layers (global), or what one output channel adds up (row, the
         default of wanda).
     score: l1: |w|; l2: w^2 over all squares in the layer that are at least as large (LAMP); random; wanda:
-        |w| times the norm of its input; obs: by what it costs, and the rest makes up for it (SparseGPT).
+        |w| times the norm of its input; obs: by what it costs, and the
+        rest makes up for it (SparseGPT), with the biases, layer after layer.
     seed: of random scores.
     protect: first, last and depthwise layers.
     small: weights of fewer elements stay.
