@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -10,25 +12,52 @@ import onnx_ir as ir
 from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
 from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_of, int_attr
+from onnxopt.graph import constant_array, constant_of, int_attr
+from onnxopt.pruning.cut import set_constant
 from onnxopt.pruning.levels import Reader
 from onnxopt.pruning.oneshot import prune_rows
 from onnxopt.pruning.saliency import Score
 from onnxopt.pruning.successive import in_turn
 from onnxopt.pruning.weights import StoredWeight
+from onnxopt.quantization.branches import branches_of, samples_of, take_out
 
-__all__ = ["by_input_norm", "make_up_for", "why_unseen"]
+__all__ = ["Part", "by_input_norm", "make_up_for", "parts_of", "why_unseen"]
+
+_T = TypeVar("_T")
 
 
-def why_unseen(model: ir.Model, weight: StoredWeight, *, whole: bool) -> str:
+class Part(NamedTuple):
+    """A graph that samples reach: as a model of its own, or the model of which it is the main graph."""
+
+    graph: ir.Graph
+    model: ir.Model
+    samples: Sequence[Feeds]
+
+    @property
+    def twins(self) -> Mapping[ir.Node, ir.Node]:
+        """The nodes of the model's main graph by those of the graph."""
+        return dict(zip(self.graph, self.model.graph, strict=True))
+
+
+@contextmanager
+def parts_of(model: ir.Model, samples: Sequence[Feeds]) -> Iterator[list[Part]]:
+    """The main graph, and the branches of If in it that samples run."""
+    parts = [Part(model.graph, model, samples)]
+    with ExitStack() as stack:
+        for branch in branches_of(model) if samples else ():
+            (own,) = stack.enter_context(samples_of(model, branch, samples))
+            if own:
+                parts.append(Part(branch.body_in(model), take_out(model, branch, own[0]), own))
+        yield parts
+
+
+def why_unseen(parts: Sequence[Part], weight: StoredWeight, *, whole: bool) -> str:
     """Why it cannot be told what a weight is multiplied with, in words that follow "the weight"; or nothing.
 
     whole: all second moments are needed, not the norms of single inputs alone.
     """
-    if weight.levels is not None or not all(_is_seen(model, reader) for reader in weight.readers):
-        return (
-            "is not the second factor of a convolution, Gemm or MatMul of the main graph, in floating point"
-        )
+    if weight.levels is not None or not all(_is_seen(parts, reader) for reader in weight.readers):
+        return "is no float second factor of a convolution, Gemm or MatMul that samples are known to reach"
     if not whole:
         return ""
     if len(weight.readers) > 1:
@@ -38,20 +67,20 @@ def why_unseen(model: ir.Model, weight: StoredWeight, *, whole: bool) -> str:
     return f"adds up {summands} summands, more than {MOST_SUMMANDS}" if summands > MOST_SUMMANDS else ""
 
 
-def _is_seen(model: ir.Model, reader: Reader) -> bool:
+def _is_seen(parts: Sequence[Part], reader: Reader) -> bool:
     node, position, between = reader
     source = node.inputs[0]
     fed = source is not None and constant_of(source) is None and not source.is_initializer()
-    inside = fed and node.graph is model.graph and position == 1 and not between
+    inside = fed and any(node.graph is part.graph for part in parts) and position == 1 and not between
     return inside and has_rows(node) and not int_attr(node, "transA", 0)
 
 
-def by_input_norm(model: ir.Model, weights: Sequence[StoredWeight], samples: Sequence[Feeds]) -> Score:
+def by_input_norm(parts: Sequence[Part], weights: Sequence[StoredWeight]) -> Score:
     """The score of Wanda: |w| times the norm of what it is multiplied with, over all samples."""
-    names = {reader.node: one.name for one in weights for reader in one.readers}
     seen: dict[str, list[tuple[ir.Node, np.ndarray]]] = {}
-    for layer in layers_with_moments(model, list(names), samples, diagonal=True):
-        seen.setdefault(names[layer.node], []).append((layer.node, layer.moments))
+    for part, names in _among(parts, {reader.node: one.name for one in weights for reader in one.readers}):
+        for layer in layers_with_moments(part.model, list(names), part.samples, diagonal=True):
+            seen.setdefault(names[layer.node], []).append((layer.node, layer.moments))
 
     def score(name: str, numbers: np.ndarray) -> np.ndarray:
         squares = np.zeros(numbers.shape, np.float32)
@@ -65,22 +94,35 @@ def by_input_norm(model: ir.Model, weights: Sequence[StoredWeight], samples: Seq
 
 
 def make_up_for(
-    model: ir.Model,
-    chosen: Mapping[StoredWeight, np.ndarray],
-    samples: Sequence[Feeds],
-    pattern: tuple[int, int] | None,
+    parts: Sequence[Part], chosen: Mapping[StoredWeight, np.ndarray], pattern: tuple[int, int] | None
 ) -> None:
     """Give each weight as many zeros as were chosen, the rest making up for them, layer after layer.
 
     chosen: bool, the elements that go by magnitude.
     """
-    by_node = {one.readers[0].node: one for one in chosen}
-    for turn in in_turn(model, list(by_node), samples):
-        weight = by_node[turn.node]
-        places = None if pattern is None else _stretches(turn.rows.shape[2], weight.shape, pattern[1])
-        gone = weight_rows(turn.node, chosen[weight])
-        target = np.where(turn.rows == 0, 0, turn.target)
-        turn.store(prune_rows(target, turn.moments, gone, places, pattern[0] if pattern else 0))
+    for part, by_node in _among(parts, {one.readers[0].node: one for one in chosen}):
+        changed: list[ir.Value | None] = []
+        for turn in in_turn(part.model, list(by_node), part.samples):
+            weight = by_node[turn.node]
+            places = None if pattern is None else _stretches(turn.rows.shape[2], weight.shape, pattern[1])
+            gone = weight_rows(turn.node, chosen[weight])
+            target = np.where(turn.rows == 0, 0, turn.target)
+            rows = prune_rows(target, turn.moments, gone, places, pattern[0] if pattern else 0)
+            changed += turn.store(rows)
+        for node, twin in part.twins.items():
+            for old, new in zip(node.inputs, twin.inputs, strict=True):
+                array = constant_array(new) if new in changed else None
+                if old is not None and old is not new and array is not None:
+                    set_constant(old, array)
+
+
+def _among(parts: Sequence[Part], found: Mapping[ir.Node, _T]) -> Iterator[tuple[Part, dict[ir.Node, _T]]]:
+    """Of each part what is known of its nodes, by those of its model."""
+    for part in parts:
+        twins = part.twins
+        inside = {twins[node]: one for node, one in found.items() if node in twins}
+        if inside:
+            yield part, inside
 
 
 def _stretches(summands: int, shape: tuple[int, ...], length: int) -> np.ndarray:

@@ -59,8 +59,8 @@ class Turn:
             self.rows + np.linalg.solve(damped(self.moments, _DAMPING), self.missing).swapaxes(1, 2)
         )
 
-    def store(self, rows: np.ndarray) -> None:
-        """Give the layer this weight, and its bias the mean of what is missing then."""
+    def store(self, rows: np.ndarray) -> list[ir.Value | None]:
+        """Give the layer this weight, and its bias the mean of what is missing then; the two constants."""
         value = self.node.inputs[1]
         old = constant_array(value)
         assert value is not None  # it has rows
@@ -70,6 +70,7 @@ class Turn:
         if self.bias is not None and bias is not None:
             more = self.shift + (self.rows - rows) @ self.mean
             set_constant(self.bias, (bias + more.reshape(bias.shape)).astype(bias.dtype))
+        return [value, self.bias]
 
 
 def in_turn(model: ir.Model, nodes: Collection[ir.Node], samples: Sequence[Feeds]) -> Iterator[Turn]:

@@ -374,6 +374,27 @@ def test_weights_in_branches_and_functions() -> None:
     assert [one.zeros for one in sparsity(done.model)] == [32]
 
 
+@pytest.mark.parametrize("score", ["wanda", "obs"])
+def test_branches_that_samples_run_are_looked_at(score: Any) -> None:
+    """The third input is never there in the first branch's samples; the second branch has no samples."""
+    words = ", ".join(str(i % 13 - 6.5) for i in range(64))
+    model = text_model(BODY.replace("WEIGHT", words))
+    model.graph.initializer.append(numpy_helper.from_array(weight_of((8, 8)), "w"))
+    seen = (np.arange(8) != 2).astype(np.float32)
+    samples = [{"x": feeds["x"] * seen, "b": np.array(True)} for feeds in samples_of(model, 40)]
+    done = run_pass(model, PruneWeights(0.125, score=score, samples=samples, **SMALL))
+    why = "is no float second factor of a convolution, Gemm or MatMul that samples are known to reach"
+    assert done.declined == (f"the weight {why}",)
+    assert (numbers(done)[2] == 0).all()
+    assert np.count_nonzero(numbers(done)) == 56
+    assert np.count_nonzero(only(done.model, "k").stored()) == np.count_nonzero(
+        only(ir.from_proto(model), "k").stored()
+    )
+    both = [*samples, {"x": samples[0]["x"], "b": np.array(False)}]
+    done = run_pass(model, PruneWeights(0.5, score=score, samples=both, **SMALL))
+    assert [one.zeros for one in sparsity(done.model)] == [32, 32]
+
+
 def test_a_shared_weight_is_pruned_once() -> None:
     model = text_model(
         """agraph (float[3, 8] x) => (float[3, 8] y) {
@@ -485,7 +506,7 @@ def test_what_wanda_and_obs_do_not_see_stays() -> None:
     for name in ("LSTM", "MatMul left"):
         model = layer(name)
         done = run_pass(model, PruneWeights(score="wanda", samples=samples_of(model), **SMALL))
-        why = "is no float second factor of a convolution, Gemm or MatMul of the main graph"
+        why = "is no float second factor of a convolution, Gemm or MatMul that samples are known to reach"
         assert set(done.declined) == {f"the weight {why}"}
     model = product((2050, 1))
     one = PruneWeights(score="obs", samples=[{"x": np.ones((3, 2050), np.float32)}])

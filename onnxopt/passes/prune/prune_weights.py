@@ -6,7 +6,8 @@ Declines: the weight is a graph input, a graph output, or read by something that
     is not finite; it is an embedding, depthwise, small, or one of the first or last layers, as options say;
     it has fewer input channels than a pattern N:M is long; its integers are compared with other weights and
     have no scale; what it is multiplied with is not known (wanda and obs take float Conv, ConvTranspose,
-    Gemm and MatMul of the main graph); obs would add up more than 2048 summands, or serve several readers.
+    Gemm and MatMul of the main graph, and of branches of its If that samples run); obs would add up more
+    than 2048 summands, or serve several readers.
 
 Names, types and shapes stay. Biases and all else of one dimension are no weights. ONNX Runtime computes with
 zeros as with any other number: nothing becomes faster, and the file is smaller only once it is packed.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -29,7 +31,7 @@ from onnxopt.errors import UsageError
 from onnxopt.ledger import Ledger, site_of
 from onnxopt.pruning.choice import Choice, require_fit
 from onnxopt.pruning.ends import first_layers, last_layers
-from onnxopt.pruning.informed import by_input_norm, make_up_for, why_unseen
+from onnxopt.pruning.informed import Part, by_input_norm, make_up_for, parts_of, why_unseen
 from onnxopt.pruning.masks import Mask
 from onnxopt.pruning.saliency import Score, lamp, magnitude, noise
 from onnxopt.pruning.weights import StoredWeight, find_weights
@@ -51,8 +53,8 @@ class PruneWeights(Pass):
     scope: what is compared: a layer, all layers (global), or what one output channel adds up (row, the
         default of wanda).
     score: l1: |w|; l2: w^2 over all squares in the layer that are at least as large (LAMP); random; wanda:
-        |w| times the norm of its input; obs: by what it costs, and the
-        rest makes up for it (SparseGPT), with the biases, layer after layer.
+        |w| times the norm of its input; obs: by what it costs, and the rest makes up for it, with the biases,
+        layer after layer (SparseGPT).
     seed: of random scores.
     protect: first, last and depthwise layers.
     small: weights of fewer elements stay.
@@ -118,32 +120,36 @@ class PruneWeights(Pass):
             raise UsageError(
                 f"{self.name}: {self.score} looks at what weights are multiplied with: give samples"
             )
-        weights, found = [], find_weights(model)
+        found = find_weights(model)
         if self.masks is not None:
             require_fit(found, self.masks)
-        for one, reason in zip(found, self._reasons(model, found), strict=True):
-            if reason:
-                ledger.decline(_rule(one), one.site, f"the weight {reason}")
-            else:
-                weights.append(one)
-        if self._looks and self.score == "obs":
-            self._make_up(model, weights, ledger)
-            return
-        for one, pruned in self._pruned(model, weights):
-            if ledger.claim(_rule(one), one.site):
-                one.write(pruned)
-                ledger.touch(reader.node for reader in one.readers)
+        with self._seen(model) as parts:
+            weights = []
+            for one, reason in zip(found, self._reasons(model, found, parts), strict=True):
+                if reason:
+                    ledger.decline(_rule(one), one.site, f"the weight {reason}")
+                else:
+                    weights.append(one)
+            if self._looks and self.score == "obs":
+                self._make_up(weights, ledger, parts)
+                return
+            for one, pruned in self._pruned(weights, parts):
+                if ledger.claim(_rule(one), one.site):
+                    one.write(pruned)
+                    ledger.touch(reader.node for reader in one.readers)
 
-    def _make_up(self, model: ir.Model, weights: Sequence[StoredWeight], ledger: Ledger) -> None:
+    def _seen(self, model: ir.Model) -> AbstractContextManager[Sequence[Part]]:
+        return parts_of(model, (self.samples or ()) if self._looks else ())
+
+    def _make_up(self, weights: Sequence[StoredWeight], ledger: Ledger, parts: Sequence[Part]) -> None:
         """Of each weight as much goes as by magnitude, and the rest makes up for it."""
-        assert self.samples is not None  # `apply` asks for them
         chosen = {
             one: gone
             for one, gone in self._choice.gone(weights, magnitude)
             if _costs(one, gone) and ledger.claim(_rule(one), one.site)
         }
         if chosen:
-            make_up_for(model, chosen, self.samples, self._pattern)
+            make_up_for(parts, chosen, self._pattern)
             ledger.touch(reader.node for one in chosen for reader in one.readers)
 
     def parts(self, model: ir.Model) -> Mapping[str, PruneWeights]:
@@ -151,8 +157,9 @@ class PruneWeights(Pass):
         if self.scope != "global" or self.masks is not None:
             return {}
         found = find_weights(model)
-        reasons = self._reasons(model, found)
-        names = (one.name for one, reason in zip(found, reasons, strict=True) if not reason)
+        with self._seen(model) as parts:
+            reasons = self._reasons(model, found, parts)
+            names = [one.name for one, reason in zip(found, reasons, strict=True) if not reason]
         return {name: replace(self, only=(name,)) for name in names}
 
     @property
@@ -176,7 +183,9 @@ class PruneWeights(Pass):
             share, self.percentile is None, self.threshold, self._pattern, scope, self.importance or {}
         )
 
-    def _reasons(self, model: ir.Model, found: Sequence[StoredWeight]) -> Iterator[str]:
+    def _reasons(
+        self, model: ir.Model, found: Sequence[StoredWeight], parts: Sequence[Part]
+    ) -> Iterator[str]:
         """Why each weight stays as it is; empty where it may be pruned."""
         kept = kept_sites(model, self.keep)
         layers = {reader.node for one in found for reader in one.readers}
@@ -188,7 +197,7 @@ class PruneWeights(Pass):
             if self.only is not None and one.name not in self.only:
                 reason = reason or "is not asked for"
             if self.masks is None:
-                reason = reason or self._protection(one, nodes, first, last) or self._why_not(model, one)
+                reason = reason or self._protection(one, nodes, first, last) or self._why_not(parts, one)
             yield reason
 
     def _protection(
@@ -209,22 +218,21 @@ class PruneWeights(Pass):
                 return f"is of a {which} layer"
         return ""
 
-    def _why_not(self, model: ir.Model, one: StoredWeight) -> str:
-        reason = why_unseen(model, one, whole=self.score == "obs") if self._looks else ""
+    def _why_not(self, parts: Sequence[Part], one: StoredWeight) -> str:
+        reason = why_unseen(parts, one, whole=self.score == "obs") if self._looks else ""
         reason = reason or self._choice.why_not(one)
         finite = reason or all(np.isfinite(one.numbers(part)).all() for part in one.parts())
         return reason or ("" if finite else "is not finite")
 
     def _pruned(
-        self, model: ir.Model, weights: Sequence[StoredWeight]
+        self, weights: Sequence[StoredWeight], parts: Sequence[Part]
     ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
         """The weights of which elements go that are not zero yet, and their new tensors."""
         if self.masks is None:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
             if self._looks:
-                assert self.samples is not None  # `apply` asks for them
                 left = any(_costs(one, gone) for one, gone in self._choice.gone(weights, magnitude))
-                scores["wanda"] = by_input_norm(model, weights, self.samples) if left else magnitude
+                scores["wanda"] = by_input_norm(parts, weights) if left else magnitude
             return _zeroed(self._choice.gone(weights, self.saliency or scores[self.score]))
         masks = self.masks
         return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
