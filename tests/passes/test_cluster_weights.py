@@ -22,7 +22,7 @@ from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pipeline import Pipeline
 from onnxopt.protobuf import dump
 from onnxopt.pruning.codebooks import codebook_of
-from onnxopt.pruning.weights import sparsity
+from onnxopt.pruning.weights import find_weights, sparsity
 from onnxopt.recipe import parse_pass
 from tests.passes.weighted import LAYERS, layer, weight_of
 from tests.support import Rewritten, execute, random_feeds, run_pass, text_model
@@ -183,16 +183,37 @@ def test_weights_in_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "reason"),
+    ("name", "before"),
     [
-        (QuantizeWeights("int8"), "the weight is quantized already"),
-        (QuantizeDynamic(), "the weight is quantized already"),
+        ("MatMul", QuantizeWeights("int8")),
+        ("MatMul", QuantizeWeights("uint8", symmetric=False, minimum=1)),
+        ("MatMul", QuantizeWeights("int4", minimum=1)),
+        ("MatMul", QuantizeDynamic()),
+        ("Conv2D", QuantizeWeights("int8", minimum=1)),
     ],
 )
-def test_quantized_weights_stay(before: Any, reason: str) -> None:
-    model = run_pass(layer("MatMul"), before).model
-    done = run_pass(dump(model), ClusterWeights())
-    assert (done.changes, done.declined) == (0, (reason,))
+def test_integers_share_few_values_and_zeros_stay(name: str, before: Any) -> None:
+    model = run_pass(layer(name), before).model
+    PruneWeights(0.5, small=1)(model)
+    (want,) = find_weights(model)
+    array = want.stored()
+    done = run_pass(dump(model), ClusterWeights(3))
+    assert want.tensor.dtype.is_integer()
+    (have,) = find_weights(done.model)
+    assert done.changes == 1
+    assert (have.tensor.dtype, have.shape) == (want.tensor.dtype, want.shape)
+    zero = want.zeros(array)
+    np.testing.assert_array_equal(have.stored()[zero], array[zero])
+    assert len(np.unique(have.stored()[~zero])) <= 7
+    shared, was = (one.numbers(stored) for one, stored in ((have, have.stored()), (want, array)))
+    assert np.square(shared - was).mean() < 0.05 * np.square(was).mean()
+    assert run_pass(dump(done.model), ClusterWeights(3)).changes == 0
+
+
+def test_integers_that_stay_say_why() -> None:
+    model = dump(run_pass(layer("MatMul"), QuantizeWeights("int8")).model)
+    assert run_pass(model, ClusterWeights(small=500)).declined == ("the weight has fewer than 500 elements",)
+    assert run_pass(model, ClusterWeights(layers=("Conv",))).changes == 0
 
 
 def _overridable(model: onnx.ModelProto) -> None:

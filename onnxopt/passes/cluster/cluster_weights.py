@@ -2,12 +2,13 @@
 
 Before: y = MatMul(x, w)
 After:  y = MatMul(x, Gather(codebook, Cast<to = INT32>(codes)))
-Declines: the weight is a graph input, a graph output, computed at run time, quantized already, or not finite;
+Declines: the weight is a graph input, a graph output, computed at run time, of small floats, or not finite;
     something else reads it, too; it is depthwise, or too small to gain; its readers disagree on the axis of
     output channels, or these are no multiple of the groups; the opset has no type of so few bits.
 
 Codes take a byte; packed, 4 bits where 16 numbers or fewer are shared (opset 21) and 2 bits for 4 (opset 25).
 ONNX Runtime computes the weight once, as it loads the model: the file becomes smaller, time and memory stay.
+Integers that stand for a weight keep their place and type, of so few values: a pack becomes smaller.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ import onnx_ir as ir
 
 from onnxopt.claims import Kind, Pass
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_of, nbytes, sizes_of
-from onnxopt.index import operator_of
+from onnxopt.graph import FLOATS, constant_of, nbytes, sizes_of
+from onnxopt.ledger import Ledger
 from onnxopt.passes.shared.stored import Stored, operand, weight_rules
 from onnxopt.pruning.codebooks import codebook_of
-from onnxopt.pruning.levels import INTEGERS
-from onnxopt.pruning.weights import convolves_alone
-from onnxopt.quantization.operands import CODES, QUANTIZED, find_weight, reads_codebook
+from onnxopt.pruning.weights import StoredWeight, convolves_alone, find_weights
+from onnxopt.quantization.operands import CODES, find_weight, reads_codebook
 from onnxopt.quantization.weights import weight_axis
-from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
+from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule, drive
 from onnxopt.scope import Scope
 
 __all__ = ["ClusterWeights"]
@@ -37,7 +37,6 @@ __all__ = ["ClusterWeights"]
 _MOST = 256
 _OF_4_BITS, _FIRST_4_BITS = 16, 21
 _OF_2_BITS, _FIRST_2_BITS = 4, 25
-_QUANTIZED = f"the weight {QUANTIZED}"
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,45 @@ class ClusterWeights(Pass):
             raise UsageError(f"{self.name}: {shared} numbers; codes of a byte tell {_MOST} apart")
 
     def rules(self) -> Sequence[Rule]:
-        return (
-            *weight_rules(self.layers, self._clustered),
-            Rule("weight of integers", tuple(INTEGERS), _quantized),
-        )
+        return weight_rules(self.layers, self._clustered)
+
+    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+        drive(model, self.rules(), ledger)
+        for one in find_weights(model):
+            readers = [reader.node for reader in one.readers]
+            if one.tensor.dtype in FLOATS or (one.levels is not None and one.levels.book is not None):
+                continue
+            if self.layers and not any(node.op_type in self.layers for node in readers):
+                continue
+            rule, reason = f"integers in input {one.readers[0].position}", self._why_not(one)
+            array = one.stored()
+            shared = array if reason else self._among_integers(one, array)
+            if reason:
+                ledger.decline(rule, one.site, f"the weight {reason}")
+            elif not np.array_equal(shared, array) and ledger.claim(rule, one.site):
+                one.write(ir.Tensor(shared, dtype=one.tensor.dtype, name=one.tensor.name))
+                ledger.touch(readers)
+
+    def _why_not(self, one: StoredWeight) -> str:
+        """Why the integers of a weight stay, in words that follow "the weight"."""
+        if one.reason or not one.tensor.dtype.is_integer():
+            return one.reason or "is of floats of 8 bits or less"
+        if one.is_depthwise and not self.depthwise:
+            return "is depthwise"
+        return f"has fewer than {self.small} elements" if one.size < self.small else ""
+
+    def _among_integers(self, one: StoredWeight, array: np.ndarray) -> np.ndarray:
+        """The stored integers, each one of few; what stands for zero stays."""
+        left, shared = ~one.zeros(array), array.copy()
+        if left.any():
+            numbers, codes = codebook_of(array[left].astype(np.float32), (1 << self.bits) - 1)
+            shared[left] = np.rint(numbers)[codes].astype(array.dtype)
+        return shared
 
     def _clustered(self, position: int, node: ir.Node, scope: Scope) -> Edit | None:
         value = node.inputs[position] if position < len(node.inputs) else None
         if value is None or _is_clustered(value):
             return None
-        if find_weight(value).reason == QUANTIZED:
-            raise Declined(_QUANTIZED)
         weight = operand(node, position)
         if weight is None:
             return None
@@ -147,9 +174,3 @@ class ClusterWeights(Pass):
 def _is_clustered(value: ir.Value) -> bool:
     """Whether a weight is taken from a codebook by stored codes."""
     return reads_codebook(find_weight(value).source.producer())
-
-
-def _quantized(node: ir.Node, _scope: Scope) -> Edit | None:
-    if any(constant_of(node.inputs[position]) is not None for position in INTEGERS[operator_of(node)]):
-        raise Declined(_QUANTIZED)
-    return None
