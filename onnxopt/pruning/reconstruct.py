@@ -18,11 +18,13 @@ from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, resul
 from onnxopt.data import Feeds
 from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
 from onnxopt.pruning.cut import new_constant, set_constant
-from onnxopt.pruning.successive import SAMPLES, Front, beside_of, positions_of
+from onnxopt.pruning.successive import Front, beside_of, positions_of
 from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]
 
+_SAMPLES = 64
+"""Samples that are looked at."""
 _MEMORY = 256 << 20
 """Bytes of what layers wrote that are exposed at once."""
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -62,7 +64,7 @@ def reconstruct(
         kept: name of what a layer writes -> which of its channels are left, bool [channels before].
         samples: complete feeds.
     """
-    samples = [samples[number] for number in range(min(len(samples), SAMPLES))]
+    samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
     _add_biases(model, kept)
     place = {node: number for number, node in enumerate(model.graph)}
     layers = {node: _layer(node, place, len(samples)) for node in model.graph if _can_learn(node, kept)}
@@ -130,7 +132,7 @@ def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: S
     assert array is not None  # it has rows
     weight = weight_rows(node, array)[0].astype(np.float64)
     read = [operand_rows(node, one[name], array.shape[2:], layer.most)[:, 0] for one in states]
-    x, y = np.concatenate(read), np.concatenate(targets)
+    x, y = np.concatenate(read), np.concatenate(targets[: len(states)])
     if layer.beside:
         y = y - np.concatenate([result_rows(node, one[layer.beside], layer.most) for one in states])
     bias = node.inputs[2] if len(node.inputs) > 2 else None

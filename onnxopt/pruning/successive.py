@@ -23,10 +23,11 @@ from onnxopt.pruning.cut import set_constant
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 
-__all__ = ["SAMPLES", "Front", "Turn", "beside_of", "in_turn", "positions_of"]
+__all__ = ["Front", "Turn", "beside_of", "in_turn", "positions_of"]
 
-SAMPLES = 64
-"""Samples that are looked at: what all of them need next is held at once."""
+_SAMPLES = 128
+_MEMORY = 1 << 30
+"""Bytes that all samples together may need next; where they need more, fewer are looked at from there on."""
 _PER_SUMMAND, _LEAST = 4, 4096
 """Positions of a layer that are looked at, in all samples together."""
 _DAMPING = 0.2
@@ -81,7 +82,7 @@ def in_turn(model: ir.Model, nodes: Collection[ir.Node], samples: Sequence[Feeds
         nodes: with rows (`windows.has_rows`) of floats.
         samples: complete feeds.
     """
-    samples = [samples[number] for number in range(min(len(samples), SAMPLES))]
+    samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
     fronts = Front(model, samples), Front(clone(model), samples)
     place = {node: number for number, node in enumerate(model.graph)}
     for node in sorted(nodes, key=place.__getitem__):
@@ -116,11 +117,13 @@ class Front:
         given = {value.name or "" for value in self.model.graph.inputs}
         part = part_of(self.model, self.start, end, wanted, self.states[0])
         with open_session(part, level="none") as session:
-            left = given.union(needed)
-            states = [
-                {**{name: state[name] for name in state if name in left}, **session.run(state)}
-                for state in self.states
-            ]
+            left, states, room = given.union(needed), list[Mapping[str, Any]](), _MEMORY
+            for state in self.states:
+                kept = {name: state[name] for name in state if name in left}
+                states.append({**kept, **session.run(state)})
+                room -= sum(getattr(value, "nbytes", 0) for value in states[-1].values())
+                if room < 0:
+                    break
         if all(isinstance(value, np.ndarray) for value in states[0].values()):
             self.states, self.start = states, end
         return states
