@@ -21,7 +21,7 @@ from onnxopt.pruning.successive import in_turn
 from onnxopt.pruning.weights import StoredWeight
 from onnxopt.quantization.branches import branches_of, samples_of, take_out
 
-__all__ = ["Part", "by_input_norm", "make_up_for", "parts_of", "why_unseen"]
+__all__ = ["Part", "among", "by_input_norm", "make_up_for", "parts_of", "why_unseen"]
 
 _T = TypeVar("_T")
 
@@ -78,7 +78,7 @@ def _is_seen(parts: Sequence[Part], reader: Reader) -> bool:
 def by_input_norm(parts: Sequence[Part], weights: Sequence[StoredWeight]) -> Score:
     """The score of Wanda: |w| times the norm of what it is multiplied with, over all samples."""
     seen: dict[str, list[tuple[ir.Node, np.ndarray]]] = {}
-    for part, names in _among(parts, {reader.node: one.name for one in weights for reader in one.readers}):
+    for part, names in among(parts, {reader.node: one.name for one in weights for reader in one.readers}):
         for layer in layers_with_moments(part.model, list(names), part.samples, diagonal=True):
             seen.setdefault(names[layer.node], []).append((layer.node, layer.moments))
 
@@ -100,7 +100,7 @@ def make_up_for(
 
     chosen: bool, the elements that go by magnitude.
     """
-    for part, by_node in _among(parts, {one.readers[0].node: one for one in chosen}):
+    for part, by_node in among(parts, {one.readers[0].node: one for one in chosen}):
         changed: list[ir.Value | None] = []
         for turn in in_turn(part.model, list(by_node), part.samples):
             weight = by_node[turn.node]
@@ -116,7 +116,7 @@ def make_up_for(
                     set_constant(old, array)
 
 
-def _among(parts: Sequence[Part], found: Mapping[ir.Node, _T]) -> Iterator[tuple[Part, dict[ir.Node, _T]]]:
+def among(parts: Sequence[Part], found: Mapping[ir.Node, _T]) -> Iterator[tuple[Part, dict[ir.Node, _T]]]:
     """Of each part what is known of its nodes, by those of its model."""
     for part in parts:
         twins = part.twins

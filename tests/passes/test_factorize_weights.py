@@ -164,6 +164,32 @@ def test_samples_tell_which_directions_matter() -> None:
         assert sqnr(execute(proto, samples[0])[0], execute(done.model, samples[0])[0]) > 25
 
 
+def test_samples_that_run_a_branch_tell_which_directions_matter_there() -> None:
+    rng = np.random.default_rng(5)
+    weight, basis = rng.standard_normal((48, 40)), rng.standard_normal((6, 48))
+    proto = layer("MatMul", weight, ("N", 48), ("N", 40), 0)
+    body = helper.make_graph(list(proto.graph.node), "yes", [], proto.graph.output)
+    other = helper.make_node("ReduceSum", ["x"], ["r"], keepdims=1)
+    add = helper.make_node("Add", ["r", "row"], ["z"])
+    row = numpy_helper.from_array(np.zeros((1, 40), np.float32), "row")
+    ends = [helper.make_tensor_value_info("z", 1, ["N", 40])]
+    no = helper.make_graph([other, add], "no", [], ends, [row])
+    del proto.graph.node[:]
+    proto.graph.node.append(
+        helper.make_node("If", ["c"], [proto.graph.output[0].name], then_branch=body, else_branch=no)
+    )
+    proto.graph.input.append(helper.make_tensor_value_info("c", 9, []))
+    samples: list[Feeds] = [
+        {"x": (rng.standard_normal((32, 6)) @ basis).astype(np.float32), "c": np.array(True)}
+        for _ in range(8)
+    ]
+    done = run_pass(proto, FactorizeWeights(energy=0.98, multiple=1, samples=samples))
+    assert done.changes == 1
+    assert sqnr(execute(proto, samples[0])[0], execute(done.model, samples[0])[0]) > 25
+    unseen = [{**feeds, "c": np.array(False)} for feeds in samples]
+    assert not run_pass(proto, FactorizeWeights(energy=0.9, multiple=1, samples=unseen)).changes
+
+
 def test_a_convolution_on_samples_keeps_its_bias_and_the_variance_asked_for() -> None:
     rng = np.random.default_rng(6)
     weight = rng.standard_normal((24, 16, 3, 3))

@@ -35,6 +35,7 @@ from onnxopt.ledger import Ledger
 from onnxopt.passes.shared.layer import Layer, layer_of
 from onnxopt.passes.shared.weight import rounded
 from onnxopt.passes.shared.window import window_of
+from onnxopt.pruning.informed import among, parts_of
 from onnxopt.pruning.lowrank import Decomposition, Factors, Spread, best_factors, decompositions
 from onnxopt.rewrite import AttributeValue, Declined, Edit, Rule, drive
 from onnxopt.scope import Scope
@@ -58,7 +59,8 @@ class FactorizeWeights(Pass):
         layers, the largest that meets it.
     multiple: ranks are multiples of this where that still saves, as kernels like.
     samples: complete feeds; then what counts is what comes out of the layers, and biases make up for the mean
-        of what is lost; not so for layers with more than 2048 summands, and those in bodies and functions.
+        of what is lost; not so for layers with more than 2048 summands, those in functions, and those in
+        bodies other than branches of If in the main graph that samples run.
 
     With samples or a budget, a run of a pipeline factorizes once, however often the pass comes round.
     """
@@ -93,9 +95,12 @@ agraph (float[N, 4] x) => (float[N, 4] y)
     def _ways(self, model: ir.Model) -> Iterator[tuple[ir.Node, list[Decomposition]]]:
         """The layers that could be factorized, with moments where there are samples for them."""
         layers = {node: layer for node in nodes(model) if (layer := _eligible(node)) is not None}
-        known = [node for node in model.graph if node in layers and _is_measurable(layers[node])]
-        for one in layers_with_moments(model, known, self.samples) if self.samples else ():
-            yield one.node, _decomposed(layers.pop(one.node), one.covariance[0], one.mean[0])
+        measurable = {node: node for node, layer in layers.items() if _is_measurable(layer)}
+        with parts_of(model, self.samples or ()) as parts:
+            for part, known in among(parts, measurable) if self.samples else ():
+                for one in layers_with_moments(part.model, list(known), part.samples):
+                    node = known[one.node]
+                    yield node, _decomposed(layers.pop(node), one.covariance[0], one.mean[0])
         for node, layer in layers.items():
             yield node, _decomposed(layer)
 
