@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.boxes import Box, runs
+from onnxopt.boxes import Box
 from onnxopt.evaluation import CannotEvaluateError, evaluate
 from onnxopt.graph import (
     FLOATS,
@@ -32,13 +32,13 @@ from onnxopt.pruning.levels import INTEGERS, Levels, Reader, levels_of, passes_o
 from onnxopt.pruning.masks import Mask
 from onnxopt.quantization.operands import CODES, MOVES
 from onnxopt.quantization.weights import OPERANDS, block_axis, weight_axis
-from onnxopt.streamed import Streamed, is_on_disk, read, sources
+from onnxopt.streamed import Streamed, is_on_disk, pieces, read, sources
 
 __all__ = ["LayerSparsity", "StoredWeight", "convolves_alone", "find_weights", "kept_elements", "sparsity"]
 
 
-_PART = 1 << 20
-"""Elements that are looked at together."""
+_PART = 1 << 22
+"""Bytes that are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +93,11 @@ class StoredWeight:
 
     def parts(self) -> Iterator[np.ndarray]:
         """The stored elements in order, flat, some at a time; all, in shape, where they have levels."""
-        if self.levels is not None:
+        kind = self.tensor.dtype
+        if self.levels is not None or kind.bitwidth % 8:
             yield self.stored()
-            return
-        held = None if is_on_disk(self.tensor) else self.stored().reshape(-1)
-        for start in range(0, self.size, _PART):
-            stop = min(start + _PART, self.size)
-            if held is not None:
-                yield held[start:stop]
-            else:
-                yield np.concatenate(
-                    [read(self.tensor, box).reshape(-1) for box in runs(self.shape, start, stop)]
-                )
+        else:
+            yield from (np.frombuffer(piece, kind.numpy()) for piece in pieces(self.tensor, _PART))
 
     def zeros(self, stored: np.ndarray) -> np.ndarray:
         """Which of the stored elements stand for zero."""
