@@ -21,11 +21,11 @@ class Judge(Protocol):
     """Says how good the module is now, and keeps it if it is the best so far."""
 
     def score(self, module: nn.Module) -> float:
-        """Higher is better. Called by the first process only."""
+        """Higher is better. Called in each process; that of the first counts."""
         ...
 
-    def keep(self, module: nn.Module) -> None:
-        """Called in each process after a score that is the best so far."""
+    def keep(self) -> None:
+        """Keep what was scored last. Called in each process after a score that is the best so far."""
         ...
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from onnxopt.errors import UsageError
 from onnxopt.recipe import parse_spelled
+from onnxopt.training.values import whole
 
-__all__ = ["OPTIMIZERS", "Group", "frozen", "make_optimizer", "penalty", "role_of"]
+__all__ = ["OPTIMIZERS", "Group", "frozen", "make_optimizer", "penalize", "role_of"]
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,15 @@ def _group(text: str) -> tuple[str, Group]:
     return who.strip(), parse_spelled(f"group{brace}{options}", {"group": Group}, "group")
 
 
-def penalty(parameters: Iterable[nn.Parameter], l1: float, l2: float) -> torch.Tensor | float:
-    """l1 sum |w| + l2/2 sum w^2 over the weights."""
-    weights = [one for one in parameters if role_of(one) == "weights"] if l1 or l2 else []
-    total: torch.Tensor | float = 0.0
-    for weight in weights:
-        if l1:
-            total = total + l1 * weight.abs().sum()
-        if l2:
-            total = total + l2 / 2 * weight.square().sum()
+@torch.no_grad()
+def penalize(parameters: Iterable[nn.Parameter], l1: float, l2: float) -> float:
+    """l1 sum |w| + l2/2 sum w^2 over the weights, whose gradients are added to theirs."""
+    total = 0.0
+    for weight in parameters if l1 or l2 else ():
+        if role_of(weight) != "weights":
+            continue
+        slope = l1 * weight.sign() + l2 * weight
+        weight.grad = slope if weight.grad is None else weight.grad.add_(slope)
+        value = l1 * weight.abs().sum() + l2 / 2 * weight.square().sum()
+        total += float(whole(value))
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +97,15 @@ class FileJudge:
     folder: Path
     writes: bool = True
     best: ir.Model | None = None
+    _last: ir.Model | None = None
 
     def score(self, module: nn.Module) -> float:
-        return score(self.metric, save(self.finish(module), self.folder / "last.onnx"))
+        self._last = self.finish(module)  # by all processes: each may have a part of the weights
+        return score(self.metric, save(self._last, self.folder / "last.onnx")) if self.writes else math.nan
 
-    def keep(self, module: nn.Module) -> None:
-        self.best = self.finish(module)
-        if self.writes:
+    def keep(self) -> None:
+        self.best = self._last
+        if self.best is not None and self.writes:
             save(self.best, self.folder / "best.onnx")
 
 

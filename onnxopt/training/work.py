@@ -91,7 +91,7 @@ def train(
     show("reading the model", None)
     original = load(model)
     data, validation, test = datasets_of(recipe, original)
-    with world(recipe.devices) as where, _folder(folder) as place:
+    with world(recipe.devices, recipe.shard) as where, _folder(folder) as place:
         begun = original if start is None else start
         prepared, sites = begun, tuple[str, ...]()
         if recipe.batchnorm:
@@ -154,7 +154,7 @@ def train(
             recipe=recipe.to_dict(),
             seed=recipe.seed,
             versions={**versions(), "torch": torch.__version__},
-            device=str(where.device),
+            device=str(where),
             process=(where.rank, where.size),
             samples=(data.length, validation.length, test.length if test is not None else None),
             trained=(

@@ -57,7 +57,7 @@ class LossJudge:
             return self.scores[self.asked - 1]
         return sum(float(one.sum()) for one in self.seen[-1].values())
 
-    def keep(self, module: nn.Module) -> None:
+    def keep(self) -> None:
         self.kept.append(self.seen[-1])
 
 
