@@ -51,6 +51,8 @@ class Dataset:
     transforms: tuple[Transform, ...] = ()
     seed: int = 0
     workers: int = 1
+    shuffle: int = 0
+    """Of a stream, samples that are held to draw the next one of a batch from; 0: as they come."""
     chosen: np.ndarray | None = None
     """Rows that belong to it; None: all."""
     _inputs: dict[str, Input] = field(init=False, repr=False, compare=False)
@@ -210,7 +212,8 @@ class Dataset:
     ) -> Iterator[tuple[int, list[Batch]]]:
         """The batches of a stream, cut anew to the sizes that are asked for."""
         first = 0
-        for number, (count, take) in enumerate(self._recut(sizes.of_epoch(epoch, epochs, None))):
+        random = np.random.default_rng((self.seed, epoch, 3)) if self.shuffle else None
+        for number, (count, take) in enumerate(self._recut(sizes.of_epoch(epoch, epochs, None), random)):
             if number >= start:
                 parts = self._parts(np.arange(count), part, pieces)
                 yield count, [self._made(take(one), first + one, epoch, size) for one, size in parts]
@@ -225,20 +228,23 @@ class Dataset:
         found = np.array_split(own, pieces if self.stacks else max(len(own), 1))
         return [(one, len(one)) for one in found if len(one)] or [(index[:1], 0)]
 
-    def _recut(self, sizes: Iterator[int]) -> Iterator[tuple[int, Callable[[np.ndarray], Arrays]]]:
+    def _recut(
+        self, sizes: Iterator[int], random: np.random.Generator | None = None
+    ) -> Iterator[tuple[int, Callable[[np.ndarray], Arrays]]]:
         """The rows of a stream in batches of these sizes: how many, and what gives those of some numbers.
 
-        The last has fewer, and so has one before rows of another shape.
+        random: what draws them from those that are held. The last has fewer, and so has one before rows of another shape.
         """
         assert isinstance(self.source, Stream)
         held: list[Arrays] = []
         size = next(sizes)
-        for arrays in batches_of(self.source, self.labels):
-            for row in _rows(arrays) if self.stacks else [arrays]:
-                if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
-                    yield len(held), functools.partial(_joined, held)
-                    held, size = [], next(sizes)
-                held.append(row)
+        given = batches_of(self.source, self.labels)
+        rows = (row for arrays in given for row in (_rows(arrays) if self.stacks else [arrays]))
+        for row in rows if random is None else _shuffled(rows, self.shuffle, random):
+            if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
+                yield len(held), functools.partial(_joined, held)
+                held, size = [], next(sizes)
+            held.append(row)
         if held:
             yield len(held), functools.partial(_joined, held)
 
@@ -247,6 +253,21 @@ def _rows(arrays: Arrays) -> Iterator[Arrays]:
     """Each sample by itself; a scalar is of all of them."""
     for i in range(max((len(array) for array in arrays.values() if array.ndim), default=1)):
         yield {name: array[i : i + 1] if array.ndim else array for name, array in arrays.items()}
+
+
+def _shuffled(rows: Iterator[Arrays], size: int, random: np.random.Generator) -> Iterator[Arrays]:
+    """All rows, each drawn from the `size` that are held; copies, that keep no batch alive."""
+    held: list[Arrays] = []
+    for row in rows:
+        own = {name: array.copy() for name, array in row.items()}
+        if len(held) < size:
+            held.append(own)
+            continue
+        place = int(random.integers(size))
+        yield held[place]
+        held[place] = own
+    for place in random.permutation(len(held)):
+        yield held[place]
 
 
 def _shapes(row: Arrays) -> list[tuple[int, ...]]:

@@ -103,6 +103,7 @@ class Distiller(Hook):
     answers: list[tuple[Answer, list[str]]] = field(default_factory=list)
     """What is compared, and what each teacher calls it."""
     notes: tuple[str, ...] = ()
+    whole = False
     _matches: list[list[Match]] = field(default_factory=list)
 
     def start(self, trainer: Trainer) -> None:
@@ -213,9 +214,7 @@ class Distiller(Hook):
     def _project(self, trainer: Trainer, module: GraphModule) -> None:
         """Find where widths differ, and let the module give those tensors behind linear maps, too."""
         batch = next(trainer.data.evaluated(1))
-        arrays = {
-            name: torch.from_numpy(np.array(a)).to(trainer.world.device) for name, a in batch.arrays.items()
-        }
+        arrays = {name: torch.from_numpy(np.array(a)).to(module.device) for name, a in batch.arrays.items()}
         with torch.no_grad():
             outputs = module({name: arrays[name] for name in module.input_names})
         random = torch.Generator().manual_seed(self.recipe.seed)
@@ -235,7 +234,7 @@ class Distiller(Hook):
                 maps.append(linear)
         if not axes:
             return
-        maps.to(trainer.world.device)
+        maps.to(module.device)
         name = "distillation"
         while hasattr(module, name):
             name += "_"

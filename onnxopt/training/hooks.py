@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import onnx_ir as ir
 from torch import Tensor, nn
@@ -32,10 +32,11 @@ class Judge(Protocol):
 class Hook:
     """What distillation, masks or quantization add to a training; each method may be left as it is.
 
-    notes: for the report, once the training is done.
+    notes: for the report, once the training is done. whole: whether it needs parameters that are not sharded.
     """
 
     notes: tuple[str, ...] = ()
+    whole: ClassVar[bool] = True
 
     def start(self, trainer: Trainer) -> None:
         """Before the optimizer is made: parameters may be added or frozen."""

@@ -22,7 +22,7 @@ from onnxopt.training.checkpoints import read_checkpoint, write_checkpoint
 from onnxopt.training.dataset import Batch, Dataset
 from onnxopt.training.divergence import diverged
 from onnxopt.training.hooks import Hook, Judge
-from onnxopt.training.logs import Log
+from onnxopt.training.logs import Curves, Log
 from onnxopt.training.losses import Objective
 from onnxopt.training.optimizers import frozen, make_optimizer, penalize
 from onnxopt.training.parallel import World
@@ -32,25 +32,9 @@ from onnxopt.training.sharding import like_parts
 from onnxopt.training.sizes import parse_sizes
 from onnxopt.training.values import whole
 
-__all__ = ["Curves", "Trainer"]
+__all__ = ["Trainer"]
 
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class Curves:
-    """A number for each evaluation: steps made, mean loss since the one before, score of the written file, and
-    learning rate."""
-
-    step: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    score: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        """The evaluation with the best score, the first of equals; -1 before the first."""
-        return max(range(len(self.score)), key=lambda one: (self.score[one], -one), default=-1)
 
 
 @dataclass(eq=False)
@@ -91,6 +75,8 @@ class Trainer:
         if not steps and not recipe.steps:
             raise UsageError("steps: a stream has no length: say how many steps to train, with steps=")
         self.total = min(steps or recipe.steps, recipe.steps or steps)
+        if world.sharded and (recipe.precision == "float16" or any(hook.whole for hook in self.hooks)):
+            raise UsageError("shard: it is for finetune and distill, in float32 or bfloat16")
         world.place(module, self._sample)
         for hook in self.hooks:
             hook.start(self)
@@ -134,7 +120,7 @@ class Trainer:
         """
         logged = self._restore() if resume else 0
         log = Log(self.folder if self.world.first else None, keep=logged, tensorboard=self.recipe.tensorboard)
-        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        devices = [one for one in (self.world.device, *self.world.stages) if one.type == "cuda"]
         with torch.random.fork_rng(devices), contextlib.closing(log):
             while not self.done:
                 self._run_epoch(log)
@@ -295,8 +281,8 @@ class Trainer:
 
     def _restore(self) -> int:
         """Go to where the checkpoint was, if there is one; how much of the log there was then."""
-        state = read_checkpoint(self.folder / "checkpoint.pt", self.made_for) if self.folder else None
-        if state is None:
+        path = self.folder and self.folder / "checkpoint.pt"
+        if path is None or (state := read_checkpoint(path, self.made_for)) is None:
             return 0
         self.step, self.epoch, self.batch = state["position"]
         self._losses, self.curves = state["losses"], Curves(**state["curves"])

@@ -166,10 +166,7 @@ class GraphModule(nn.Module):
         """
         mode = self.training
         self.eval()
-        trained = {
-            slot: isinstance(getattr(owner, name), nn.Parameter)
-            for slot, owner, name in self.states
-        }
+        trained = {slot: isinstance(getattr(owner, name), nn.Parameter) for slot, owner, name in self.states}
         self.stages = tuple(staged(self._plan, self._values(feeds), trained, devices))
         self.train(mode)
 
@@ -225,7 +222,6 @@ class GraphModule(nn.Module):
         if name in self.keys:
             number = list(self.keys).index(name)
             slot, before, last = self._owners[number]
-            owner.to(getattr(before, last).device)
             delattr(before, last)
             before.add_module(last, owner)
             self._owners[number] = (slot, owner, attribute)

@@ -31,12 +31,12 @@ _KEPT = 4
 class Stage(nn.Module):
     """The steps `begin` to `end` of a plan, from the values they read to those that are read after them.
 
-    held: position -> attribute of this module, of states that no other stage reads and that it holds itself.
+    kept: bytes that a training keeps for it. held: position -> attribute of this module, of states that no other stage reads and that it holds itself.
     """
 
-    def __init__(self, plan: Plan, begin: int, end: int, device: torch.device) -> None:
+    def __init__(self, plan: Plan, begin: int, end: int, device: torch.device, kept: int = 0) -> None:
         super().__init__()
-        self.begin, self.end, self.device = begin, end, device
+        self.begin, self.end, self.device, self.kept = begin, end, device, kept
         self.held: dict[int, str] = {}
         self._anchor = torch.empty(0, device=device)
         self.connect(plan)
@@ -53,6 +53,12 @@ class Stage(nn.Module):
         known = [(i, constants[i]) for i in read if i in constants]
         outputs = tuple(i for i in made if i in later)
         self.plan = Plan(plan.size, self.inputs, outputs, constants=known, steps=steps)
+
+    @property
+    def summary(self) -> str:
+        """``cuda:0: 120 steps to 'conv_7', about 45.2 MB; 2 tensors go on``"""
+        size = f"{self.end - self.begin} steps to {self.names[-1]!r}, about {self.kept / 1e6:.3g} MB"
+        return f"{self.device}: {size}; {len(self.plan.outputs)} tensors go on"
 
     def forward(self, given: Mapping[int, Any]) -> dict[int, Any]:
         """What later stages or the graph read, by position, of the inputs by position."""
@@ -117,7 +123,8 @@ def staged(
             costs[first[i]] += size[i] * (_KEPT if states[i] else 1)
     starts = cuts(costs, list(accumulate(crossing)), len(devices))
     ends = pairwise((0, *starts, count))
-    return [Stage(plan, a, b, device) for (a, b), device in zip(ends, devices, strict=False)]
+    found = zip(ends, devices, strict=False)
+    return [Stage(plan, a, b, device, sum(costs[a:b])) for (a, b), device in found]
 
 
 def cuts(costs: Sequence[int], crossing: Sequence[int], count: int) -> list[int]:

@@ -141,6 +141,7 @@ def train(
         )
         reason = _objection(final, recipe.max_drop)
         notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
+        notes += [one.summary for one in module.stages if where.stages]
         notes += [note for hook in hooks for note in hook.notes]
         if floor is not None:
             least = where.agreed(_both(metric, floor)[1] if where.first else None)
@@ -183,7 +184,9 @@ def datasets_of(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Data
 
     def opened(source: Any) -> Dataset:
         found = open_source(source, labels=recipe.labels, preprocess=recipe.preprocess)
-        return Dataset(found, contract, recipe.labels, transforms, recipe.seed, recipe.workers)
+        return Dataset(
+            found, contract, recipe.labels, transforms, recipe.seed, recipe.workers, recipe.shuffle
+        )
 
     data = opened(recipe.data)
     test = opened(recipe.test) if recipe.test is not None else None
