@@ -233,7 +233,8 @@ class Dataset:
     ) -> Iterator[tuple[int, Callable[[np.ndarray], Arrays]]]:
         """The rows of a stream in batches of these sizes: how many, and what gives those of some numbers.
 
-        random: what draws them from those that are held. The last has fewer, and so has one before rows of another shape.
+        random: what draws them from those that are held. The last has fewer, and so has one before rows of
+        another shape.
         """
         assert isinstance(self.source, Stream)
         held: list[Arrays] = []

@@ -215,7 +215,7 @@ class Distiller(Hook):
         return Answer(one.name, found.name, one.loss, found.activation, axis)
 
     def _project(self, trainer: Trainer, module: GraphModule) -> None:
-        """Find the scale of hidden tensors, and let the module give those of other widths behind linear maps."""
+        """Find the scale of hidden tensors; those of other widths are given behind linear maps, too."""
         samples = [
             {name: torch.from_numpy(np.array(a)).to(module.device) for name, a in batch.arrays.items()}
             for batch in itertools.islice(trainer.data.evaluated(1), _LOOKED_AT)

@@ -23,7 +23,8 @@ def diverged(
 ) -> DivergedError:
     """The error that names the step and the culprit; the module is not to be used any more.
 
-    forward: what is called in its place. trained: parameters, with the gradients of the step. arrays: inputs and labels of its last piece.
+    forward: what is called in its place. trained: parameters, with the gradients of the step. arrays: inputs
+    and labels of its last piece.
     """
     where = _first(dict(module.named_parameters())) or _first(arrays)
     if where is None:

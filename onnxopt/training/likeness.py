@@ -44,8 +44,8 @@ class Answer:
 class Match:
     """Hidden tensors that are to be alike.
 
-    key: what the module calls its own behind a linear map. scale: mean square of the teacher's; one number for
-    the whole training, so that a batch in parts is the batch.
+    key: what the module calls its own behind a linear map. scale: mean square of the teacher's; one number
+    for the whole training, so that a batch in parts is the batch.
     """
 
     mine: str

@@ -171,7 +171,7 @@ class GraphModule(nn.Module):
         self.train(mode)
 
     def place(self, devices: Sequence[torch.device | str], feeds: Mapping[str, Any]) -> None:
-        """Split the graph over devices, see `split`, and put states on the device of the stage that reads them.
+        """Split the graph over devices, see `split`, and put states where the stage is that reads them.
 
         What several stages read is on the first, and so are inputs and outputs.
         """
@@ -265,7 +265,7 @@ def _move(owner: nn.Module, name: str, device: torch.device) -> None:
     if name in owner._parameters:
         parameter = owner._parameters[name]
         assert parameter is not None
-        parameter.data = parameter.data.to(device)
+        owner._parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
     elif name in owner._buffers:
         owner._buffers[name] = getattr(owner, name).to(device)
     else:

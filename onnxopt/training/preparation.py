@@ -21,8 +21,8 @@ __all__ = ["initial", "prepare"]
 def prepare(model: ir.Model, options: Options) -> ir.Model:
     """Bring a model that is the caller's own to the form that is trained.
 
-    Initializers that could be fed are constants, functions are put in place, with what they hold as initializers
-    that all calls share, and what the outputs that are asked for do not need is gone.
+    Initializers that could be fed are constants, functions are put in place, with what they hold as
+    initializers that all calls share, and what the outputs that are asked for do not need is gone.
 
     Raises:
         UsageError: there is no such output.
@@ -41,9 +41,9 @@ def prepare(model: ir.Model, options: Options) -> ir.Model:
     for one in (FreezeInitializers(), InlineFunctions()):
         one.apply(model, Ledger(pass_name=one.name))
     for node in nodes_of(model):
-        name = node.metadata_props.get(INLINED)
-        if name and is_constant_node(node):
-            _share(node, name, model.graph)
+        shared = node.metadata_props.get(INLINED)
+        if shared and is_constant_node(node):
+            _share(node, shared, model.graph)
     return model
 
 

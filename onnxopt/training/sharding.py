@@ -1,8 +1,8 @@
 """A module whose parameters several processes share: each keeps a part of every one (FSDP2 of torch).
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2019
-(1910.02054). The graph is cut into stages of about equal size; the parameters of a stage are put together when it
-runs and let go after it, so that those of the next are on their way while it computes.
+(1910.02054). The graph is cut into stages of about equal size; the parameters of a stage are put together
+when it runs and let go after it, so that those of the next are on their way while it computes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def shard(module: GraphModule, device: torch.device, feeds: Mapping[str, Any]) -
         if not parameter.ndim:  # nothing to share
             parameter.data = parameter.data.to(device)
             taken.add(parameter)
-    return fully_shard(_Sharded(module), mesh=mesh, ignored_params=taken)
+    root = _Sharded(module)
+    fully_shard(root, mesh=mesh, ignored_params=taken)
+    return root
 
 
 def like_parts(value: Any, like: Any) -> Any:

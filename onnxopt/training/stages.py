@@ -2,8 +2,8 @@
 
 A node is never split: what is inside of If, Loop or a function goes with it. Stages follow one another, so
 that several devices make room, not speed. They are balanced by what a training keeps for them: four times
-their weights (gradient and two moments with them) and what they compute. Of cuts that are about as good, those
-that the fewest bytes cross are taken.
+their weights (gradient and two moments with them) and what they compute. Of cuts that are about as good,
+those that the fewest bytes cross are taken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _KEPT = 4
 class Stage(nn.Module):
     """The steps `begin` to `end` of a plan, from the values they read to those that are read after them.
 
-    kept: bytes that a training keeps for it. held: position -> attribute of this module, of states that no other stage reads and that it holds itself.
+    kept: bytes that a training keeps for it. held: position -> attribute of this module, of states that no
+    other stage reads and that it holds itself.
     """
 
     def __init__(self, plan: Plan, begin: int, end: int, device: torch.device, kept: int = 0) -> None:
@@ -114,7 +115,7 @@ def staged(
         for i in _reads(step):
             first.setdefault(i, at if i in states else -1)
             last[i] = at
-        first |= {i: at for i in step.outputs}
+        first |= dict.fromkeys(step.outputs, at)
     crossing = [0] * (count + 1)
     for i, at in last.items():
         crossing[first[i] + 1] += size.get(i, 0)
@@ -123,8 +124,8 @@ def staged(
             costs[first[i]] += size[i] * (_KEPT if states[i] else 1)
     starts = cuts(costs, list(accumulate(crossing)), len(devices))
     ends = pairwise((0, *starts, count))
-    found = zip(ends, devices, strict=False)
-    return [Stage(plan, a, b, device, sum(costs[a:b])) for (a, b), device in found]
+    pairs = zip(ends, devices, strict=False)
+    return [Stage(plan, a, b, device, sum(costs[a:b])) for (a, b), device in pairs]
 
 
 def cuts(costs: Sequence[int], crossing: Sequence[int], count: int) -> list[int]:

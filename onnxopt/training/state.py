@@ -18,7 +18,17 @@ from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training.quantized import reading
 
-__all__ = ["INLINED", "Options", "Site", "State", "Tying", "collect", "constants", "is_constant_node", "nodes_of"]
+__all__ = [
+    "INLINED",
+    "Options",
+    "Site",
+    "State",
+    "Tying",
+    "collect",
+    "constants",
+    "is_constant_node",
+    "nodes_of",
+]
 
 Tying = Literal["auto", "all", "none"]
 """What stays tied of what several nodes read: all but tensors of one number all over, which exporters share
@@ -103,9 +113,9 @@ def is_constant_node(node: ir.Node) -> bool:
 
 
 def constants(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
-    """Every constant of the main graph, the graphs in its nodes and functions, under a name that no other has.
+    """Every constant of graph, functions and the graphs in their nodes, under a name that no other has.
 
-    In front of those of a function, which all its calls have in common, stands its name.
+    Those of a function, which all its calls have in common, have its name in front.
     """
     taken: dict[str, int] = {}
     functions = {id(function.graph): function_name(key) for key, function in model.functions.items()}
