@@ -197,14 +197,18 @@ class Dataset:
                 array = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
             given[name] = array if self.stacks or not changes else array[0]
         feeds = (_any_batch(self.contract) if self.stacks else self.contract).check(given, "data")
-        return {**feeds, **{name: given[name] for name in given if name in self.labels}}
+        labels = {name: given[name] for name in given if name in self.labels}
+        for name, array in labels.items():
+            if array.dtype.kind not in "fiub":
+                raise UsageError(f"data: label {name!r} is of type {array.dtype}; expected numbers")
+        return {**feeds, **labels}
 
     def _changed(
         self, x: np.ndarray, changes: Sequence[Transform], epoch: int | None, row: int
     ) -> np.ndarray:
         random = None if epoch is None else self._random(epoch, row, 0)
         for one in changes:
-            x = one(x, random)
+            x = one.applied(x, random)
         return x
 
     def _streamed(

@@ -183,6 +183,7 @@ class Trainer:
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
                 self._scaler.scale(loss).backward()
             total = total + loss.detach()
+        self.world.share(self.trained.values())
         self._scaler.unscale_(self.optimizer)
         total = self.world.mean(total)
         total += penalize(self.trained.values(), self.recipe.l1, self.recipe.l2)

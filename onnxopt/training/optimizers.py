@@ -86,6 +86,10 @@ class Group:
     lr: float = 1.0
     weight_decay: float | None = None
 
+    def __post_init__(self) -> None:
+        if min(self.lr, self.weight_decay or 0) < 0:
+            raise UsageError("groups: lr and weight_decay are at least 0")
+
 
 def role_of(parameter: nn.Parameter) -> str:
     """The group a parameter is in by itself: scales (which say so in `role`), weights, or norm-bias."""

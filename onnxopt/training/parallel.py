@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +87,12 @@ class World:
             dist.all_reduce(value)
             value /= self.size
         return value
+
+    def share(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients of what each process has whole, though others are sharded, become the mean."""
+        for one in parameters if self.sharded else ():
+            if one.grad is not None and not hasattr(one.grad, "full_tensor"):
+                self.mean(one.grad)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.stages or (self.device,)))

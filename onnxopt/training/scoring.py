@@ -141,8 +141,13 @@ def _accuracy(
     """How many labels are where the largest element along the axis of the classes is, of how many."""
     term = objective.terms[0]
     y, label = outputs[term.output], batch.arrays[term.label]
-    found = y.argmax(-1 if label.shape == y.shape[:-1] else 1)
-    counted = label != getattr(term.loss, "ignore", -100)
+    axis = y.ndim - 1 if label.shape == y.shape[:-1] else 1
+    found, counted = y.argmax(axis), label != getattr(term.loss, "ignore", -100)
+    if found.shape != label.shape or not ((label >= 0) & (label < y.shape[axis]))[counted].all():
+        raise UsageError(
+            f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "
+            f"expected {'x'.join(map(str, found.shape))} of the {y.shape[axis]} classes of {term.output!r}"
+        )
     return float((found == label)[counted].sum()), int(counted.sum())
 
 

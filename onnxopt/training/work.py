@@ -87,6 +87,8 @@ def train(
     started = time.perf_counter()
     if resume and folder is None:
         raise UsageError("resume: give the folder that the checkpoint is in")
+    if recipe.max_drop:
+        parse_drop(recipe.max_drop)
     model, show = reusable(model), progress or silent
     show("reading the model", None)
     original = load(model)

@@ -91,7 +91,7 @@ def trainer(
     module: nn.Module | None = None, source: Any = None, judge: Any = None, **options: Any
 ) -> Trainer:
     """A trainer of `Linear` on `line_data` with the mean squared error; options are those of a recipe."""
-    keep = {name: options.pop(name) for name in ("hooks", "folder", "made_for") if name in options}
+    keep = {name: options.pop(name) for name in ("hooks", "folder", "made_for", "world") if name in options}
     recipe = Recipe(**{"loss": "mse", "labels": ("t",), "optimizer": "sgd", "lr": 0.1, **options})
     data = dataset(
         line_data() if source is None else source,
@@ -107,8 +107,7 @@ def trainer(
         data,
         recipe,
         judge or LossJudge(),
-        world=World(torch.device("cpu")),
-        **keep,
+        **{"world": World(torch.device("cpu")), **keep},
     )
 
 

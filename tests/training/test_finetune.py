@@ -254,6 +254,9 @@ def test_what_got_worse_is_not_written_unless_asked_for(run: Ran) -> None:
     assert (code, Path("o.onnx").exists()) == (0, True)
 
 
+_READ = ("model.onnx", "train.npz", "test.npz")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -277,11 +280,38 @@ def test_what_got_worse_is_not_written_unless_asked_for(run: Ran) -> None:
         ("-o o.onnx --data train.npz --labels y --init fc=he", 2, "init: no parameter is called 'fc'"),
         ("-o o.onnx --data train.npz --labels y --lr 1e20", 1, "take a lower lr, or clip_norm"),
         ("-o o.onnx --data nowhere --labels y", 2, "no such file or folder"),
+        ("-o model.onnx --data train.npz --labels y", 2, "the training reads this file: give another one"),
+        ("-o train.npz --data train.npz --labels y", 2, "the training reads this file: give another one"),
+        ("-o o.onnx --data more.npz --labels y", 2, "'y': 51 from 7 to 16; expected 51 of the 10 classes"),
+        ("-o o.onnx --data more.npz --labels single", 2, "(class indices are integers): the label is 51"),
+        ("-o o.onnx --data more.npz --labels text", 2, "label 'text' is of type <U2; expected numbers"),
+        ("-o o.onnx --data more.npz --labels y --loss ctc", 2, "label 'y' (51 int64) do not go together"),
+        ("-o o.onnx --data none.npz --labels y", 2, "none.npz holds no samples"),
+        ("-o o.onnx --data one.npz --labels y", 2, "holdout 0.1: expected a share of the 1 samples"),
+        ("-o o.onnx --data train.npz --labels y --max-drop x", 2, "--max-drop 'x': expected a drop such as"),
+        (
+            "-o o.onnx --data train.npz --labels y --transforms shift{by=-1}",
+            2,
+            "fails on 1 x 8 x 8: high <= 0",
+        ),
+        ("-o o.onnx --data train.npz --labels y --transforms normalize{std=0}", 2, "normalize: std is 0"),
+        ("-o o.onnx --data train.npz --labels y --transforms mixup{alpha=0}", 2, "alpha is 0, not above 0"),
+        ("-o o.onnx --data train.npz --labels y --groups weights{lr=-1}", 2, "lr and weight_decay are at le"),
+        ("-o o.onnx --data train.npz --labels y --schedule wave", 2, "unknown schedule 'wave' (known: cons"),
+        ("-o o.onnx --data train.npz --labels y --optimizer lion", 2, "unknown optimizer 'lion' (known: ad"),
+        ("-o o.onnx --data train.npz --labels y --shard", 2, "shard: it takes several processes"),
+        ("-o o.onnx --data train.npz --labels y --freeze *", 2, "nothing is left to train"),
     ],
 )
 def test_bad_input_is_told_in_one_line(run: Ran, arguments: str, code: int, told: str) -> None:
+    data, before = dict(np.load("train.npz")), {name: Path(name).read_bytes() for name in _READ}
+    labels = {"y": data["y"] + 7, "single": data["y"].astype(np.float32), "text": data["y"].astype("U2")}
+    np.savez("more.npz", image=data["image"], **labels)
+    for name, count in {"none": 0, "one": 1}.items():
+        np.savez(f"{name}.npz", image=data["image"][:count], y=data["y"][:count])
     found, out, err = run("model.onnx", *arguments.split())
     assert (found, out) == (code, "")
+    assert before == {name: Path(name).read_bytes() for name in _READ}
     assert told in err
     assert err.count("\n") == 1
     assert not Path("o.onnx").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array
 from onnxopt.model import load
-from onnxopt.training import distill, finetune, to_torch, write_back
+from onnxopt.protobuf import dump
+from onnxopt.training import distill, finetune, prune, to_torch, train_qat, write_back
 from onnxopt.training.hooks import Hook
 from onnxopt.training.loop import Trainer
-from onnxopt.training.parallel import world
+from onnxopt.training.parallel import World, world
+from onnxopt.training.sharding import shard
 from onnxopt.training.stages import cuts
+from onnxopt.training.values import whole as unsharded
 from tests.support import text_model
 from tests.training.nets import HEAD, build, feeds, net
 from tests.training.support import TOGETHER, LossJudge, Pair, line_data, trainer, write_digits
@@ -84,8 +87,10 @@ def test_a_split_graph_computes_the_same_forward_and_backward(
         assert torch.equal(results[0][output], results[1][output])
     for result in results:
         sum(one.square().sum() for one in result.values()).backward()
-    gradients = [{name: one.grad for name, one in module.named_parameters()} for module in (whole, split)]
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    others = dict(split.named_parameters())
+    for name, one in whole.named_parameters():
+        assert one.grad is not None
+        assert torch.equal(one.grad, others[name].grad)  # type: ignore[arg-type]  # None would fail
     split.expose(*split.hidden)
     whole.expose(*whole.hidden)
     shown = [module(sample) for module in (whole, split)]
@@ -109,7 +114,18 @@ def test_values_and_weights_go_to_the_device_of_their_stage() -> None:
     assert second.summary.startswith("meta: ")
 
 
-def test_a_training_over_two_devices_is_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("train", "more"),
+    [
+        (finetune, {}),
+        (train_qat, {"weights": "int4"}),
+        (prune, {"sparsity": 0.2}),
+        (finetune, {"batchnorm": True}),
+    ],
+)
+def test_a_training_over_three_devices_is_the_training(
+    train: Callable[..., Any], more: dict[str, Any], tmp_path: Path
+) -> None:
     proto = write_digits(tmp_path)
     options: dict[str, Any] = {
         "labels": "y",
@@ -118,10 +134,12 @@ def test_a_training_over_two_devices_is_the_training(tmp_path: Path) -> None:
         "max_drop": 1,
         "l2": 0.01,
         "ema": 0.5,
+        **more,
     }
     alone, spread = (
-        finetune(proto, str(tmp_path / "train.npz"), devices=one, **options) for one in ("cpu", "cpu,cpu,cpu")
+        train(proto, str(tmp_path / "train.npz"), devices=one, **options) for one in ("cpu", "cpu,cpu,cpu")
     )
+    assert alone.report.curves == spread.report.curves
     assert alone.model.SerializeToString() == spread.model.SerializeToString()  # type: ignore[union-attr]
     assert spread.report.device == "cpu,cpu,cpu"
     assert sum("tensors go on" in note for note in spread.report.notes) == 3
@@ -141,9 +159,40 @@ def test_devices_that_are_not_there_are_told(devices: str, told: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_shards_need_processes() -> None:
+def test_shards_need_processes_and_whole_hooks_refuse_them() -> None:
     with pytest.raises(UsageError, match="start them with torchrun"), world("cpu", True):
         pass
+    with pytest.raises(UsageError, match="shard: it is for finetune and distill"):
+        trainer(hooks=[Hook()], world=World(CPU, size=2, sharded=True))
+    with pytest.raises(UsageError, match="in float32 or bfloat16"):
+        trainer(precision="float16", world=World(CPU, size=2, sharded=True))
+
+
+def test_a_sharded_module_computes_the_same(tmp_path: Path) -> None:
+    """One process: weights that two stages read, one without a size, and bodies of If are among the parts."""
+    model = onnx.ModelProto.FromString(FORKED.SerializeToString())
+    model.graph.node[-1].op_type = "PRelu"
+    model.graph.node[-1].input.append("slope")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.3, np.float32), "slope"))
+    whole, parts = to_torch(model), to_torch(model)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        root = shard(parts, CPU, FORKED_FEEDS)
+        for _ in range(2):
+            outputs = whole(FORKED_FEEDS), root(FORKED_FEEDS)
+            assert all(torch.equal(one, outputs[1][name]) for name, one in outputs[0].items())
+            for one in outputs:
+                one["y"].square().sum().backward()
+        named = dict(parts.named_parameters())
+        assert [name for name, one in named.items() if not hasattr(one, "full_tensor")] == ["slope"]
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(unsharded(named[name].grad), parameter.grad)
+        found = write_back(parts, model)
+        assert dump(found).SerializeToString() == dump(load(model)).SerializeToString()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one_also_with_weights_in_parts_that_are_killed(tmp_path: Path) -> None:
