@@ -21,7 +21,7 @@ from onnxopt.data.contract import Contract
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
 from onnxopt.training.sizes import Sizes
-from onnxopt.training.sources import Arrays, Source, Stream, Table, batches_of
+from onnxopt.training.sources import Arrays, Source, Stream, Table, batches_of, shuffled
 from onnxopt.training.transforms import Mixup, Transform
 
 __all__ = ["Batch", "Dataset"]
@@ -245,7 +245,7 @@ class Dataset:
         size = next(sizes)
         given = batches_of(self.source, self.labels)
         rows = (row for arrays in given for row in (_rows(arrays) if self.stacks else [arrays]))
-        for row in rows if random is None else _shuffled(rows, self.shuffle, random):
+        for row in rows if random is None else shuffled(rows, self.shuffle, random):
             if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
                 yield len(held), functools.partial(_joined, held)
                 held, size = [], next(sizes)
@@ -258,21 +258,6 @@ def _rows(arrays: Arrays) -> Iterator[Arrays]:
     """Each sample by itself; a scalar is of all of them."""
     for i in range(max((len(array) for array in arrays.values() if array.ndim), default=1)):
         yield {name: array[i : i + 1] if array.ndim else array for name, array in arrays.items()}
-
-
-def _shuffled(rows: Iterator[Arrays], size: int, random: np.random.Generator) -> Iterator[Arrays]:
-    """All rows, each drawn from the `size` that are held; copies, that keep no batch alive."""
-    held: list[Arrays] = []
-    for row in rows:
-        own = {name: array.copy() for name, array in row.items()}
-        if len(held) < size:
-            held.append(own)
-            continue
-        place = int(random.integers(size))
-        yield held[place]
-        held[place] = own
-    for place in random.permutation(len(held)):
-        yield held[place]
 
 
 def _shapes(row: Arrays) -> list[tuple[int, ...]]:

@@ -26,8 +26,8 @@ class Curves:
 
     @property
     def best(self) -> int:
-        """The evaluation with the best score, the first of equals; -1 before the first."""
-        return max(range(len(self.score)), key=lambda one: (self.score[one], -one), default=-1)
+        """The evaluation with the best score, the last of equals; -1 before the first."""
+        return max(range(len(self.score)), key=lambda one: (self.score[one], one), default=-1)
 
 
 class Log:

@@ -7,7 +7,7 @@ step, so that a checkpoint needs no state of generators and a resumed run is the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from onnxopt.training.divergence import diverged
 from onnxopt.training.hooks import Hook, Judge
 from onnxopt.training.logs import Curves, Log
 from onnxopt.training.losses import Objective
-from onnxopt.training.optimizers import frozen, make_optimizer, penalize
+from onnxopt.training.optimizers import averaged, frozen, make_optimizer, penalize
 from onnxopt.training.parallel import World
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.schedules import Clock, parse_schedule
@@ -107,7 +107,8 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether all steps are made, or the score has not become better for too long."""
-        waited = len(self.curves.score) - 1 - self.curves.best
+        scores = self.curves.score
+        waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
         stopped = bool(self.recipe.patience) and waited >= self.recipe.patience
         return stopped or self.step >= self.total or self.epoch >= self.recipe.epochs
 
@@ -243,9 +244,9 @@ class Trainer:
         """Score what would be written now, and keep it if it is the best."""
         self.progress(f"epoch {self.epoch + 1}: evaluating in ONNX Runtime", self.step / self.total)
         self.module.eval()
-        with self._averaged():
+        with averaged(self._parameters, self.ema):
             score = self.world.agreed(self.judge.score(self.module))
-            if score > max(self.curves.score, default=-torch.inf):
+            if score >= max(self.curves.score, default=-torch.inf):
                 self.judge.keep()
         self.curves.step.append(self.step)
         self.curves.loss.append(self._losses[0] / self._losses[1])
@@ -256,20 +257,6 @@ class Trainer:
         log(self.step, epoch=self.epoch + 1, mean_loss=self.curves.loss[-1], score=score)
         self._losses = [0.0, 0.0]
         self.module.train()
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The module with the moving averages in place of its parameters."""
-        if self.ema is None:
-            yield
-            return
-        own = [one.detach().clone() for one in self._parameters]
-        with torch.no_grad():
-            for one, mean in zip(self._parameters, self.ema.module.parameters(), strict=True):
-                one.copy_(mean)
-            yield
-            for one, mine in zip(self._parameters, own, strict=True):
-                one.copy_(mine)
 
     def _save(self, log: Log) -> None:
         if self.folder is None:

@@ -1,21 +1,23 @@
-"""Optimizers, which parameters they train at which rate, and what keeps the weights small."""
+"""Optimizers, which parameters they train at which rate, their averages, and what keeps weights small."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from onnxopt.errors import UsageError
 from onnxopt.recipe import parse_spelled
 from onnxopt.training.values import whole
 
-__all__ = ["OPTIMIZERS", "Group", "frozen", "make_optimizer", "penalize", "role_of"]
+__all__ = ["OPTIMIZERS", "Group", "averaged", "frozen", "make_optimizer", "penalize", "role_of"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,22 @@ def make_optimizer(
 def _group(text: str) -> tuple[str, Group]:
     who, brace, options = text.partition("{")
     return who.strip(), parse_spelled(f"group{brace}{options}", {"group": Group}, "group")
+
+
+@contextlib.contextmanager
+def averaged(parameters: Iterable[nn.Parameter], ema: AveragedModel | None) -> Iterator[None]:
+    """The moving averages in place of the parameters; without any nothing changes."""
+    if ema is None:
+        yield
+        return
+    members = list(parameters)
+    own = [one.detach().clone() for one in members]
+    with torch.no_grad():
+        for one, mean in zip(members, ema.module.parameters(), strict=True):
+            one.copy_(mean)
+        yield
+        for one, mine in zip(members, own, strict=True):
+            one.copy_(mine)
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def test_a_training_over_three_devices_is_the_training(
         train(proto, str(tmp_path / "train.npz"), devices=one, **options) for one in ("cpu", "cpu,cpu,cpu")
     )
     assert alone.report.curves == spread.report.curves
-    assert alone.model.SerializeToString() == spread.model.SerializeToString()  # type: ignore[union-attr]
+    assert alone.model.SerializeToString() == spread.model.SerializeToString()
     assert spread.report.device == "cpu,cpu,cpu"
     assert sum("tensors go on" in note for note in spread.report.notes) == 3
 
