@@ -32,20 +32,26 @@ _STEPS = 5
 _MOST = 8.0
 """What a part's scores are multiplied with, or divided by, at most: scores go with the noise's root."""
 
-_STRENGTH: Mapping[str, Callable[[float, float], float]] = {
-    **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda value, share: value * share),
-    **dict.fromkeys(("macs", "parameters", "energy"), lambda value, share: round(1 - (1 - value) * share, 6)),
-    "number": lambda value, share: round(value * share),
+_STRENGTH: Mapping[str, Callable[[Any, Any, float], float]] = {
+    **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda _, value, share: value * share),
+    **dict.fromkeys(
+        ("macs", "parameters", "energy"), lambda _, value, share: round(1 - (1 - value) * share, 6)
+    ),
+    "number": lambda _, value, share: round(value * share),
+    "bits": lambda one, value, share: round(one.most_bits - (one.most_bits - value) * share),
 }
-"""Option -> its value at a share of the strength; at 0, what a pass has of them together prunes nothing."""
+"""Option -> from the pass and the value to that at a share of the strength; at 0, what a pass has of them
+together prunes nothing, or as little as it can."""
 
 
 @runtime_checkable
 class ByParts(Protocol):
     """A pass that chooses among parts of the model, as layers, by scores that can be weighted."""
 
-    importance: Mapping[str, float]
+    importance: Mapping[str, float] | None
     """Part -> what its scores are multiplied with; 1 where it has none."""
+    only: tuple[str, ...] | None
+    """Parts that may be pruned; None: all."""
 
     def parts(self, model: ir.Model) -> Mapping[str, ir.passes.PassBase]:
         """Part -> a pass that prunes as strongly, there alone."""
@@ -85,12 +91,13 @@ class Searched:
     """The strongest candidate that keeps the budget; the weakest one tried, where none does.
 
     trials: in order. sensitivity: part -> the noise over the signal where it alone is pruned; empty where
-    the passes were not weighted.
+    the passes were not weighted. fixed: the passes that have no strength to look for.
     """
 
     best: Candidate
     trials: tuple[Trial, ...] = ()
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    fixed: Passes = ()
 
 
 def strongest(
@@ -104,7 +111,8 @@ def strongest(
     """Look for the strongest pruning that keeps the budget, as a share of what `passes` ask for.
 
     As they are first. Where that loses too much, each part of the model is pruned alone, scores are weighted
-    with the noise that this makes, and the share is bisected, 5 times.
+    with the noise that this makes, and the share is bisected, 5 times: of the amounts, or where a pass has
+    none, as of N:M patterns, of the parts.
 
     Args:
         passes: at the full strength.
@@ -115,9 +123,12 @@ def strongest(
     """
     full = make(passes)
     trials = [_trial(1.0, full)]
-    if not guarded or full.judgement.ok or not any(map(_strengths, passes)):
+    if not guarded or full.judgement.ok:
         return Searched(full, tuple(trials))
     passes, sensitivity = _weighted(passes, model, noise)
+    fixed = tuple(one for one in passes if not (_strengths(one) or _ranked(one)))
+    if len(fixed) == len(passes):
+        return Searched(full, tuple(trials), fixed=fixed)
     best, tried, low, high = None, full, 0.0, 2.0 if sensitivity else 1.0
     for _ in range(_STEPS + bool(sensitivity)):
         share = (low + high) / 2
@@ -129,7 +140,7 @@ def strongest(
                 break
         else:
             high = share
-    return Searched(best or tried, tuple(trials), sensitivity)
+    return Searched(best or tried, tuple(trials), sensitivity, fixed)
 
 
 def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: float) -> Searched:
@@ -144,7 +155,8 @@ def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: fl
     """
     tried: dict[float, Candidate] = {}
     low, high, share = 0.0, 1.0, 1.0
-    for _ in range(1 + (_STEPS if any(map(_strengths, passes)) else 0)):
+    fixed = tuple(one for one in passes if not _strengths(one))
+    for _ in range(1 + (_STEPS if len(fixed) < len(passes) else 0)):
         asked = passes if share == 1.0 else tuple(weaker(one, share) for one in passes)
         one = tried[share] = make(asked)
         if not one.changes or _time(one) <= latency:
@@ -157,9 +169,8 @@ def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: fl
     enough = {share: bool(one.changes) and _time(one) <= latency for share, one in tried.items()}
     weakest = min((share for share, ok in enough.items() if ok), default=None)
     best = min(tried.values(), key=_time) if weakest is None else tried[weakest]
-    return Searched(
-        best, tuple(Trial(s, enough[s], one.judgement.summary, one.time) for s, one in tried.items())
-    )
+    trials = tuple(Trial(s, enough[s], one.judgement.summary, one.time) for s, one in tried.items())
+    return Searched(best, trials, fixed=fixed)
 
 
 def _time(candidate: Candidate) -> float:
@@ -185,13 +196,26 @@ def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:
 
 
 def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
-    """The pass at a share of its strength; one that has no strength stays as it is."""
-    return replace(one, **{name: _STRENGTH[name](value, share) for name, value in _strengths(one).items()})  # type: ignore[type-var]
+    """The pass at a share of its strength: of its amount, or else of the parts, those of least importance.
+
+    One that has neither stays as it is.
+    """
+    ranked, strengths = _ranked(one), _strengths(one)
+    if ranked and not strengths:
+        return replace(one, only=ranked[: round(share * len(ranked))])  # type: ignore[type-var]
+    return replace(one, **{name: _STRENGTH[name](one, value, share) for name, value in strengths.items()})  # type: ignore[type-var]
 
 
 def _strengths(one: ir.passes.PassBase) -> dict[str, Any]:
-    """The amounts of a pass that are more than nothing."""
-    return {name: value for name, value in _amounts(one).items() if value}
+    """The amounts of a pass that can be less."""
+    given = {name: value for name, value in _amounts(one).items() if value}
+    return {name: value for name, value in given.items() if _STRENGTH[name](one, value, 0.0) != value}
+
+
+def _ranked(one: ir.passes.PassBase) -> tuple[str, ...]:
+    """The parts that a pass chooses among, those of least importance first; none where that is not known."""
+    known = getattr(one, "importance", None) or {}
+    return tuple(sorted(known, key=lambda part: known[part]))
 
 
 def _amounts(one: ir.passes.PassBase) -> dict[str, Any]:

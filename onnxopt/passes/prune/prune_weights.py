@@ -59,7 +59,8 @@ class PruneWeights(Pass):
     keep: patterns of nodes whose weights stay: by first output, name or operator.
     samples: for wanda and obs, complete feeds.
     masks: name of a weight -> bool array, True where an element is kept; then nothing is scored or protected.
-    importance: name of a weight -> what its scores are multiplied with, where all layers are compared.
+    importance: name of a weight -> what its scores are multiplied with where layers are compared; else, where
+        each gives a share, all together give it, and those of less importance for their norm give more.
     only: names of weights that may be pruned; None: all.
     saliency: from the name of a weight and its numbers (float32) to scores of the same shape; the least go.
     """
@@ -131,8 +132,8 @@ class PruneWeights(Pass):
                 ledger.touch(reader.node for reader in one.readers)
 
     def parts(self, model: ir.Model) -> Mapping[str, PruneWeights]:
-        """Name of a weight -> a pass that prunes it alone; none where layers are not compared."""
-        if self.scope != "global" or self.masks is not None:
+        """Name of a weight -> a pass that prunes it alone; none where thresholds or masks tell."""
+        if self.threshold is not None or self.masks is not None:
             return {}
         found = find_weights(model)
         reasons = self._reasons(model, found)
@@ -204,27 +205,42 @@ class PruneWeights(Pass):
             return self._informed(model, weights)
         if self.masks is None:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
-            score, importance = self.saliency or scores[self.score], self.importance or {}
-
-            def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
-                return score(name, numbers) * np.float32(importance.get(name, 1.0))
-
-            return _zeroed(self._choice.gone(weights, weighted if importance else score))
+            return _zeroed(self._gone(weights, self.saliency or scores[self.score]))
         masks = self.masks
         return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
+
+    def _gone(
+        self, weights: Sequence[StoredWeight], score: Score
+    ) -> Iterator[tuple[StoredWeight, np.ndarray]]:
+        """Each weight and which of its elements go, after what layers matter where that is known."""
+        choice, importance = self._choice, self.importance
+        if not importance or choice.pattern is not None:
+            yield from choice.gone(weights, score)
+            return
+
+        def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
+            scores = score(name, numbers)
+            unit = 1.0 if choice.scope == "global" else float(np.linalg.norm(scores)) or 1.0
+            return np.asarray(scores * np.float32(importance.get(name, 1.0) / unit))
+
+        for one, gone in replace(choice, scope="global").gone(weights, weighted):
+            if choice.scope == "row":
+                yield from replace(choice, share=float(gone.mean())).gone([one], score)
+            else:
+                yield one, gone
 
     def _informed(
         self, model: ir.Model, weights: Sequence[StoredWeight]
     ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
         """With the samples; these run only where anything is left to prune, by magnitude to begin with."""
-        plain = ((one, gone) for one, gone in self._choice.gone(weights, magnitude) if _costs(one, gone))
+        plain = ((one, gone) for one, gone in self._gone(weights, magnitude) if _costs(one, gone))
         assert self.samples is not None  # `apply` asks for them
         if self.score == "obs":
             for one, array in tuple(made_up_for(model, dict(plain), self.samples, self._pattern)):
                 yield one, ir.Tensor(array, dtype=one.tensor.dtype, name=one.tensor.name)
         elif any(plain):
             score = by_input_norm(model, weights, self.samples)
-            yield from _zeroed(self._choice.gone(weights, score))
+            yield from _zeroed(self._gone(weights, score))
 
 
 def _zeroed(
