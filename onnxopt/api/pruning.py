@@ -15,14 +15,15 @@ from onnxopt.api.common import opened, record, silent, sizes_of, source_of, vers
 from onnxopt.api.packing import packed_sizes
 from onnxopt.api.preparation import samples_of
 from onnxopt.api.trials import Ended, Trials
+from onnxopt.calibration import split
 from onnxopt.claims import Pass, kind_of, spelling
 from onnxopt.data import FeedSource
 from onnxopt.errors import UsageError
-from onnxopt.job import Progress
+from onnxopt.job import Job, Progress
 from onnxopt.metric import Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint
 from onnxopt.pipeline import Pipeline
-from onnxopt.pruning.search import Passes, up_to
+from onnxopt.pruning.search import Informed, Passes, up_to
 from onnxopt.pruning.weights import sparsity
 from onnxopt.recipe import parse_passes
 from onnxopt.reporting import measure_size
@@ -88,16 +89,16 @@ def prune(
     pipeline = Pipeline(asked, rounds=1)
     job = opened(model, pipeline, where, shapes, seed, progress or silent, frozen=freeze_initializers)
     samples = samples_of(job, data, "prune")
-    work = Trials.of(job, samples, metric, budget, latency)
+    parts = split(samples)
     left_open = {
-        "samples": None if data is None else work.fitted,
+        "samples": None if data is None else parts[0],
         "shapes": {**(shapes or {}), **sizes_of(samples)},
         "multiple": where.multiple,
         "masks": masks,
     }
-    usual = latency / 2 if latency is not None else 0.5
-    searched = work.search(tuple(up_to(_filled(one, left_open), usual) for one in asked))
-    ended = work.ended(searched, bench=bench)
+    ready = _ready(job, left_open, latency)
+    work = Trials.of(job, samples, parts, metric, budget, latency)
+    ended = work.ended(work.search(ready), bench=bench)
     best, sha256 = ended.searched.best, fingerprint(job.model, job.original)
     result = job.open_model() if ended.reason else best.model
     if metadata and not ended.reason:
@@ -122,12 +123,20 @@ def _check_latency(latency: float | None, bench: bool) -> None:
         raise UsageError(f"prune: latency is {latency:g}; expected a share of the time between 0 and 1")
 
 
-def _filled(one: ir.passes.PassBase, wanted: Mapping[str, Any]) -> ir.passes.PassBase:
-    """The pass with these, as far as it has such fields and leaves them open."""
-    if not isinstance(one, Pass):
-        return one
-    left = {name: value for name, value in wanted.items() if getattr(one, name, "missing") is None}
-    return replace(one, **left)
+def _ready(job: Job, left_open: Mapping[str, Any], latency: float | None) -> Passes:
+    """The passes with what they leave open, as far as they have such fields, and with an amount.
+
+    Raises UsageError where one of them needs samples.
+    """
+    passes, usual = [], latency / 2 if latency is not None else 0.5
+    for one in job.pipeline.passes:
+        if isinstance(one, Pass):
+            filled = {name: value for name, value in left_open.items() if getattr(one, name, "") is None}
+            one = replace(one, **filled)
+        if isinstance(one, Informed):
+            one.require_samples(job.open_model())
+        passes.append(up_to(one, usual))
+    return tuple(passes)
 
 
 def _report(work: Trials, ended: Ended, sha256: str, *, synthetic: bool, started: float) -> PruningReport:

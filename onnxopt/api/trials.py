@@ -12,7 +12,6 @@ import onnx_ir as ir
 from onnxopt.api.optimization import optimize
 from onnxopt.benchmarking import Timing
 from onnxopt.benchmarking.settings import Setting, session_config
-from onnxopt.calibration import split
 from onnxopt.claims import kind_of, pass_name, spelling
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
@@ -69,12 +68,13 @@ class Trials:
         cls,
         job: Job,
         samples: Sequence[Feeds],
+        parts: tuple[Sequence[Feeds], Sequence[Feeds]],
         metric: str | Callable[..., Any] | Metric | None,
         budget: Budget | None,
         latency: float | None,
     ) -> Trials:
-        """Judge the original, and prepare it for the passes of the job."""
-        fitted, held_out = split(samples)
+        """Judge the original on the second part of the samples, and prepare it for the passes of the job."""
+        fitted, held_out = parts
         job.progress("running the original", None)
         judge = _judge(job, held_out, metric, budget)
         dense = _prepared(job, held_out)

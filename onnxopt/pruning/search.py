@@ -16,6 +16,7 @@ from onnxopt.quantization.judge import Judgement
 __all__ = [
     "ByParts",
     "Candidate",
+    "Informed",
     "Passes",
     "Searched",
     "Trial",
@@ -33,7 +34,9 @@ _MOST = 8.0
 """What a part's scores are multiplied with, or divided by, at most: scores go with the noise's root."""
 
 _STRENGTH: Mapping[str, Callable[[Any, Any, float], float]] = {
-    **dict.fromkeys(("sparsity", "ratio", "percentile", "threshold"), lambda _, value, share: value * share),
+    **dict.fromkeys(
+        ("sparsity", "ratio", "percentile", "threshold"), lambda _, value, share: round(value * share, 6)
+    ),
     **dict.fromkeys(
         ("macs", "parameters", "energy"), lambda _, value, share: round(1 - (1 - value) * share, 6)
     ),
@@ -55,6 +58,14 @@ class ByParts(Protocol):
 
     def parts(self, model: ir.Model) -> Mapping[str, ir.passes.PassBase]:
         """Part -> a pass that prunes as strongly, there alone."""
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A pass that may have to look at samples."""
+
+    def require_samples(self, model: ir.Model) -> None:
+        """Raise UsageError where it has none and needs some; shapes may be inferred in the model."""
 
 
 @dataclass(frozen=True)

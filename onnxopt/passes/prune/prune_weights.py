@@ -59,8 +59,8 @@ class PruneWeights(Pass):
     keep: patterns of nodes whose weights stay: by first output, name or operator.
     samples: for wanda and obs, complete feeds.
     masks: name of a weight -> bool array, True where an element is kept; then nothing is scored or protected.
-    importance: name of a weight -> what its scores are multiplied with where layers are compared; else, where
-        each gives a share, all together give it, and those of less importance for their norm give more.
+    importance: name of a weight -> how much it matters: its scores, in units of their norm, are multiplied
+        with it and compared with those of all weights, which give the share together.
     only: names of weights that may be pruned; None: all.
     saliency: from the name of a weight and its numbers (float32) to scores of the same shape; the least go.
     """
@@ -113,11 +113,15 @@ class PruneWeights(Pass):
             why = "nm compares within its pattern" if self.nm else "obs compares within a layer"
             raise UsageError(f"{self.name}: {why}; found scope={self.scope}")
 
-    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+    def require_samples(self, _model: ir.Model) -> None:
+        """Raise UsageError where the score needs some, and there are none."""
         if self._looks and not self.samples:
             raise UsageError(
                 f"{self.name}: {self.score} looks at what weights are multiplied with: give samples"
             )
+
+    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+        self.require_samples(model)
         weights, found = [], find_weights(model)
         if self.masks is not None:
             require_fit(found, self.masks)
@@ -220,7 +224,7 @@ class PruneWeights(Pass):
 
         def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
             scores = score(name, numbers)
-            unit = 1.0 if choice.scope == "global" else float(np.linalg.norm(scores)) or 1.0
+            unit = float(np.linalg.norm(scores)) or 1.0
             return np.asarray(scores * np.float32(importance.get(name, 1.0) / unit))
 
         for one, gone in replace(choice, scope="global").gone(weights, weighted):
