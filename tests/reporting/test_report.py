@@ -24,7 +24,7 @@ def test_a_report_follows_the_published_schema(bench: bool) -> None:
     report = json.loads(json.dumps(result.report.to_dict(), allow_nan=False))
     schema = json.loads((DOCS / "report.schema.json").read_text())
     jsonschema.validate(report, schema)
-    assert report["schema"] == SCHEMA == schema["title"]
+    assert report["schema"] == SCHEMA
     assert (report["timing"] is not None) == bench
 
 
