@@ -17,7 +17,7 @@ from onnxopt.api.preparation import samples_of
 from onnxopt.api.trials import Ended, Trials
 from onnxopt.calibration import split
 from onnxopt.claims import Pass, kind_of, spelling
-from onnxopt.data import FeedSource
+from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError
 from onnxopt.job import Job, Progress
 from onnxopt.metric import Metric, parse_drop
@@ -89,6 +89,8 @@ def prune(
     pipeline = Pipeline(asked, rounds=1)
     job = opened(model, pipeline, where, shapes, seed, progress or silent, frozen=freeze_initializers)
     samples = samples_of(job, data, "prune")
+    if data is not None:
+        _require_finite(samples)
     parts = split(samples)
     left_open = {
         "samples": None if data is None else parts[0],
@@ -121,6 +123,15 @@ def _check_latency(latency: float | None, bench: bool) -> None:
         raise UsageError("prune: latency is measured, and measuring is switched off (--no-bench)")
     if latency is not None and not 0 < latency < 1:
         raise UsageError(f"prune: latency is {latency:g}; expected a share of the time between 0 and 1")
+
+
+def _require_finite(samples: Sequence[Feeds]) -> None:
+    """Raises UsageError: what is fitted to NaN is NaN, and what is judged by it is always right."""
+    for number, feeds in enumerate(samples):
+        for name, array in feeds.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                found = f"prune: sample {number}: input {name!r} holds NaN or infinite numbers"
+                raise UsageError(f"{found}; leave such samples out, or give large finite numbers")
 
 
 def _ready(job: Job, left_open: Mapping[str, Any], latency: float | None) -> Passes:

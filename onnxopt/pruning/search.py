@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
-from onnxopt.claims import options_of
+from onnxopt.claims import options_of, spelling
 from onnxopt.pipeline import Step
 from onnxopt.quantization.judge import Judgement
 
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Passes = tuple[ir.passes.PassBase, ...]
+_Asked = tuple[tuple[str, tuple[str, ...] | None, bool], ...]
 
 _STEPS = 5
 """Halvings of the strength: a thirty-second of what is asked for."""
@@ -89,12 +90,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A strength, as a share of what is asked for, how that was judged, and what time it took."""
+    """A strength, as a share of what is asked for, how that was judged, and what time it took.
+
+    weighted: scores with what the parts of the model matter.
+    """
 
     share: float
     ok: bool
     summary: str
     time: float | None = None
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def strongest(
 
     As they are first. Where that loses too much, each part of the model is pruned alone, scores are weighted
     with the noise that this makes, and the share is bisected, 5 times: of the amounts, or where a pass has
-    none, as of N:M patterns, of the parts.
+    none, as of N:M patterns, of the parts. A share that loses too much so is tried without weights, too.
 
     Args:
         passes: at the full strength.
@@ -132,26 +137,55 @@ def strongest(
         noise: runs them and gives the noise of the outputs over the signal.
         guarded: whether there is a budget; without one there is no search.
     """
-    full = make(passes)
-    trials = [_trial(1.0, full)]
-    if not guarded or full.judgement.ok:
-        return Searched(full, tuple(trials))
-    passes, sensitivity = _weighted(passes, model, noise)
-    fixed = tuple(one for one in passes if not (_strengths(one) or _ranked(one)))
+    found = _Found(make)
+    if found.keeps(passes, 1.0) or not guarded:
+        return found.searched()
+    weighted, sensitivity = _weighted(passes, model, noise)
+    fixed = tuple(one for one in weighted if not (_strengths(one) or _ranked(one)))
     if len(fixed) == len(passes):
-        return Searched(full, tuple(trials), fixed=fixed)
-    best, tried, low, high = None, full, 0.0, 2.0 if sensitivity else 1.0
+        return found.searched(fixed=fixed)
+    low, high = 0.0, 2.0 if sensitivity else 1.0
     for _ in range(_STEPS + bool(sensitivity)):
         share = (low + high) / 2
-        tried = make(tuple(weaker(one, share) for one in passes))
-        trials.append(_trial(share, tried))
-        if tried.judgement.ok:
-            best, low = tried, share
-            if share == 1.0:
-                break
-        else:
+        some = tuple(weaker(one, share) for one in weighted)
+        plain = tuple(weaker(one, share) for one in passes)
+        if not (found.keeps(some, share, weighted=bool(sensitivity)) or found.keeps(plain, share)):
             high = share
-    return Searched(best or tried, tuple(trials), sensitivity, fixed)
+        elif share == 1.0:
+            break
+        else:
+            low = share
+    return found.searched(sensitivity=sensitivity, fixed=fixed)
+
+
+@dataclass
+class _Found:
+    """The strongest candidate so far that keeps the budget, or the last that does not, and all trials."""
+
+    make: Callable[[Passes], Candidate]
+    best: Candidate | None = None
+    last: Candidate | None = None
+    trials: list[Trial] = field(default_factory=list)
+    failed: set[_Asked] = field(default_factory=set)
+
+    def keeps(self, passes: Passes, share: float, *, weighted: bool = False) -> bool:
+        """Whether passes keep the budget; what was tried before is not tried again."""
+        asked = _asked(passes)
+        if asked in self.failed or (self.best is not None and asked == _asked(self.best.passes)):
+            return asked not in self.failed
+        made = self.make(passes)
+        self.trials.append(Trial(share, made.judgement.ok, made.judgement.summary, None, weighted))
+        if made.judgement.ok:
+            self.best = made
+        else:
+            self.last = made
+            self.failed.add(asked)
+        return made.judgement.ok
+
+    def searched(self, **more: Any) -> Searched:
+        best = self.best or self.last
+        assert best is not None  # something was tried
+        return Searched(best, tuple(self.trials), **more)
 
 
 def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: float) -> Searched:
@@ -189,8 +223,12 @@ def _time(candidate: Candidate) -> float:
     return candidate.time
 
 
-def _trial(share: float, candidate: Candidate) -> Trial:
-    return Trial(share, candidate.judgement.ok, candidate.judgement.summary)
+def _asked(passes: Passes) -> _Asked:
+    """What tells one run of passes from another."""
+    return tuple(
+        (spelling(one), getattr(one, "only", None), getattr(one, "importance", None) is not None)
+        for one in passes
+    )
 
 
 def up_to(one: ir.passes.PassBase, macs: float) -> ir.passes.PassBase:

@@ -49,7 +49,8 @@ def print_pruning(
     for trial in report.searched.trials if len(report.searched.trials) > 1 else ():
         time = "" if trial.time is None else f"{trial.time:.3f} of the time, "
         said = Text(time + trial.summary, style="green" if trial.ok else "red")
-        console.print(Text(f"tried    {trial.share:.0%} of the strength: ") + said)
+        how = ", by what parts matter" if trial.weighted else ""
+        console.print(Text(f"tried    {trial.share:.0%} of the strength{how}: ") + said)
     style = "green" if best.judgement.ok else "red"
     console.print(Text("accuracy ", style="bold") + Text(best.judgement.summary, style=style))
     for sentence in report.savings:

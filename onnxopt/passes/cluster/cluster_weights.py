@@ -12,22 +12,21 @@ ONNX Runtime computes the weight once, as it loads the model: the file becomes s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.claims import Kind, Pass, unspelled
+from onnxopt.claims import Kind, Pass
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, nbytes, sizes_of
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.stored import Stored, operand, weight_rules
 from onnxopt.pruning.codebooks import codebook_of
 from onnxopt.pruning.levels import INTEGERS
-from onnxopt.pruning.weights import convolves_alone, find_weights
+from onnxopt.pruning.weights import convolves_alone
 from onnxopt.quantization.operands import CODES, QUANTIZED, find_weight, reads_codebook
 from onnxopt.quantization.weights import weight_axis
 from onnxopt.rewrite import Declined, Edit, NewerOpset, Rule
@@ -35,7 +34,6 @@ from onnxopt.scope import Scope
 
 __all__ = ["ClusterWeights"]
 
-_LEAST = 2
 _MOST = 256
 _OF_4_BITS, _FIRST_4_BITS = 16, 21
 _OF_2_BITS, _FIRST_2_BITS = 4, 25
@@ -54,8 +52,6 @@ class ClusterWeights(Pass):
     depthwise: weights of depthwise convolutions, too: their channels differ much, and few of all elements are
         theirs.
     layers: only weights of these operators, such as Gemm+MatMul; all where empty.
-    importance: name of a weight -> what its numbers are finer by: a bit more for each doubling.
-    only: names of weights that may be clustered; None: all.
     """
 
     name: ClassVar[str] = "cluster-weights"
@@ -74,11 +70,9 @@ class ClusterWeights(Pass):
     small: int = 64
     depthwise: bool = False
     layers: tuple[str, ...] = ()
-    importance: Mapping[str, float] | None = unspelled(None)
-    only: tuple[str, ...] | None = unspelled(None)
 
     def __post_init__(self) -> None:
-        if not _LEAST <= self.bits <= 8:
+        if not 2 <= self.bits <= 8:
             raise UsageError(f"{self.name}: bits is {self.bits}; expected 2 to 8")
         if self.groups < 1 or self.groups << self.bits > _MOST:
             shared = f"{self.groups} groups of {1 << self.bits}"
@@ -88,11 +82,6 @@ class ClusterWeights(Pass):
     def most_bits(self) -> int:
         """Bits of numbers of all groups that codes of a byte tell apart."""
         return (_MOST // self.groups).bit_length() - 1
-
-    def parts(self, model: ir.Model) -> Mapping[str, ClusterWeights]:
-        """Name of a weight -> a pass that clusters it alone."""
-        names = (one.value.name or "" for one in find_weights(model) if not one.reason)
-        return {name: replace(self, only=(name,)) for name in names}
 
     def rules(self) -> Sequence[Rule]:
         return (
@@ -112,16 +101,14 @@ class ClusterWeights(Pass):
         tensor = constant_of(weight.source)
         if tensor is None:
             raise Declined("the weight is unpacked from a constant of another type")
-        if self.only is not None and weight.source.name not in self.only:
-            raise Declined("the weight is not asked for")
         if len(sizes_of(tensor)) < 2:
             return None
         if tensor.size < self.small:
             raise Declined(f"the weight has fewer than {self.small} elements")
         if convolves_alone(node, sizes_of(tensor)) and not self.depthwise:
             raise Declined("the weight is depthwise")
-        bits, stored = self._bits(weight.source.name or ""), Stored.of(weight, scope)
-        dtype, (numbers, codes) = self._type(bits, scope), self._shared(bits, stored)
+        dtype, stored = self._type(scope), Stored.of(weight, scope)
+        numbers, codes = self._shared(stored)
         if codes.size * dtype.bitwidth + numbers.size * stored.dtype.bitwidth >= nbytes(tensor) * 8:
             raise Declined("the weight would not become smaller")
         edit, like = Edit(stored.anchor, scope), stored.value.name or "weight"
@@ -131,14 +118,9 @@ class ClusterWeights(Pass):
         inputs = [edit.constant(book, f"{like}_codebook"), whole]
         return edit.replace(stored.value, edit.op("Gather", inputs, name=f"{like}/shared"))
 
-    def _bits(self, name: str) -> int:
-        """Of a weight: where it is halved, the noise of its numbers is, too."""
-        more = math.log2((self.importance or {}).get(name, 1.0))
-        return min(max(round(self.bits + more), _LEAST), self.most_bits)
-
-    def _shared(self, bits: int, stored: Stored) -> tuple[np.ndarray, np.ndarray]:
+    def _shared(self, stored: Stored) -> tuple[np.ndarray, np.ndarray]:
         """All codebooks in one, and for each element its place in that."""
-        array, size = stored.array, 1 << bits
+        array, size = stored.array, 1 << self.bits
         if self.groups == 1:
             return codebook_of(array, size)
         axes = stored.axes(weight_axis)
@@ -156,9 +138,9 @@ class ClusterWeights(Pass):
             taken += len(numbers)
         return np.concatenate(books), np.concatenate(codes, axes[0])
 
-    def _type(self, bits: int, scope: Scope) -> ir.DataType:
+    def _type(self, scope: Scope) -> ir.DataType:
         """That of the codes."""
-        count = self.groups << bits
+        count = self.groups << self.bits
         if not self.packed or count > _OF_4_BITS:
             return ir.DataType.UINT8
         if scope.opset < _FIRST_4_BITS:

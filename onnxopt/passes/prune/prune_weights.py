@@ -92,7 +92,7 @@ class PruneWeights(Pass):
     only: tuple[str, ...] | None = unspelled(None)
 
     def __post_init__(self) -> None:
-        for name, most in (("sparsity", 1), ("percentile", 100), ("threshold", np.inf)):
+        for name, most in (("sparsity", 1), ("percentile", 100), ("threshold", 1e38)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise UsageError(f"{self.name}: {name} is {value}; expected 0 to {most}")
