@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxopt.api.common import opened, record, silent, sizes_of, source_of, versions
 from onnxopt.api.packing import packed_sizes
 from onnxopt.api.preparation import samples_of
-from onnxopt.api.trials import Ended, Trials
+from onnxopt.api.trials import Ended, Trials, judge_of, prepared_for
 from onnxopt.calibration import split
 from onnxopt.claims import Pass, kind_of, spelling
 from onnxopt.data import Feeds, FeedSource
@@ -91,15 +91,18 @@ def prune(
     samples = samples_of(job, data, "prune")
     if data is not None:
         _require_finite(samples)
-    parts = split(samples)
+    fitted, held_out = split(samples)
     left_open = {
-        "samples": None if data is None else parts[0],
+        "samples": None if data is None else fitted,
         "shapes": {**(shapes or {}), **sizes_of(samples)},
         "multiple": where.multiple,
         "masks": masks,
     }
     ready = _ready(job, left_open, latency)
-    work = Trials.of(job, samples, parts, metric, budget, latency)
+    job.progress("running the original", None)
+    judge = judge_of(job, held_out, metric, budget)
+    dense = prepared_for(job, held_out)
+    work = Trials(job, samples, fitted, held_out, judge, dense, budget is not None, latency)
     ended = work.ended(work.search(ready), bench=bench)
     best, sha256 = ended.searched.best, fingerprint(job.model, job.original)
     result = job.open_model() if ended.reason else best.model

@@ -25,7 +25,7 @@ from onnxopt.quantization.sensitivity import noise_between
 from onnxopt.recipe import load_recipe, parse_pass
 from onnxopt.runtimes import open_session
 
-__all__ = ["Ended", "Trials"]
+__all__ = ["Ended", "Trials", "judge_of", "prepared_for"]
 
 _ANY = Budget(float("inf"))
 _FEW = 6
@@ -62,23 +62,6 @@ class Trials:
     dense: ir.Model
     guarded: bool
     latency: float | None
-
-    @classmethod
-    def of(
-        cls,
-        job: Job,
-        samples: Sequence[Feeds],
-        parts: tuple[Sequence[Feeds], Sequence[Feeds]],
-        metric: str | Callable[..., Any] | Metric | None,
-        budget: Budget | None,
-        latency: float | None,
-    ) -> Trials:
-        """Judge the original on the second part of the samples, and prepare it for the passes of the job."""
-        fitted, held_out = parts
-        job.progress("running the original", None)
-        judge = _judge(job, held_out, metric, budget)
-        dense = _prepared(job, held_out)
-        return cls(job, samples, fitted, held_out, judge, dense, budget is not None, latency)
 
     def search(self, passes: Passes) -> Searched:
         """The candidate that the budgets want: the strongest, or the weakest that is fast enough."""
@@ -168,7 +151,7 @@ class Trials:
         return Pipeline(passes, rounds=1).run(lambda: clone(self.dense), on_pass=say)
 
 
-def _judge(
+def judge_of(
     job: Job,
     samples: Sequence[Feeds],
     metric: str | Callable[..., Any] | Metric | None,
@@ -183,8 +166,8 @@ def _judge(
     return Judge(job.model, samples, "sqnr", _ANY)
 
 
-def _prepared(job: Job, samples: Sequence[Feeds]) -> ir.Model:
-    """The original behind the recipe `default`; with what the passes look for still there."""
+def prepared_for(job: Job, samples: Sequence[Feeds]) -> ir.Model:
+    """The original of a job behind the recipe `default`; with what its passes look for still there."""
     passes = job.pipeline.passes
     skip = ["fold-batchnorm"] if any(getattr(one, "score", "") == "bn-gamma" for one in passes) else []
     if any(pass_name(one) == "drop-layers" for one in passes):

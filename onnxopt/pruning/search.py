@@ -66,7 +66,7 @@ class Informed(Protocol):
     """A pass that may have to look at samples."""
 
     def require_samples(self, model: ir.Model) -> None:
-        """Raise UsageError where it has none and needs some; shapes may be inferred in the model."""
+        """Raise UsageError where it has none and needs some; the model is a copy to try it on."""
 
 
 @dataclass(frozen=True)
@@ -158,34 +158,28 @@ def strongest(
     return found.searched(sensitivity=sensitivity, fixed=fixed)
 
 
-@dataclass
 class _Found:
-    """The strongest candidate so far that keeps the budget, or the last that does not, and all trials."""
+    """The strongest candidate that keeps the budget so far, else the last one tried; and all trials."""
 
-    make: Callable[[Passes], Candidate]
-    best: Candidate | None = None
-    last: Candidate | None = None
-    trials: list[Trial] = field(default_factory=list)
-    failed: set[_Asked] = field(default_factory=set)
+    def __init__(self, make: Callable[[Passes], Candidate]) -> None:
+        self._make, self._tried = make, dict[_Asked, bool]()
+        self.best: Candidate | None = None
+        self.trials: list[Trial] = []
 
     def keeps(self, passes: Passes, share: float, *, weighted: bool = False) -> bool:
         """Whether passes keep the budget; what was tried before is not tried again."""
         asked = _asked(passes)
-        if asked in self.failed or (self.best is not None and asked == _asked(self.best.passes)):
-            return asked not in self.failed
-        made = self.make(passes)
-        self.trials.append(Trial(share, made.judgement.ok, made.judgement.summary, None, weighted))
-        if made.judgement.ok:
-            self.best = made
-        else:
-            self.last = made
-            self.failed.add(asked)
-        return made.judgement.ok
+        if asked not in self._tried:
+            made = self._make(passes)
+            ok = self._tried[asked] = made.judgement.ok
+            self.trials.append(Trial(share, ok, made.judgement.summary, None, weighted))
+            if ok or self.best is None or not self.best.judgement.ok:
+                self.best = made
+        return self._tried[asked]
 
     def searched(self, **more: Any) -> Searched:
-        best = self.best or self.last
-        assert best is not None  # something was tried
-        return Searched(best, tuple(self.trials), **more)
+        assert self.best is not None  # something was tried
+        return Searched(self.best, tuple(self.trials), **more)
 
 
 def fast_enough(passes: Passes, make: Callable[[Passes], Candidate], latency: float) -> Searched:
@@ -251,7 +245,8 @@ def weaker(one: ir.passes.PassBase, share: float) -> ir.passes.PassBase:
     """
     ranked, strengths = _ranked(one), _strengths(one)
     if ranked and not strengths:
-        return replace(one, only=ranked[: round(share * len(ranked))])  # type: ignore[type-var]
+        least = ranked[: round(share * len(ranked))]
+        return replace(one, only=None if least == ranked else least, importance=None)  # type: ignore[type-var]
     return replace(one, **{name: _STRENGTH[name](one, value, share) for name, value in strengths.items()})  # type: ignore[type-var]
 
 

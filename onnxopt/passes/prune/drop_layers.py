@@ -66,15 +66,9 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
             raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, from 0 to below 1")
 
     def require_samples(self, model: ir.Model) -> None:
-        """Raise UsageError where there are none to choose by; shapes are inferred in the model."""
-        ledger = Ledger(pass_name=self.name)
-        InferShapes().apply(model, ledger)
-        self._require_samples(_blocks(model, (), ledger))
-
-    def _require_samples(self, blocks: Sequence[Block]) -> None:
-        chooses = self.number and blocks and (len(blocks) > self.number or self.energy)
-        if chooses and not self.samples:
-            raise UsageError(f"{self.name}: which of {len(blocks)} blocks are missed least needs samples")
+        """Raise UsageError where there are none to choose by; blocks of the model may be dropped."""
+        if not self.samples:
+            self.apply(model, Ledger(pass_name=self.name))
 
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         if ledger.has_granted(_RULE) or not self.number:
@@ -85,12 +79,13 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
             for block in _blocks(model, self.samples or (), ledger)
             if not ledger.leaves_out(_rewrite(block))
         ]
-        self._require_samples(blocks)
         if len(blocks) <= self.number and not self.energy:
             for block in blocks:
                 _drop(block, model, ledger)
+        elif not self.samples:
+            raise UsageError(f"{self.name}: which of {len(blocks)} blocks are missed least needs samples")
         elif blocks:
-            self._measured(blocks, model, self.samples or (), ledger)
+            self._measured(blocks, model, self.samples, ledger)
 
     def _measured(
         self, blocks: Sequence[Block], model: ir.Model, samples: Sequence[Feeds], ledger: Ledger
