@@ -58,6 +58,8 @@ def test_the_table_shows_sizes_passes_proof_and_place(tmp_path: Path) -> None:
         (2 * 10**12, "2 T"),
         ("385187552*batch", "385 M*batch"),
         ("4*batch + 32", "4*batch + 32"),
+        ("33795072 + ?", "at least 33.8 M"),
+        ("?", "not known"),
     ],
 )
 def test_amounts_as_people_read_them(value: int | str, text: str) -> None:
