@@ -50,8 +50,8 @@ class Ended:
 class Trials:
     """The prepared model, and what is done with it for each candidate.
 
-    samples: all of them, fitted to or held out. guarded: whether there is a budget for
-    the metric. latency: share of the original's time that is allowed; None: any.
+    samples: all of them, fitted to or held out. guarded: whether there is a budget for the metric. latency:
+    share of the original's time that is allowed; None: any.
     """
 
     job: Job
@@ -79,21 +79,21 @@ class Trials:
         if reason:
             return Ended(searched, reason)
         self.job.progress("cleaning up", None)
-        best = self.finished(searched.best)
+        cleaned = self._cleaned(searched.best.model)
+        best = replace(searched.best, model=cleaned, judgement=self.judge(cleaned, "final"))
         searched = replace(searched, best=best)
         reason = _why_not(searched, self.latency)
         if reason:
             return Ended(searched, reason)
-        settings = self.job.settle(best.model, "lossy", self.samples, measure=bench)
+        settings = self.job.settle(cleaned, "lossy", self.samples, measure=bench)
         config = session_config(settings)
         if settings:
-            searched = replace(
-                searched, best=replace(best, judgement=self.judge(best.model, "final", config))
-            )
+            best = replace(best, judgement=self.judge(cleaned, "final", config))
+            searched = replace(searched, best=best)
             reason = _why_not(searched, self.latency)
         if reason or not bench:
             return Ended(searched, reason, settings)
-        timing = self.job.time(self.job.model, best.model, self.samples, config)
+        timing = self.job.time(self.job.model, cleaned, self.samples, config)
         if self.latency is not None and timing is not None and timing.ratio > self.latency:
             reason = f"{self.latency:g} of the time was reached, but not again: {timing.ratio:.3f} in the end"
         return Ended(searched, reason, settings, timing)
@@ -120,11 +120,6 @@ class Trials:
         if timing is None:
             raise UsageError(f"prune: latency cannot be measured here: {self.job.notes[-1]}")
         return replace(made, time=timing.interval[1])
-
-    def finished(self, best: Candidate) -> Candidate:
-        """Cleaned up for the target, under proof, and judged again."""
-        cleaned = self._cleaned(best.model)
-        return replace(best, model=cleaned, judgement=self.judge(cleaned, "final"))
 
     @functools.cached_property
     def _expected(self) -> list[dict[str, Any]]:

@@ -142,8 +142,6 @@ def strongest(
         return found.searched()
     weighted, sensitivity = _weighted(passes, model, noise)
     fixed = tuple(one for one in weighted if not (_strengths(one) or _ranked(one)))
-    if len(fixed) == len(passes):
-        return found.searched(fixed=fixed)
     low, high = 0.0, 2.0 if sensitivity else 1.0
     for _ in range(_STEPS + bool(sensitivity)):
         share = (low + high) / 2
@@ -220,8 +218,7 @@ def _time(candidate: Candidate) -> float:
 def _asked(passes: Passes) -> _Asked:
     """What tells one run of passes from another."""
     return tuple(
-        (spelling(one), getattr(one, "only", None), getattr(one, "importance", None) is not None)
-        for one in passes
+        (spelling(one), getattr(one, "only", None), bool(getattr(one, "importance", None))) for one in passes
     )
 
 
