@@ -215,3 +215,13 @@ def test_masks_are_written_and_used_again(tmp_path: Path) -> None:
         assert stop.value.code == 0
     for name in ("u", "v"):
         assert zeros(onnx.load(again), name) == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.usefixtures("inputs")
+def test_layers_are_listed_with_what_each_costs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("data.npz", x=np.concatenate([one["x"] for one in samples()]))
+    asked = ["--weights", "--sparsity", "0.9", "--small", "0", "--data", "data.npz", "--max-drop", "0.1"]
+    main_quietly(["prune", "net.onnx", "-o", "out.onnx", "--no-bench", "--list-layers", *asked])
+    told = capsys.readouterr().out
+    assert "pruned alone" in told
+    assert "tried    100% of the strength, by what parts matter: agreement 1 before" in told
