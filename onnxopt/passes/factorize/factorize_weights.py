@@ -60,7 +60,7 @@ class FactorizeWeights(Pass):
     samples: complete feeds; then what counts is what comes out of the layers, and biases make up for the mean
         of what is lost; not so for layers with more than 2048 summands, and those in bodies and functions.
 
-    importance: output of a layer -> what the root of the share that it may lose is divided by.
+    importance: output of a layer -> what the share that it may lose is divided by.
     only: outputs of layers that may be factorized; None: all.
 
     With samples or a budget, a run of a pipeline factorizes once, however often the pass comes round.
@@ -122,7 +122,7 @@ agraph (float[N, 4] x) => (float[N, 4] y)
         self, node: ir.Node, ways: Sequence[Decomposition], energy: float
     ) -> tuple[Decomposition, int] | None:
         """The cheapest way that keeps the energy of a layer, and its rank; None where none saves."""
-        lost = (1 - energy) / (self.importance or {}).get(site_of(node), 1.0) ** 2
+        lost = (1 - energy) / (self.importance or {}).get(site_of(node), 1.0)
         return best_factors(ways, max(1 - lost, 0.0), self.multiple)
 
     def _affordable(self, model: ir.Model, found: Mapping[ir.Node, Sequence[Decomposition]]) -> float:
