@@ -198,7 +198,11 @@ def _why_not(searched: Searched, latency: float | None) -> str:
         return f"no strength that changes anything keeps the budget: {first.summary}"
     if not best.changes:
         left = [(len(at), f"{step.name}: {why}") for step in best.steps for why, at in step.declined.items()]
-        _, why = max(left, key=lambda one: one[0], default=(0, "there is nothing that the passes apply to"))
+        _, why = max(
+            left,
+            key=lambda one: one[0],
+            default=(0, "there is nothing, or nothing more, that the passes apply to"),
+        )
         return f"nothing was pruned: {why}"
     if latency is not None and best.time is not None and best.time > latency:
         return f"{latency:g} of the time is not reached: {best.time:.3f} at best"
