@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 import onnxopt
 from onnxopt.claims import Pass, unspelled
@@ -174,6 +175,16 @@ def test_layers_give_a_share_together_by_what_they_matter(asked: str) -> None:
     u, v = zeros(done, "u"), zeros(done, "v")
     assert v < 0.2 < 0.5 < u
     assert (u * 512 + v * 320) / 832 == pytest.approx(0.5, abs=0.02)  # rows round
+
+
+def test_what_is_zero_already_is_on_top_of_what_layers_give_together() -> None:
+    model = net()
+    sparse = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    sparse[:, :30] = 0
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(sparse, "u"))
+    one = PruneWeights(sparsity=0.5, small=0, importance={"u": 1.0, "v": 1.0})
+    done = prune(model, [one]).model
+    assert zeros(done, "u") * 512 + zeros(done, "v") * 320 == 480 + 160
 
 
 def test_a_budget_leaves_out_layers_where_the_pattern_has_no_strength() -> None:

@@ -227,7 +227,12 @@ class PruneWeights(Pass):
             unit = float(np.linalg.norm(scores)) or 1.0
             return np.asarray(scores * np.float32(importance.get(name, 1.0) / unit))
 
-        for one, gone in replace(choice, scope="global").gone(weights, weighted):
+        together = replace(choice, scope="global")
+        if choice.scope != "global":  # as many as layers would give alone, some of which have more already
+            zeros = (int(one.zeros(one.stored()).sum()) for one in weights)
+            given = sum(max(n, choice.share * one.size) for n, one in zip(zeros, weights, strict=True))
+            together = replace(together, share=given / max(sum(one.size for one in weights), 1))
+        for one, gone in together.gone(weights, weighted):
             if choice.scope == "row":
                 yield from replace(choice, share=float(gone.mean())).gone([one], score)
             else:
