@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -30,7 +30,6 @@ class Choice:
     exact: so many to the element, the first ones of equal scores; else those below the score where the share
         ends. threshold: instead, of a smaller magnitude.
     pattern: (N, M): instead, all but N of each M input channels, wherever `scope` says.
-    importance: name of a weight -> what its scores are multiplied with; 1 where it is not named.
     """
 
     share: float = 0.5
@@ -38,7 +37,6 @@ class Choice:
     threshold: float | None = None
     pattern: tuple[int, int] | None = None
     scope: Literal["layer", "global", "row"] = "layer"
-    importance: Mapping[str, float] = field(default_factory=dict)
 
     def gone(
         self, weights: Sequence[StoredWeight], score: Score
@@ -82,7 +80,7 @@ class Choice:
         """The least of all these weights together."""
 
         total = sum(one.size for one in weights)
-        scored = [self._scored(one, score) for one in weights]
+        scored = [Scored.of(one, score) for one in weights]
         keys: Callable[[Scored], Iterable[np.ndarray]] = Scored.ranks
         if not all(one.apart for one in scored) and (total <= _HELD or len(weights) == 1):
             keys = functools.cache(lambda one: tuple(one.ranks()))
@@ -94,11 +92,8 @@ class Choice:
             gone = np.concatenate([cut.take(part).reshape(-1) for part in keys(one)])
             yield one.weight, gone.reshape(one.weight.shape)
 
-    def _scored(self, weight: StoredWeight, score: Score) -> Scored:
-        return Scored.of(weight, score, self.importance.get(weight.name, 1.0))
-
     def _in_lines(self, weight: StoredWeight, score: Score) -> np.ndarray:
-        keys = np.concatenate([part.reshape(-1) for part in self._scored(weight, score).ranks()])
+        keys = np.concatenate([part.reshape(-1) for part in Scored.of(weight, score).ranks()])
         keys = keys.reshape(weight.shape)
         if self.pattern is None:
             lines = weight.lines("summands")

@@ -76,14 +76,12 @@ class Scored:
     apart: bool
 
     @classmethod
-    def of(cls, weight: StoredWeight, score: Score, factor: float = 1.0) -> Scored:
-        """By a score of any kind, times a factor."""
+    def of(cls, weight: StoredWeight, score: Score) -> Scored:
+        """By a score of any kind."""
         apart = score in (magnitude, lamp)
-        whole: Callable[[np.ndarray], np.ndarray] = partial(score, weight.name)
-        inner = _lamp(lambda: map(weight.numbers, weight.parts())) if score is lamp else whole
-        if factor == 1:
-            return cls(weight, inner, apart)
-        return cls(weight, lambda numbers: inner(numbers) * np.float32(factor), apart)
+        if score is lamp:
+            return cls(weight, _lamp(lambda: map(weight.numbers, weight.parts())), apart)
+        return cls(weight, partial(score, weight.name), apart)
 
     def ranks(self) -> Iterator[np.ndarray]:
         """Scores as uint32 that are ordered as they are; 0 for elements that are zero; in order.
