@@ -34,6 +34,7 @@ from onnxopt.result import Result
 from onnxopt.targets import find_target
 from onnxopt.training.distillation import train_taught
 from onnxopt.training.kinds import QatRecipe
+from onnxopt.training.quantized import WITHIN
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import read_recipe
 from onnxopt.training.work import datasets_of
@@ -124,7 +125,8 @@ def _quantized(
     progress("quantizing", None)
     kept = kept_sites(model, recipe.keep)
     found: ir.Model | None
-    few = find_format(recipe.weights).bits < 4
+    form = find_format(recipe.weights)
+    few = form.bits < 4
     if few and recipe.activations not in ("", "none"):
         raise UsageError(
             f"qat: ONNX Runtime makes integer kernels of {recipe.weights} weights and refuses them then: "
@@ -143,4 +145,7 @@ def _quantized(
         found = quantize_entirely(model, *split(samples), settings, kept, progress)
     if found is None:
         raise UsageError("qat: there is nothing in this model that could be quantized")
+    for value in found.graph.initializers.values():
+        if value.dtype == form.dtype:
+            value.meta[WITHIN] = (int(form.low), int(form.high))
     return found
