@@ -19,6 +19,7 @@ class DistillRecipe(Recipe):
     `teacher` is a model or several: paths, and in Python whatever else `onnxopt.model.load` takes.
     """
 
+    schedule: str = "cosine"
     teacher: Any = ()
     temperature: float = 0.0
     mix: float = 0.9

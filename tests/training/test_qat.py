@@ -225,7 +225,7 @@ def test_scales_stay_after_their_epochs() -> None:
     def scales(epochs: int, limit: int) -> dict[str, np.ndarray]:
         found = train_qat(
             qdq_net(), _samples(), labels="t", loss="mse", epochs=epochs, scale_epochs=limit, holdout=0,
-            metric=_later_is_better(),
+            metric=_later_is_better(), schedule="constant",
         )  # fmt: skip
         return {name: one for name, one in tensors(load(found.model)).items() if "scale" in name}
 
