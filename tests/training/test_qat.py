@@ -279,6 +279,38 @@ def test_two_bits_raise_the_opset_and_run(trained: Any) -> None:
     assert any(value.dtype == ir.DataType.INT2 for value in written.graph.initializers.values())
 
 
+def float_net() -> onnx.ModelProto:
+    """x -> Conv without a bias -> y"""
+    weight = np.random.default_rng(4).normal(size=(4, 2, 3, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
+        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", 4, 4, 4])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.mark.parametrize("activations", ["", "none"])
+def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations: str) -> None:
+    """Twice what the weights give is what they learn to give: those near the ends come to lie beyond them."""
+    x = _samples()["x"]
+    (y,) = execute(float_net(), {"x": x})
+    found = train_qat(
+        float_net(), {"x": x, "t": 2 * y}, labels="t", loss="mse", weights="int3", activations=activations,
+        groups="scales{lr=0}", lr=0.05, batch_size="8", metric="loss", holdout=0,
+    )  # fmt: skip
+    assert found.report.ok, found.report.reason
+    assert found.report.final.start is not None
+    assert found.report.final.after > 0.9 * found.report.final.start
+    weight = next(one for one in tensors(load(found.model)).values() if one.shape == (4, 2, 3, 3))
+    assert weight.dtype == ir.DataType.INT4.numpy()
+    ints = weight.astype(int)
+    assert (ints.min(), ints.max()) == (-4, 3)
+    assert ((ints == -4) | (ints == 3)).mean() > 0.2
+
+
 def test_nothing_gained_is_nothing_written(tmp_path: Path, capsys: Any) -> None:
     from onnxopt.cli.main import main
 
@@ -328,15 +360,6 @@ def test_bad_options_are_told_in_one_line(options: dict[str, Any], told: str) ->
     ],
 )
 def test_a_float_model_that_cannot_be_quantized_as_asked(options: dict[str, Any], told: str) -> None:
-    weight = numpy_helper.from_array(np.ones((4, 2, 3, 3), np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
-        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", 4, 4, 4])],
-        [weight],
-    )
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
     with pytest.raises(UsageError) as error:
-        train_qat(model, {"x": _samples()["x"]}, **options)
+        train_qat(float_net(), {"x": _samples()["x"]}, **options)
     assert str(error.value) == told
