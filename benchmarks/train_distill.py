@@ -107,7 +107,9 @@ def report(name: str, runs: list[float], against: list[float] | None = None) -> 
 def over_seeds(seeds: int, one: Callable[[int], dict[str, float]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
-        for name, value in one(seed).items():
+        scores = one(seed)
+        print(f"seed {seed}: {scores}", flush=True)
+        for name, value in scores.items():
             found.setdefault(name, []).append(value)
     return found
 

@@ -21,6 +21,7 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import nodes
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, opener, reusable
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.branches import name_values_apart
@@ -145,6 +146,7 @@ def _quantized(
         found = quantize_entirely(model, *split(samples), settings, kept, progress)
     if found is None:
         raise UsageError("qat: there is nothing in this model that could be quantized")
+    found = Pipeline((EliminateDead(),)).run(opener(found)).model  # the float weights
     for value in found.graph.initializers.values():
         if value.dtype == form.dtype:
             value.meta[WITHIN] = (int(form.low), int(form.high))
