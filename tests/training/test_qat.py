@@ -279,14 +279,15 @@ def test_two_bits_raise_the_opset_and_run(trained: Any) -> None:
     assert any(value.dtype == ir.DataType.INT2 for value in written.graph.initializers.values())
 
 
-def float_net() -> onnx.ModelProto:
+def float_net(channels: int = 4, kernel: int = 3, stride: int = 1) -> onnx.ModelProto:
     """x -> Conv without a bias -> y"""
-    weight = np.random.default_rng(4).normal(size=(4, 2, 3, 3)).astype(np.float32)
+    weight = np.random.default_rng(4).normal(size=(channels, 2, kernel, kernel)).astype(np.float32)
+    size = (6 - kernel) // stride + 1
     graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        [helper.make_node("Conv", ["x", "w"], ["y"], strides=[stride, stride])],
         "g",
         [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
-        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", 4, 4, 4])],
+        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", channels, size, size])],
         [numpy_helper.from_array(weight, "w")],
     )
     return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
@@ -309,6 +310,21 @@ def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations:
     ints = weight.astype(int)
     assert (ints.min(), ints.max()) == (-4, 3)
     assert ((ints == -4) | (ints == 3)).mean() > 0.2
+
+
+def test_a_quantized_model_learns_from_a_float_one() -> None:
+    """Without labels the metric is the distance to what the teacher says, negated."""
+    x, teacher = _samples()["x"], float_net(channels=3, kernel=2, stride=2)
+    options: dict[str, Any] = {"holdout": 0, "epochs": 4, "lr": 0.01, "batch_size": "8", "teacher": teacher}
+    found = train_qat(qdq_net(), {"x": x}, **options)
+    final = found.report.final
+    assert (found.report.ok, final.metric, final.before) == (True, "likeness", 0)
+    (wanted,), (before,), (after,) = (execute(one, {"x": x}) for one in (teacher, qdq_net(), found.model))
+    assert final.start == pytest.approx(-np.square(before - wanted).mean(), rel=1e-5)
+    assert final.after == pytest.approx(-np.square(after - wanted).mean(), rel=1e-5)
+    assert final.after > 0.5 * -np.square(before - wanted).mean()
+    mixed = train_qat(qdq_net(), {"x": x, "t": wanted}, labels="t", loss="mse", **options)
+    assert mixed.report.curves["loss"] == pytest.approx(found.report.curves["loss"], rel=0.02)
 
 
 def test_nothing_gained_is_nothing_written(tmp_path: Path, capsys: Any) -> None:
