@@ -319,7 +319,7 @@ def test_a_quantized_model_learns_from_a_float_one() -> None:
     found = train_qat(qdq_net(), {"x": x}, **options)
     final = found.report.final
     assert (found.report.ok, final.metric, final.before) == (True, "likeness", 0)
-    (wanted,), (before,), (after,) = (execute(one, {"x": x}) for one in (teacher, qdq_net(), found.model))
+    (wanted,), (before,), (after,) = (execute(one, {"x": x}) for one in (teacher, qdq_net(), found.graph))
     assert final.start == pytest.approx(-np.square(before - wanted).mean(), rel=1e-5)
     assert final.after == pytest.approx(-np.square(after - wanted).mean(), rel=1e-5)
     assert final.after > 0.5 * -np.square(before - wanted).mean()
