@@ -242,7 +242,7 @@ def trained() -> tuple[Any, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
 
     train, test = handwritten(0)
     found = finetune(
-        depthwise_cnn(0, width=8), train, labels="label", epochs=12, lr=1e-2, schedule="cosine",
+        depthwise_cnn(0, width=8), train, labels="label", epochs=8, lr=1e-2, schedule="cosine",
         batchnorm=True, batch_size="64", workers=0,
     )  # fmt: skip
     return found.model, train, test
@@ -258,8 +258,8 @@ def test_four_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
 
     data = train if labels else {"x": train["x"]}
     found = train_qat(
-        model, data, labels=labels, weights="int4", per_channel=False, epochs=8, schedule="cosine", holdout=0,
-        lr=5e-3, batch_size="64", metric=accuracy, workers=0,
+        model, data, labels=labels, weights="int4", per_channel=False, epochs=4, holdout=0,
+        lr=5e-3, metric=accuracy, workers=0,
     )  # fmt: skip
     final = found.report.final
     assert found.report.ok, found.report.reason
