@@ -153,7 +153,6 @@ def prune(options: argparse.Namespace) -> None:
         "80% trained": {"sparsity": 0.8, **labels},
         "90% trained": {"sparsity": 0.9, **labels},
         "90% trained, labels and the dense model": {"sparsity": 0.9, **labels, "temperature": 4.0},
-        "90% trained, the dense model alone": {"sparsity": 0.9, "temperature": 4.0},
         "90% on a cubic ramp": {"sparsity": 0.9, **labels, "ramp": "cubic"},
     }
     tuned: dict[str, Any] = {"epochs": 20, "lr": 3e-3, "holdout": 0.0, "metric": last}
