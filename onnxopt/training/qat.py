@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxopt.api.common import silent
 from onnxopt.api.preparation import prepare, require_opset, settings_for
-from onnxopt.calibration import split
+from onnxopt.calibration import exposable, split
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import nodes
@@ -28,8 +28,10 @@ from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.entire import quantize_entirely
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.keep import kept_sites, veto_of
+from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.static import Settings
+from onnxopt.quantization.units import survey
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.targets import find_target
@@ -116,6 +118,9 @@ def _prepared(model: ModelLike, recipe: QatRecipe) -> tuple[ir.Model, Settings]:
     outcome = prepare(scheme, settings, target, freeze=True).run(opener(model))
     require_opset(outcome, settings)
     name_values_apart(outcome.model)
+    if not recipe.per_channel:
+        known = frozenset(exposable(outcome.model))
+        balance_weights(outcome.model, survey(outcome.model, settings.placement, known).units)
     return outcome.model, settings
 
 
