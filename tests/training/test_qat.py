@@ -15,8 +15,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.errors import UsageError
+from onnxopt.graph import constant_array
 from onnxopt.model import load
 from onnxopt.protobuf import dump
+from onnxopt.quantization.scaling import balance_weights
+from onnxopt.quantization.units import survey
+from onnxopt.targets import PLACEMENTS
 from onnxopt.training import finetune, to_torch, train_qat, write_back
 from onnxopt.training.ops.quantize import fake_quantize, limits
 from onnxopt.training.scales import learn_scales, scale_groups
@@ -310,6 +314,39 @@ def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations:
     ints = weight.astype(int)
     assert (ints.min(), ints.max()) == (-4, 3)
     assert ((ints == -4) | (ints == 3)).mean() > 0.2
+
+
+def test_weights_with_one_scale_each_are_balanced_across_layers() -> None:
+    """Channels written with weights up to a and read with weights up to b have sqrt(a b) on both sides."""
+    rng = np.random.default_rng(5)
+    arrays = {
+        "w": rng.normal(size=(4, 2, 3, 3)) * np.array([1, 100, 0.01, 5]).reshape(4, 1, 1, 1),
+        "b": rng.normal(size=4),
+        "v": rng.normal(size=(3, 4, 1, 1)),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("Conv", ["r", "v"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
+        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", 3, 4, 4])],
+        [numpy_helper.from_array(one.astype(np.float32), name) for name, one in arrays.items()],
+    )
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    x = {"x": _samples()["x"]}
+    balanced = load(model)
+    balance_weights(balanced, survey(balanced, PLACEMENTS["x86"], frozenset("xcry")).units)
+    (wanted,), (found,) = execute(model, x), execute(balanced, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    held = [constant_array(one.inputs[1]) for one in balanced.graph if one.op_type == "Conv"]
+    assert held[0] is not None
+    assert held[1] is not None
+    sizes = np.sqrt(abs(arrays["w"]).max((1, 2, 3)) * abs(arrays["v"]).max((0, 2, 3)))
+    np.testing.assert_allclose(abs(held[0]).max((1, 2, 3)), sizes, rtol=1e-5)
+    np.testing.assert_allclose(abs(held[1]).max((0, 2, 3)), sizes, rtol=1e-5)
 
 
 def test_a_quantized_model_learns_from_a_float_one() -> None:
