@@ -118,17 +118,19 @@ def _prepared(model: ModelLike, recipe: QatRecipe) -> tuple[ir.Model, Settings]:
     outcome = prepare(scheme, settings, target, freeze=True).run(opener(model))
     require_opset(outcome, settings)
     name_values_apart(outcome.model)
-    if not recipe.per_channel:
-        known = frozenset(exposable(outcome.model))
-        balance_weights(outcome.model, survey(outcome.model, settings.placement, known).units)
     return outcome.model, settings
 
 
 def _quantized(
     model: ir.Model, settings: Settings, samples: Sequence[Feeds], recipe: QatRecipe, progress: Progress
 ) -> ir.Model:
-    """The start: all that the target has integer kernels for, or the weights alone."""
+    """The start: all that the target has integer kernels for, or the weights alone.
+
+    Where a weight is to have one scale, those of the float model are balanced first, in place.
+    """
     progress("quantizing", None)
+    if not recipe.per_channel:
+        balance_weights(model, survey(model, settings.placement, frozenset(exposable(model))).units)
     kept = kept_sites(model, recipe.keep)
     found: ir.Model | None
     form = find_format(recipe.weights)
