@@ -253,7 +253,7 @@ def trained() -> tuple[Any, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("labels", ["label", ()])
-def test_four_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
+def test_three_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
     model, train, test = trained
 
     def accuracy(run: Any, split: str = "search") -> float:
@@ -262,14 +262,14 @@ def test_four_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
 
     data = train if labels else {"x": train["x"]}
     found = train_qat(
-        model, data, labels=labels, weights="int4", per_channel=False, epochs=4, holdout=0,
+        model, data, labels=labels, weights="int3", per_channel=False, epochs=4, holdout=0,
         lr=5e-3, metric=accuracy, workers=0,
     )  # fmt: skip
     final = found.report.final
     assert found.report.ok, found.report.reason
     assert final.start is not None
     assert final.start < final.before - 0.05
-    assert final.after > final.before - 0.005
+    assert final.after > final.before - 0.025
     kinds = {value.dtype for value in load(found.model).graph.initializers.values()}
     assert ir.DataType.INT4 in kinds
 
