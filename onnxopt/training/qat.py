@@ -59,7 +59,7 @@ def train_qat(
 
         train_qat("m.onnx", "train.npz", labels="y", weights="int4", epochs=5)
 
-    Without labels it learns to give what the float model gives.
+    Without labels it learns to give what the float model gives; labels and a `teacher` are mixed, see `mix`.
 
     Args:
         model: in floating point, or with QuantizeLinear and DequantizeLinear, whoever wrote them.
