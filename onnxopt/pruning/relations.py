@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from onnxopt.evaluation import BROADCAST
 from onnxopt.graph import int_attr
+from onnxopt.pruning.attention import ATTENTION
 from onnxopt.pruning.elements import Contraction, Elements, Ids, Layer, Term
 from onnxopt.pruning.movement import MOVEMENT, Rule, UnrelatedError, output_axes
 
@@ -245,6 +246,10 @@ def _pool(e: Elements, node: ir.Node) -> None:
             raise UnrelatedError("the indices of a pooling are used")
 
 
+_TOLD = (("ConstantOfShape", 0), ("Expand", 1))
+"""Inputs that tell sizes to make."""
+
+
 def _shape(e: Elements, node: ir.Node) -> None:
     """Sizes that are read stay, but for those that the readers leave out."""
     source = e.axes(node.inputs[0]) or []  # of unknown rank: nothing to pin
@@ -252,7 +257,11 @@ def _shape(e: Elements, node: ir.Node) -> None:
     read = list(range(*slice(start, end).indices(len(source))))
     wanted: set[int] = set() if not node.outputs[0].is_graph_output() else set(read)
     for usage in node.outputs[0].uses():
-        wanted.update(_elements_read(e, usage.node, usage.idx, read))
+        made = output_axes(e, usage.node) if (usage.node.op_type, usage.idx) in _TOLD else []
+        if made and read == list(range(len(made))):
+            _align(e, source, made)
+        else:
+            wanted.update(_elements_read(e, usage.node, usage.idx, read))
     e.pin("their number is read by Shape", *(source[axis] for axis in sorted(wanted)))
 
 
@@ -277,6 +286,7 @@ def _nothing(_: Elements, __: ir.Node) -> None:
 
 RELATIONS: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
+    **{f"com.microsoft::{op_type}": _broadcast for op_type in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")},
     **dict.fromkeys(BROADCAST, _broadcast),
     **dict.fromkeys((*_ADDS_UP, *_REDUCTIONS, "ArgMax", "ArgMin"), _reduce),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _softmax),
@@ -294,6 +304,7 @@ RELATIONS: dict[str, Rule] = {
     "InstanceNormalization": _instancenorm,
     "MatMul": _matmul,
     "Shape": _shape,
+    **ATTENTION,
     **MOVEMENT,
 }
 """Operator -> what it says of axes; of all others, everything they read and write stays."""
