@@ -186,7 +186,8 @@ def _shape(at: _Cut, node: ir.Node) -> None:
         numbers = [at.count(ids) if size > 1 and at.is_shorter(ids) else size for size, ids in pairs]
         at.write(node, "shape", index, numbers)
     else:
-        told = axes[len(axes) - at.count(at.axes(node.inputs[index])[0]) :]
+        sizes = at.axes(node.inputs[index])  # of an Expand, which may be told fewer than there are
+        told = axes[len(axes) - at.count(sizes[0]) :] if sizes else axes
         numbers = [at.count(ids) if at.is_shorter(ids) else 0 for ids in told]
         at.compute(node, index, "Where", np.array(numbers) > 0, np.array(numbers))
 

@@ -202,10 +202,12 @@ def _recurrent(e: Elements, node: ir.Node) -> None:
     e.same(x[-1], w[2])
     e.pin("are steps or sequences of a recurrent layer", *x[:-1])
     e.pin_value("are lengths of sequences", node.inputs[4] if len(node.inputs) > 4 else None)
-    ports = (value for value in (*node.inputs[5:7], *node.outputs) if value is not None)
-    for axes in (e.axes(value) for value in ports if value.uses() or value.is_graph_output()):
-        if axes is None:
-            raise UnrelatedError("the shapes of what it carries are not known")
+    for value in (*node.inputs[5:7], *node.outputs):
+        axes = e.axes(value)
+        if axes is None or axes[-1] is None:
+            if value is not None and (value.uses() or value.is_graph_output()):
+                raise UnrelatedError("the shapes of what it carries are not known")
+            continue
         e.pin("are steps, sequences or directions of a recurrent layer", *axes[:-1])
         e.same(axes[-1], hidden)
     e.layers += [Layer(node, 1, 1, 2), Layer(node, 2, 1, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,9 +32,9 @@ _USUAL = 128
 class Group:
     """Channels that can be cut one by one, and lie in the same axes.
 
-    name: where the first of their layers stands. channels: their numbers, int64 [size].
-    layers: the sites of the layers that write them. width: elements of a channel along an axis of a weight:
-    1, or as wide as a head.
+    name: where the first of their layers stands, and a number where another group has that name.
+    channels: their numbers, int64 [size]. layers: the sites of the layers that write them. width: elements of
+    a channel along an axis of a weight: 1, or as wide as a head.
     """
 
     name: str
@@ -193,16 +194,14 @@ def _grouped(e: Elements, solution: Solution) -> tuple[Group, ...]:
         for n, size in zip(found.tolist(), members.tolist(), strict=True):
             if n >= 0:
                 written.setdefault(n, {})[site_of(layer.node)] = size
-    return tuple(
-        Group(
-            next(iter(written[n])),
-            np.array(channels),
-            tuple(written[n]),
-            min(written[n].values()) // len(channels),
-        )
-        for n, channels in enumerate(alike.values())
-        if n in written
-    )
+    groups, named = [], Counter[str]()
+    for n, channels in enumerate(alike.values()):
+        if n in written:
+            first, width = next(iter(written[n])), min(written[n].values()) // len(channels)
+            named[first] += 1
+            name = first if named[first] == 1 else f"{first} ({named[first]})"
+            groups.append(Group(name, np.array(channels), tuple(written[n]), width))
+    return tuple(groups)
 
 
 def _written(e: Elements, solution: Solution, layer: Layer) -> np.ndarray:
