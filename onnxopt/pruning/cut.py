@@ -103,10 +103,10 @@ class _Cut:
 
     def write(self, node: ir.Node, name: str, index: int, numbers: Sequence[int]) -> None:
         """Give a node other integers: in an attribute where it has that, else in a new constant."""
-        if name in node.attributes or (index < len(node.inputs) and node.inputs[index] is None):
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if name in node.attributes or (old is None and self.structure.elements.opset < 13):
             node.attributes[name] = ir.AttrInt64s(name, numbers)
             return
-        old = node.inputs[index] if index < len(node.inputs) else None
         dtype = np.int32 if old is not None and old.dtype == ir.DataType.INT32 else np.int64
         self.replace(node, index, np.array(numbers, dtype), name)
 
@@ -196,11 +196,14 @@ def _split(at: _Cut, node: ir.Node) -> None:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     if at.is_shorter(at.axes(node.inputs[0])[axis]):
         node.attributes.pop("num_outputs", None)
-        sizes = [at.count(at.axes(value)[axis]) for value in node.outputs]
-        if at.structure.elements.opset < 13:
-            node.attributes["split"] = ir.AttrInt64s("split", sizes)
-        else:
-            at.write(node, "split", 1, sizes)
+        at.write(node, "split", 1, [at.count(at.axes(value)[axis]) for value in node.outputs])
+
+
+def _squeeze(at: _Cut, node: ir.Node) -> None:
+    """Say which axes go: an axis of which one channel is left stays."""
+    if at.structure.elements.dims.ints(node, "axes", 1) == []:
+        axes = enumerate(at.axes(node.inputs[0]))
+        at.write(node, "axes", 1, [axis for axis, ids in axes if ids is not None and len(ids) == 1])
 
 
 def _slice(at: _Cut, node: ir.Node) -> None:
@@ -275,4 +278,5 @@ _ADAPTERS: dict[str, Adapter] = {
     "Resize": _resize,
     "Slice": _slice,
     "Split": _split,
+    "Squeeze": _squeeze,
 }

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxopt.graph import nodes
+from onnxopt.graph import nodes, static_shape
 from tests.pruning.nets import Net, assert_cut_is_exact, surveyed
 from tests.support import text_model
 
@@ -87,6 +87,15 @@ def test_transposed_convolutions(group: int, after: int) -> None:
     proto = images(net, net.op("Relu", x), after)
     assert_cut_is_exact(proto, 0.5)
     assert_cut_is_exact(proto, 0.8, seed=1)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_the_last_channel_is_not_squeezed_away(opset: int) -> None:
+    net = Net(0)
+    pooled = net.op("GlobalAveragePool", net.conv("x", 3, 4))
+    y = net.op("MatMul", net.op("Squeeze", pooled), net.weight(4, 5))
+    model = assert_cut_is_exact(net.model(y, (2, 3, 8, 8), (2, 5), opset), share=0.75)
+    assert static_shape(next(node.outputs[0] for node in nodes(model) if node.op_type == "Squeeze")) == (2, 1)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
