@@ -49,11 +49,10 @@ def select(
 ) -> np.ndarray:
     """The channels that go, bool [channels of the structure].
 
-    Channels of all groups stand in one line by their score; those that go together, so that a multiple is
-    left, by the mean of theirs. From the start of the line so many are taken that the budget is just met,
-    where each group keeps its least number, rounded up to the multiple; the costs are those of all layers at
-    the sizes that are left. Of what the last ones took too much, those that matter most come back. Where
-    multiples do not meet the budget, smaller ones do: the budget wins.
+    Channels of all groups stand in one line by their score. From its start so many are taken that the
+    budget is just met, where each group keeps its least number, rounded up to the multiple; the costs are
+    those of all layers at the sizes that are left. Of what the last multiples took too much, the channels
+    that matter most come back. Where multiples do not meet the budget, smaller ones do: the budget wins.
 
     Args:
         structure: of a model.
@@ -64,58 +63,48 @@ def select(
     Raises:
         Declined: the budget cannot be met, or there are no channels to cut.
     """
+    line = _Line(structure, scores, budget, fixed or [False] * len(structure.groups))
     multiple = budget.multiple
-    while True:
-        line = _Line(structure, scores, budget, fixed or [False] * len(structure.groups), multiple)
-        kept = line.longest()
+    while multiple:
+        kept = line.longest(multiple)
         if kept is not None:
-            return line.gone(line.filled(kept))
-        if multiple == 1:
-            raise Declined(line.complaint())
+            return line.gone(line.filled(kept, multiple))
         multiple //= 2
+    raise Declined(line.complaint())
 
 
 class _Line:
     """The channels by their score; what a group keeps is said by a number."""
 
     def __init__(
-        self,
-        structure: Structure,
-        scores: Sequence[np.ndarray],
-        budget: Budget,
-        fixed: Sequence[bool],
-        multiple: int,
+        self, structure: Structure, scores: Sequence[np.ndarray], budget: Budget, fixed: Sequence[bool]
     ) -> None:
         self._structure, self._budget = structure, budget
         self._groups = [group for group, stays in zip(structure.groups, fixed, strict=True) if not stays]
         self._scores = [np.asarray(one) for one, stays in zip(scores, fixed, strict=True) if not stays]
         self._orders = [np.argsort(one, kind="stable") for one in self._scores]
-        self._steps = [multiple // math.gcd(multiple, group.width) for group in self._groups]
-        self._sorted = [
-            _means(one[order], step)
-            for one, order, step in zip(self._scores, self._orders, self._steps, strict=True)
-        ]
-        self._every = np.sort(np.concatenate(self._sorted)) if self._sorted else np.zeros(0)
+        self._every = np.sort(np.concatenate(self._scores)) if self._scores else np.zeros(0)
+        self._sorted = [one[order] for one, order in zip(self._scores, self._orders, strict=True)]
 
-    def longest(self) -> list[int] | None:
+    def longest(self, multiple: int) -> list[int] | None:
         """How many channels each group keeps if as few as can be go; None where the budget is not met."""
         low, high = 0, len(self._every)
-        if not self._is_met(self._without(high)):
+        if not self._is_met(self._without(high, multiple)):
             return None
         while low < high:
             middle = (low + high) // 2
-            if self._is_met(self._without(middle)):
+            if self._is_met(self._without(middle, multiple)):
                 high = middle
             else:
                 low = middle + 1
-        return self._without(low)
+        return self._without(low, multiple)
 
-    def filled(self, kept: list[int]) -> list[int]:
+    def filled(self, kept: list[int], multiple: int) -> list[int]:
         """Blocks come back, those that matter most first, as long as the budget holds."""
         best = sorted(range(len(kept)), key=lambda n: -self._next(n, kept[n]))
         for n in best:
             more = list(kept)
-            more[n] = self._rounded(n, kept[n] + 1)
+            more[n] = self._rounded_one(n, kept[n] + 1, multiple)
             if self._is_met(more):
                 kept = more
         return kept
@@ -124,17 +113,22 @@ class _Line:
         """The score of the best channel that a group loses."""
         return float(self._sorted[n][-kept - 1]) if kept < len(self._sorted[n]) else -math.inf
 
-    def _without(self, count: int) -> list[int]:
+    def _without(self, count: int, multiple: int) -> list[int]:
         """What is kept without the first so many in the line."""
         if count == 0:
             return [len(one) for one in self._orders]
         last = self._every[count - 1]
-        lost = (int(np.searchsorted(one, last, "right")) for one in self._sorted)
-        return [self._rounded(n, len(self._sorted[n]) - one) for n, one in enumerate(lost)]
+        return self._rounded(
+            [len(one) - int(np.searchsorted(one, last, "right")) for one in self._sorted], multiple
+        )
 
-    def _rounded(self, n: int, kept: int) -> int:
+    def _rounded(self, kept: Sequence[int], multiple: int) -> list[int]:
+        return [self._rounded_one(n, one, multiple) for n, one in enumerate(kept)]
+
+    def _rounded_one(self, n: int, kept: int, multiple: int) -> int:
         """Up to the multiple of elements, of which a channel has one or more along an axis."""
-        size, step = len(self._orders[n]), self._steps[n]
+        size = len(self._orders[n])
+        step = multiple // math.gcd(multiple, self._groups[n].width)
         return min(-(-max(kept, math.ceil(size * self._budget.least), 1) // step) * step, size)
 
     def gone(self, kept: Sequence[int]) -> np.ndarray:
@@ -162,15 +156,7 @@ class _Line:
         """Why there is no choice."""
         if not self._groups:
             return "no channels can be cut"
-        share, limit = self._share(self._without(len(self._every)))
+        share, limit = self._share(self._without(len(self._every), 1))
         names = {"macs": "multiply-accumulates", "parameters": "parameters", "ratio": "channels"}
         what = next(name for key, name in names.items() if getattr(self._budget, key) is not None)
         return f"{limit:g} of the {what} cannot be reached: {share:.3f} is left at the least of all groups"
-
-
-def _means(ascending: np.ndarray, step: int) -> np.ndarray:
-    """The mean of each `step` numbers from the last one on, in place of them."""
-    starts = np.arange(len(ascending) % step, len(ascending), step)
-    starts = starts if len(ascending) % step == 0 else np.concatenate([[0], starts])
-    sizes = np.diff([*starts, len(ascending)])
-    return np.repeat(np.add.reduceat(ascending, starts) / sizes, sizes)

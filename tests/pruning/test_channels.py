@@ -153,24 +153,6 @@ def test_kept_layers_and_scores_of_the_user() -> None:
     np.testing.assert_array_equal(left, [[1, 2], [3, -1]])
 
 
-def test_channels_that_go_together_are_worth_their_mean() -> None:
-    """Two of the first layer are worth 1.5 each, one of the second 2."""
-    net = Net(0)
-    x = net.op("Relu", net.op("MatMul", "x", net.weight(2, 4)))
-    x = net.op("Relu", net.op("MatMul", x, net.weight(4, 5)))
-    proto = net.model(net.op("MatMul", x, net.weight(5, 1)), ("N", 2), ("N", 1))
-    scores = {4: np.array([0.0, 3, 9, 9]), 5: np.array([2.0, 2, 9, 9, 9])}
-
-    def left(multiple: int) -> list[int]:
-        one = PruneChannels(ratio=0.2, multiple=multiple, scored=lambda _, group: scores[len(group.channels)])
-        found = channel_cut(run_pass(proto, one).model)
-        assert found is not None
-        return [group.channels_after for group in found.groups]
-
-    assert left(2) == [2, 5]
-    assert left(1) == [3, 4]
-
-
 def reconstructed(proto: onnx.ModelProto, samples: Sequence[Feeds], score: str = "l2") -> tuple[float, float]:
     """The SQNR after half the channels are gone: with weights as they were, and fitted to samples."""
     found = []
