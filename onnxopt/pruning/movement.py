@@ -13,7 +13,7 @@ from onnxopt.evaluation import Dim
 from onnxopt.graph import constant_of, int_attr, ints_attr, str_attr
 from onnxopt.pruning.elements import Elements, Ids
 
-__all__ = ["MOVEMENT", "Rule", "UnrelatedError", "output_axes", "reshape_target"]
+__all__ = ["MOVEMENT", "Rule", "UnrelatedError", "align", "axes_of", "output_axes", "reshape_target"]
 
 Rule = Callable[[Elements, ir.Node], None]
 
@@ -33,6 +33,13 @@ def axes_of(e: Elements, value: ir.Value | None) -> list[Ids]:
 def output_axes(e: Elements, node: ir.Node, index: int = 0) -> list[Ids]:
     """The axes of an output."""
     return axes_of(e, node.outputs[index])
+
+
+def align(e: Elements, source: Sequence[Ids], target: Sequence[Ids]) -> None:
+    """Axes are the same from the last one on, but for those that are repeated."""
+    for a, b in zip(reversed(source), reversed(target), strict=False):
+        if a is None or len(a) != 1:
+            e.same(a, b)
 
 
 def _source(e: Elements, node: ir.Node) -> list[Ids]:
@@ -256,20 +263,6 @@ def _pad(e: Elements, node: ir.Node) -> None:
             e.pin("are padded", a, b)
 
 
-def _expand(e: Elements, node: ir.Node) -> None:
-    source, target = _source(e, node), output_axes(e, node)
-    told = axes_of(e, node.inputs[1])[0]
-    if told is None or (e.opset < 9 and constant_of(node.inputs[1]) is None):
-        raise UnrelatedError("a shape is computed at run time")
-    for a, b in zip(reversed(source), reversed(target), strict=False):
-        if a is None or len(a) != 1:
-            e.same(a, b)
-
-
-def _filled(e: Elements, node: ir.Node) -> None:
-    output_axes(e, node)
-
-
 def _tile(e: Elements, node: ir.Node) -> None:
     for a, b in zip(_source(e, node), output_axes(e, node), strict=True):
         if a is None or b is None:
@@ -296,8 +289,6 @@ MOVEMENT: dict[str, Rule] = {
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), _depth_to_space),
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     "Concat": _concat,
-    "ConstantOfShape": _filled,
-    "Expand": _expand,
     "Gather": _gather,
     "Pad": _pad,
     "Slice": _slice,
