@@ -1,4 +1,4 @@
-"""Take channels out of a graph: constants lose elements, and shapes that are written down follow.
+"""Take channels out of a graph: constants lose elements, and shapes follow, written down or computed.
 
 What is cut added nothing where those who sum it up read zeros: the cut model computes what `mask` makes the
 model as it was compute, but for the order of sums.

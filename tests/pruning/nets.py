@@ -122,7 +122,9 @@ class Net:
         )
         made = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid(*one) for one in (("", opset), ("com.microsoft", 1))],
+            opset_imports=[
+                helper.make_opsetid(*one) for one in (("", opset), ("com.microsoft", 1), ("ai.onnx.ml", 3))
+            ],
             ir_version=10,
         )
         onnx.checker.check_model(made, full_check=True)
