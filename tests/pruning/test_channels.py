@@ -155,7 +155,9 @@ def test_kept_layers_and_scores_of_the_user() -> None:
 
 def test_layers_that_are_not_understood_are_listed() -> None:
     text = """agraph (float[N, 2] x) => (float y)
-        <float[2, 4] u = {1, 2, 3, 4, 5, 6, 7, 8}, float[4, 1] v = {1, 2, 3, 4}> { a = Einsum<equation = "ab,bc->ac">(x, u)\n y = MatMul(a, v) }"""
+        <float[2, 4] u = {1, 2, 3, 4, 5, 6, 7, 8}, float[4, 1] v = {1, 2, 3, 4}> {
+        a = Einsum<equation = "ab,bc->ac">(x, u)
+        y = MatMul(a, v) }"""
     structure = surveyed(text_model(text))[1]
     assert {site: pin.reason for site, pin in structure.pinned.items()} == {
         "a": "Einsum is not understood",
