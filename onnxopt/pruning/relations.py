@@ -252,7 +252,7 @@ def _sampled(e: Elements, node: ir.Node) -> None:
 
 
 def _nothing(_: Elements, __: ir.Node) -> None:
-    """Reads nothing, and its value is known."""
+    """Its axes are those that its readers see in it."""
 
 
 RELATIONS: dict[str, Rule] = {
@@ -266,11 +266,11 @@ RELATIONS: dict[str, Rule] = {
         ("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"), _pool
     ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _quantization),
+    **dict.fromkeys(("Constant", "ConstantOfShape"), _nothing),
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
     **dict.fromkeys(("GridSample", "RoiAlign"), _sampled),
     "BatchNormalization": _batchnorm,
-    "Constant": _nothing,
     "Gemm": _gemm,
     "GroupNormalization": _groupnorm,
     "InstanceNormalization": _instancenorm,

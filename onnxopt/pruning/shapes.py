@@ -51,8 +51,4 @@ def _expand(e: Elements, node: ir.Node) -> None:
     align(e, axes_of(e, node.inputs[0]), output_axes(e, node))
 
 
-def _filled(e: Elements, node: ir.Node) -> None:
-    output_axes(e, node)
-
-
-SHAPES: dict[str, Rule] = {"ConstantOfShape": _filled, "Expand": _expand, "Shape": _shape}
+SHAPES: dict[str, Rule] = {"Expand": _expand, "Shape": _shape}
