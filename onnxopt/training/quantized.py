@@ -24,6 +24,7 @@ from onnxopt.passes.shared.quantized import (
     quantized_kind,
     require_same,
 )
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.rewrite import Declined
 from onnxopt.training.ops.quantize import dequantize, quantize
 from onnxopt.training.values import CARRIERS, Host, host_of, tensor_of
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
     from onnxopt.training.build import Builder
 
 __all__ = ["BiasScale", "Reading", "add_quantized", "bias_scale", "floats_of", "integers_of", "reading"]
-
-_ROUNDED = frozenset(
-    getattr(ir.DataType, name)
-    for name in ("INT2", "INT4", "INT8", "INT16", "UINT2", "UINT4", "UINT8", "UINT16")
-)
 
 
 class Reading(NamedTuple):
@@ -165,7 +161,7 @@ def _add_pair(builder: Builder, node: ir.Node) -> bool:
     """QuantizeLinear of which there is nothing but its DequantizeLinear."""
     uses, value = list(node.outputs[0].uses()), node.outputs[0]
     dtype = quantized_kind(node)
-    if not uses or value.is_graph_output() or dtype is None or dtype not in _ROUNDED:
+    if not uses or value.is_graph_output() or dtype not in INTEGERS:
         return False
     if any(operator_of(use.node) not in DEQUANTIZE or use.node.graph is not node.graph for use in uses):
         return False

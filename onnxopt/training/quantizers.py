@@ -11,9 +11,9 @@ from torch import Tensor
 
 from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.training.hooks import Hook
 from onnxopt.training.module import GraphModule, to_torch
-from onnxopt.training.ops.quantize import limits
 from onnxopt.training.quantized import integers_of, reading
 from onnxopt.training.recipe import QatRecipe
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
@@ -99,7 +99,7 @@ def _covering(quantizer: ir.Node, low: float, high: float) -> float:
     dtype = quantizer.outputs[0].dtype or ir.DataType.UINT8
     tensor = value.const_value if value is not None else None
     zero = float(tensor.numpy().reshape(-1)[0]) if tensor is not None else 0.0
-    least, most = limits(dtype)
+    least, most = INTEGERS[dtype]
     return max(
         high / (most - zero) if most > zero else 0.0,
         low / (least - zero) if least < zero else 0.0,
