@@ -13,8 +13,9 @@ samples of EVALS/score.py (see benchmarks/quantize.py; files are kept in RESULTS
   brackets that of ONNX Runtime to itself with its optimizations on;
 - gradients: weights, and learned scales, that the gradient of a loss reaches, of how many;
 - score on the test split: of the float model, of the tool's file, and after training of --epochs on the
-  calibration samples without labels (refused: `onnxopt train` would write nothing); nodes: the trained file
-  has the same operators in the same order.
+  calibration samples without labels (refused: `onnxopt train` would write nothing); error: the squared error
+  to the float model that training leaves on those samples, as a share; nodes: the trained file has the same
+  operators in the same order.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def main(arguments: list[str]) -> None:
     ort.set_default_logger_severity(3)
     scores = load_scores(given.evals / "score.py")
     columns = ["model", "written by", "file", "outputs", "equal", "LSB", "weights", "scales", "float", "PTQ"]
-    table([*columns, *(["trained", "nodes"] if given.epochs else []), "s"])
+    table([*columns, *(["error", "trained", "nodes"] if given.epochs else []), "s"])
     for name in given.only:
         bench = Bench(given.models / f"{name}.onnx", scores, given)
         for tool in given.tools:
@@ -158,15 +159,14 @@ def _told(bench: Bench, file: Path, epochs: int) -> Iterator[str]:
     yield f"{time.perf_counter() - begun:.0f}"
 
 
-def _content(model: bytes) -> bytes:
-    """All of a file but what is derived or has no order: shapes on record, and the list of opsets."""
-    proto = onnx.load_from_string(model)
-    del proto.graph.value_info[:]
-    opsets = sorted(proto.opset_import, key=lambda one: one.domain)
-    del proto.opset_import[:]
-    proto.opset_import.extend(onnx.helper.make_opsetid(one.domain, one.version) for one in opsets)
-    found: bytes = proto.SerializeToString(deterministic=True)
-    return found
+def _content(model: bytes) -> list[bytes]:
+    """Every node, tensor, input and output of a file."""
+    graph = onnx.load_from_string(model).graph
+    for node in graph.node:  # an empty name may be there or not
+        if not node.name:
+            node.ClearField("name")
+    parts = (graph.node, graph.initializer, graph.input, graph.output)
+    return [one.SerializeToString(deterministic=True) for part in parts for one in part]
 
 
 def _executed(model: Any, names: Sequence[str], feeds: Sequence[Any], level: Level) -> Outputs:
@@ -206,7 +206,7 @@ def _reached(module: GraphModule, model: ir.Model, feeds: Sequence[Any]) -> Iter
 
 
 def _trained(bench: Bench, file: Path, seen: Sequence[Any], epochs: int) -> Iterator[str]:
-    """The score of the trained file, and whether it is of the same nodes."""
+    """Error and score of the trained file, and whether it is of the same nodes."""
     ev = bench.evaluation
     wanted = _executed(bench.model, ev.outputs, seen, "all")
 
@@ -223,14 +223,15 @@ def _trained(bench: Bench, file: Path, seen: Sequence[Any], epochs: int) -> Iter
     try:
         result = train_qat(
             str(file), str(bench.data()), teacher=str(bench.model), epochs=epochs, batch_size="8",
-            accumulate=1 if alike else 8, lr=1e-4, schedule="cosine", metric=score, holdout=0,
+            accumulate=1 if alike else 8, lr=1e-5, schedule="cosine", metric=score, holdout=0,
             folder=f"{done}.train",
         )  # fmt: skip
     except OnnxoptError as error:
         yield str(error)
         return
-    refused = " (refused)" if result.report.reason else ""
-    yield f"{result.report.final.after:.4f}{refused}"
+    choice, final = result.report.choice, result.report.final
+    yield f"{choice.after / (choice.start or 1):.2f}"
+    yield f"{final.after:.4f}{' (refused)' if result.report.reason else ''}"
     last = load(Path(f"{done}.train") / "last.onnx")
     before, after = ([node.op_type for node in walk(one.graph)] for one in (load(file), last))
     yield "same" if before == after else "differ"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from onnxopt.graph import FLOATS
 from onnxopt.quantization.formats import INTEGERS
 from onnxopt.training.hooks import Hook
 from onnxopt.training.module import GraphModule, to_torch
+from onnxopt.training.optimizers import role_of
 from onnxopt.training.quantized import integers_of, reading
 from onnxopt.training.recipe import QatRecipe
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
@@ -29,6 +31,10 @@ __all__ = ["Quantizers"]
 
 _MOMENTUM = 0.9
 """Of the moving averages of what activations reach."""
+_SMALL = 2.0**-5
+"""The size of weights below which they are trained at a smaller rate: steps of Adam have one size for all,
+and that of integers is in proportion to their weights. Folded into a first layer that reads bytes, a norm
+leaves weights of thousandths."""
 _ALIKE = 0.9
 """The share of its integers that a float weight gives, at least, that is taken for what they were made of."""
 
@@ -52,6 +58,9 @@ class Quantizers(Hook):
         module.to(trainer.world.device)
         if self._floats is not None:
             _adopt(module, self._model, self._floats)
+        for one in module.parameters():
+            if role_of(one) == "weights":
+                one.rate = _rate(one)  # type: ignore[attr-defined]  # what make_optimizer asks for
         if recipe.observe:
             self._observe(trainer, groups, recipe.observe)
 
@@ -86,6 +95,12 @@ class Quantizers(Hook):
                 ranges[name] = _MOMENTUM * ranges[name] + (1 - _MOMENTUM) * now if name in ranges else now
         for name, (low, high) in ranges.items():
             self.scales[name].start.fill_(_covering(watched[name][0], float(low), float(high)))
+
+
+def _rate(weight: Tensor) -> float:
+    """A power of two, so that few groups have all rates."""
+    size = float(weight.detach().square().mean().sqrt()) / _SMALL
+    return 2.0 ** max(math.floor(math.log2(size)), -10) if 0 < size < 1 else 1.0
 
 
 def _source(node: ir.Node) -> str:

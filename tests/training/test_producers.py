@@ -218,3 +218,23 @@ def test_training_improves_the_same_graph(model: onnx.ModelProto) -> None:
     want = executed(result.model, x)
     assert np.mean(np.abs(have - want) < 1e-5) > 0.99
     assert np.isfinite(executed(result.model, x, "all")).all()
+
+
+def test_weights_behind_bytes_learn_like_others() -> None:
+    """An input 256 times as large makes weights so much smaller; the steps have to follow."""
+
+    def first_loss(size: int) -> float:
+        model, data = Writer(LAYOUTS["ONNX Runtime"]).net(), samples()
+        held = {one.name: one for one in model.graph.initializer}
+        makers = {name: node for node in model.graph.node for name in node.output}
+        conv = next(node for node in model.graph.node if node.op_type == "Conv")
+        for value, factor in zip(conv.input, (size, 1 / size), strict=False):
+            scale = held[makers[value].input[1]]
+            array = onnx.numpy_helper.to_array(scale) * np.float32(factor)
+            scale.CopyFrom(onnx.numpy_helper.from_array(array, scale.name))
+        data["x"] *= size
+        how: dict[str, Any] = {"labels": "t", "loss": "mse", "lr": 1e-2, "batch_size": "8"}
+        found = train_qat(model, data, epochs=1, holdout=0, workers=0, **how)
+        return found.report.curves["loss"][0]
+
+    assert first_loss(256) == pytest.approx(first_loss(1), rel=0.05)
