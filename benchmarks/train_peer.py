@@ -45,8 +45,8 @@ import numpy as np, onnx, onnxsim
 from onnx import helper, numpy_helper
 data, labelled = np.load(more[0]), onnx.shape_inference.infer_shapes(onnx.load(source))
 feeds, steps = [{"x": data["x"]}], int(data["steps"])
-batch, rate = 64, 1e-3
 """
+_START += f"batch, rate = {BATCH}, {RATE}\n"
 _LABELS = """
 model = onnx.load(source)
 names = [one.name for one in model.graph.initializer if one.data_type == 1]

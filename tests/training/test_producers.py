@@ -51,6 +51,7 @@ LAYOUTS = {
     "ONNX Runtime, 16 bit, its own domain": Layout("UINT16", bias="INT32", domain="com.microsoft"),
     "ONNX Runtime, int4 in blocks": Layout("", "UINT4", by=4, last=1, opset=21),
     "NNCF": Layout(by_channel=True, last=-2),
+    "NNCF, weights alone": Layout("", "UINT8", last=-1, opset=21),
     "NNCF, one scale": Layout("INT8", by="tensor", last=-1),
     "onnxsim": Layout(last=1),
     "onnxsim, whole graph": Layout(by="tensor", bias="INT32"),
@@ -120,7 +121,9 @@ class Writer(Builder):
             sizes = tuple(-(-n // layout.by) if i == along else n for i, n in enumerate(shape))
             grain = {"axis": along, "block_size": layout.by}
         scale = 2.0 ** -self.rng.integers(5, 7, sizes)
-        low, high, zero = (1, 14, 7) if kind.startswith("U") else (-1, 1, 0) if kind == "INT2" else (-7, 7, 0)
+        low, high, zero = (
+            (1, 14, [6, 7, 8]) if kind.startswith("U") else (-1, 1, 0) if kind == "INT2" else (-7, 7, 0)
+        )
         port = self.scaled(kind, scale, zero)
         array = self.rng.integers(low, high + 1, shape)
         if layout.floats:
@@ -139,11 +142,11 @@ class Writer(Builder):
     def dequantized(self, value: str, port: Sequence[str], grain: dict[str, int]) -> str:
         return self.add("DequantizeLinear", value, *port, domain=self.layout.domain, **grain)
 
-    def scaled(self, kind: str, scale: np.ndarray, zero: int) -> list[str]:
+    def scaled(self, kind: str, scale: np.ndarray, zero: int | list[int]) -> list[str]:
         """Scale and, where the layout has them, zero point."""
         found = [self.constant(scale)]
         if self.layout.zeros or kind.startswith("UINT"):
-            found.append(self.typed(kind, np.full(scale.shape, zero)))
+            found.append(self.typed(kind, np.resize(zero, scale.shape)))
         return found
 
     def typed(self, kind: str, array: np.ndarray) -> str:
