@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import onnx_ir as ir
 from torch import Tensor
 
+from onnxopt.errors import ModelError
 from onnxopt.graph import constant_array, constant_of, int_attr
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import (
@@ -131,10 +132,20 @@ def _zero(one: Reading) -> Host | None:
 
 
 def floats_of(tensor: ir.TensorProtocol, one: Reading) -> Tensor:
-    """The floats that stored integers stand for."""
-    return dequantize(
-        tensor_of(tensor.numpy(), tensor.dtype), one.scale(), _zero(one), one.axis, one.block_size
-    )
+    """The floats that stored integers stand for.
+
+    Raises:
+        ModelError: the scale is not of their shape.
+    """
+    integers, scale = tensor_of(tensor.numpy(), tensor.dtype), one.scale()
+    try:
+        return dequantize(integers, scale, _zero(one), one.axis, one.block_size)
+    except RuntimeError:
+        blocks = f" in blocks of {one.block_size}" if one.block_size else ""
+        raise ModelError(
+            f"training: {one.node.op_type} {one.node.name!r}: a scale of shape {list(scale.shape)} does not "
+            f"fit {list(integers.shape)} along axis {one.axis}{blocks}"
+        ) from None
 
 
 def integers_of(x: Tensor, dtype: ir.DataType, one: Reading, scale: Tensor) -> Tensor:

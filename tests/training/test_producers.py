@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models.builder import Builder
+from onnxopt.errors import ModelError
 from onnxopt.graph import walk
 from onnxopt.model import load
 from onnxopt.protobuf import dump, serialize
@@ -221,6 +222,17 @@ def test_training_improves_the_same_graph(model: onnx.ModelProto) -> None:
     want = executed(result.model, x)
     assert np.mean(np.abs(have - want) < 1e-5) > 0.99
     assert np.isfinite(executed(result.model, x, "all")).all()
+
+
+def test_scales_along_the_wrong_axis_are_told() -> None:
+    """As NNCF 3.4.0 writes an embedding in blocks; ONNX Runtime refuses to run that, too."""
+    model = Writer(LAYOUTS["onnxsim, int4 in blocks"]).net()
+    node = [one for one in model.graph.node if one.op_type == "DequantizeLinear"][-1]
+    node.attribute[0].i = 1 - node.attribute[0].i
+    with pytest.raises(ModelError) as error:
+        to_torch(model)
+    told = "a scale of shape [2, 5] does not fit [8, 5] along axis 1 in blocks of 4"
+    assert str(error.value) == f"training: DequantizeLinear {node.name!r}: {told}"
 
 
 def test_weights_behind_bytes_learn_like_others() -> None:
