@@ -1,6 +1,6 @@
 """onnxsim's training beside ours: the same start file, the same digits, the same number of steps.
 
-    python benchmarks/train.py peer [--seeds 3] [--epochs 8] [--only TASK ...]
+    python benchmarks/train.py peer [--seeds 3] [--epochs 8] [--only TASK ...] [--evals EVALS --models MODELS]
 
 onnxsim trains in a process and an environment of its own, see benchmarks/peers.py. Tasks:
 
@@ -12,9 +12,11 @@ onnxsim trains in a process and an environment of its own, see benchmarks/peers.
 - pruned: half the channels, cut by onnxsim, without labels (`apply_block_finetune_all_blocks`);
 - pruned, ridge: the same in closed form (`apply_pruning_finetune`).
 
-Ours starts from the same file, and learns from the same float net where there are no labels. The nets: three
-matrices; and a CNN with depthwise layers, Flatten written as Reshape, which onnxsim can train. Accuracy in %
-on 600 test images in ONNX Runtime, mean and deviation over seeds; seconds without imports; steps of 64.
+Ours starts from the same file, and learns from the same float net where there are no labels; its file is the
+best epoch's, also where `onnxopt train` would refuse it. The nets: three matrices; a CNN with depthwise
+layers, Flatten written as Reshape, which onnxsim can train; and, given EVALS/score.py, pretrained ones on
+their calibration samples, without labels. Scores in % on test samples in ONNX Runtime, mean and deviation
+over seeds; seconds without imports; steps of 64, of 16 for pretrained nets.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +36,23 @@ import onnxruntime as ort
 import torch
 
 from benchmarks.peers import ENVIRONMENTS, ORT, Peer, run
+from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
+from benchmarks.train_qat import Session
 from models.builder import Builder
 from models.digits_depthwise import depthwise_cnn, handwritten
 from onnxopt.runtimes import open_session
 from onnxopt.training import distill, finetune, train_qat
 
-BATCH, RATE = 64, 1e-3
+RATE = 1e-3
 
 _START = """
 import numpy as np, onnx, onnxsim
 from onnx import helper, numpy_helper
 data, labelled = np.load(more[0]), onnx.shape_inference.infer_shapes(onnx.load(source))
-feeds, steps = [{"x": data["x"]}], int(data["steps"])
+feeds = [{port.name: data[port.name] for port in labelled.graph.input}]
+batch, rate, steps = int(data["batch"]), float(data["rate"]), int(data["steps"])
 """
-_START += f"batch, rate = {BATCH}, {RATE}\n"
 _LABELS = """
 model = onnx.load(source)
 names = [one.name for one in model.graph.initializer if one.data_type == 1]
@@ -139,6 +145,30 @@ def convolutions(seed: int) -> onnx.ModelProto:
 NETS = {"matrices": matrices, "CNN": convolutions}
 
 
+PRETRAINED = ("kws_dscnn_bn", "ppocr_cls")
+_SIMPLIFIED = Peer(
+    "onnxsim",
+    ("onnxsim==0.8.1", *ORT),
+    "import onnx, onnxsim, onnx.version_converter",
+    """
+model = onnx.version_converter.convert_version(onnxsim.simplify(source)[0], 21)
+model.ir_version = 10
+onnx.save(model, target)
+""",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A float net in a file, the arrays to train it on, and how good a net is, in %."""
+
+    source: Path
+    arrays: Mapping[str, np.ndarray]
+    score: Callable[[Any], float]
+    batch: int
+    seed: int = 0
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,63 +177,95 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--only", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--evals", type=Path, help="a folder with a score.py; with --models")
+    parser.add_argument("--models", type=Path)
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS)
     given = parser.parse_args(arguments[1:])
     torch.set_num_threads(1)
     ort.set_default_logger_severity(3)
     table(["net", "task", "float", "start", "onnxsim", "s", "onnxopt", "s"])
-    for net in given.nets:
-        for task in given.only:
-            with tempfile.TemporaryDirectory() as folder:
-                cells = [_compared(net, task, seed, given, Path(folder)) for seed in range(given.seeds)]
-            row([net, task, *map(_mean, zip(*cells, strict=True))])
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for net in given.nets:
+            for task in given.only:
+                cases = (_digits(net, task, seed, folder) for seed in range(given.seeds))
+                cells = [_compared(case, task, given, folder) for case in cases]
+                row([net, task, *map(_mean, zip(*cells, strict=True))])
+        for net in PRETRAINED if given.evals else ():
+            case = _pretrained(net, given, folder)
+            for task in (one for one in given.only if not one.startswith("labels")):
+                row([net, task, *map(_mean, zip(_compared(case, task, given, folder), strict=True))])
 
 
 def _mean(cells: tuple[float | str, ...]) -> str:
     """Of the seeds; or the first message."""
     told = next((one for one in cells if isinstance(one, str)), None)
-    return told if told is not None else f"{np.mean(cells):.1f} ± {np.std(cells):.1f}"  # type: ignore[arg-type]
+    if told is not None:
+        return told
+    deviation = f" ± {np.std(cells):.1f}" if len(cells) > 1 else ""  # type: ignore[arg-type]
+    return f"{np.mean(cells):.1f}{deviation}"  # type: ignore[arg-type]
 
 
-def _compared(net: str, task: str, seed: int, given: Any, folder: Path) -> list[float | str]:
-    """Accuracy of the float net, of the start and of both results, with the seconds of both."""
+def _digits(net: str, task: str, seed: int, folder: Path) -> Case:
+    """A net trained on the digits: for 2 epochs, where it is to be trained on, else for 25."""
     train, test = handwritten(seed)
 
     def accuracy(model: Any) -> float:
         with open_session(model) as session:
             return 100 * float((session.run({"x": test["x"]})["y"].argmax(1) == test["label"]).mean())
 
-    how: dict[str, Any] = {
-        "epochs": given.epochs,
-        "lr": RATE,
-        "schedule": "cosine",
-        "batch_size": str(BATCH),
-        "seed": seed,
-        "holdout": 0,
-        "weight_decay": 0.0,
-        "optimizer": "adam",
-    }
-    first = {**how, "epochs": 2 if task == "labels" else 25}
-    model: Any = finetune(NETS[net](seed), train, labels="label", **first).model
-    source, data, target, start = (folder / f"{seed}{one}" for one in (".onnx", ".npz", "t.onnx", "s.onnx"))
-    onnx.save(model, source)
-    steps = given.epochs * (len(train["x"]) // BATCH + 1)
-    np.savez(data, x=train["x"], label=train["label"], steps=steps)
+    case = Case(folder / f"{seed}.onnx", train, accuracy, 64, seed)
+    how = _options(case, 2 if task == "labels" else 25)
+    model: Any = finetune(NETS[net](seed), train, labels="label", **how).model
+    onnx.save(model, case.source)
+    return case
+
+
+def _pretrained(net: str, given: Any, folder: Path) -> Case:
+    """A pretrained net as onnxsim simplifies it."""
+    scores = load_scores(given.evals / "score.py")
+    ev = scores.load(net)
+
+    def score(model: Any) -> float:
+        with open_session(model) as session:
+            return 100 * float(ev.score(ev.run(Session(session.run))))
+
+    arrays = {name: np.concatenate([feed[name] for feed in ev.calib]) for name in ev.calib[0]}
+    case = Case(folder / f"{net}.onnx", arrays, score, 16)
+    fault = run(_SIMPLIFIED, given.environments, given.models / f"{net}.onnx", case.source).fault
+    assert not fault, fault
+    return case
+
+
+def _options(case: Case, epochs: int) -> dict[str, Any]:
+    """What both are given."""
+    given = {"epochs": epochs, "batch_size": str(case.batch), "seed": case.seed, "lr": RATE}
+    return {**given, "schedule": "cosine", "holdout": 0, "weight_decay": 0.0, "optimizer": "adam"}
+
+
+def _compared(case: Case, task: str, given: Any, folder: Path) -> list[float | str]:
+    """The score of the float net, of the start and of both results, with the seconds of both."""
+    source, (data, target, start) = case.source, (folder / one for one in ("d.npz", "t.onnx", "s.onnx"))
+    steps = given.epochs * (len(next(iter(case.arrays.values()))) // case.batch + 1)
+    plan: dict[str, Any] = {**case.arrays, "batch": case.batch, "rate": RATE, "steps": steps}
+    np.savez(data, **plan)
     own = next((one for one in STARTS if task.startswith(one)), None)
     if own is None:
         start = source
     elif fault := run(STARTS[own], given.environments, source, start, data).fault:
-        return [accuracy(source), fault, "", "", "", ""]
+        return [case.score(source), fault, "", "", "", ""]
     ran = run(TASKS[task], given.environments, source, target, data, start, seconds=600)
-    theirs: list[float | str] = [ran.fault, ""] if ran.fault else [accuracy(target), ran.wall]
+    theirs: list[float | str] = [ran.fault, ""] if ran.fault else [case.score(target), ran.wall]
     begun = time.perf_counter()
-    free = {"x": train["x"]}
+    free = {name: array for name, array in case.arrays.items() if name != "label"}
+    how, kept = _options(case, given.epochs), folder / "ours"
     if task == "labels":
-        result: Any = finetune(start, train, labels="label", **how)
+        finetune(start, case.arrays, labels="label", folder=kept, **how)
     elif task == "labels, 8 bit":
-        result = train_qat(start, train, labels="label", weights="int8", **how)
+        train_qat(start, case.arrays, labels="label", weights="int8", folder=kept, **how)
     elif own == "pruned":
-        result = distill(start, free, teacher=source, **how)
+        distill(start, free, teacher=source, folder=kept, **how)
     else:
-        result = train_qat(start, free, teacher=source, **how)
-    return [accuracy(source), accuracy(start), *theirs, accuracy(result.model), time.perf_counter() - begun]
+        train_qat(start, free, teacher=source, folder=kept, **how)
+    seconds = time.perf_counter() - begun
+    return [case.score(source), case.score(start), *theirs, case.score(kept / "best.onnx"), seconds]
