@@ -14,7 +14,16 @@ import onnx_ir as ir
 
 from onnxopt.errors import UsageError, did_you_mean
 
-__all__ = ["FORMATS", "Format", "QuantParams", "dequantize", "find_format", "params_from_range", "quantize"]
+__all__ = [
+    "FORMATS",
+    "INTEGERS",
+    "Format",
+    "QuantParams",
+    "dequantize",
+    "find_format",
+    "params_from_range",
+    "quantize",
+]
 
 _SMALLEST_SCALE = np.float32(2.0**-100)
 """Below it, x / scale and products of two scales would leave the normal numbers of float32."""
@@ -66,6 +75,8 @@ FORMATS = {
         Format("float8e5m2", ir.DataType.FLOAT8E5M2, -57344, 57344, 19, 8),
     )
 }
+INTEGERS = {one.dtype: (int(one.low), int(one.high)) for one in FORMATS.values() if not one.is_float}
+"""The smallest and the largest number of each integer type."""
 
 
 @dataclass(frozen=True)
