@@ -87,7 +87,7 @@ def digits(seeds: int) -> None:
         row([name, *(f"{np.mean(one):.2f} ± {np.std(one, ddof=1):.2f}" for one in zip(*each, strict=True))])
 
 
-class _Session:
+class Session:
     """As the evaluations want a session."""
 
     def __init__(self, run: Any) -> None:
@@ -112,7 +112,7 @@ def real(evals: Path, only: list[str], variants: list[str], epochs: int) -> None
             """On the test split; to choose the epoch by, the error on samples of calibration, negated."""
             ev, seen, wanted = known
             if split == "final":
-                return float(ev.score(ev.run(_Session(run))))
+                return float(ev.score(ev.run(Session(run))))
             found = [[run(feed)[one] for one in ev.outputs] for feed in seen]
             pairs = ((x, y) for a, b in zip(found, wanted, strict=True) for x, y in zip(a, b, strict=True))
             return -float(np.mean([np.square(x.astype(np.float64) - y).mean() for x, y in pairs]))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import onnx_ir as ir
 from torch import Tensor
 
+from onnxopt.errors import ModelError
 from onnxopt.graph import constant_array, constant_of, int_attr
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import (
@@ -24,6 +25,7 @@ from onnxopt.passes.shared.quantized import (
     quantized_kind,
     require_same,
 )
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.rewrite import Declined
 from onnxopt.training.ops.quantize import dequantize, quantize
 from onnxopt.training.values import CARRIERS, Host, host_of, tensor_of
@@ -44,11 +46,6 @@ __all__ = [
 
 WITHIN = "onnxopt.training.within"
 """In the `meta` of a value: the least and the largest integer that training may give it."""
-
-_ROUNDED = frozenset(
-    getattr(ir.DataType, name)
-    for name in ("INT2", "INT4", "INT8", "INT16", "UINT2", "UINT4", "UINT8", "UINT16")
-)
 
 
 class Reading(NamedTuple):
@@ -153,10 +150,20 @@ def _zero(one: Reading) -> Host | None:
 
 
 def floats_of(tensor: ir.TensorProtocol, one: Reading) -> Tensor:
-    """The floats that stored integers stand for."""
-    return dequantize(
-        tensor_of(tensor.numpy(), tensor.dtype), one.scale(), _zero(one), one.axis, one.block_size
-    )
+    """The floats that stored integers stand for.
+
+    Raises:
+        ModelError: the scale is not of their shape.
+    """
+    integers, scale = tensor_of(tensor.numpy(), tensor.dtype), one.scale()
+    try:
+        return dequantize(integers, scale, _zero(one), one.axis, one.block_size)
+    except RuntimeError:
+        blocks = f" in blocks of {one.block_size}" if one.block_size else ""
+        raise ModelError(
+            f"training: {one.node.op_type} {one.node.name!r}: a scale of shape {list(scale.shape)} does not "
+            f"fit {list(integers.shape)} along axis {one.axis}{blocks}"
+        ) from None
 
 
 def integers_of(x: Tensor, dtype: ir.DataType, one: Reading, scale: Tensor) -> Tensor:
@@ -184,7 +191,7 @@ def _add_pair(builder: Builder, node: ir.Node) -> bool:
     """QuantizeLinear of which there is nothing but its DequantizeLinear."""
     uses, value = list(node.outputs[0].uses()), node.outputs[0]
     dtype = quantized_kind(node)
-    if not uses or value.is_graph_output() or dtype is None or dtype not in _ROUNDED:
+    if not uses or value.is_graph_output() or dtype not in INTEGERS:
         return False
     if any(operator_of(use.node) not in DEQUANTIZE or use.node.graph is not node.graph for use in uses):
         return False

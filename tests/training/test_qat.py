@@ -18,11 +18,12 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array
 from onnxopt.model import load
 from onnxopt.protobuf import dump
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.units import survey
 from onnxopt.targets import PLACEMENTS
 from onnxopt.training import finetune, to_torch, train_qat, write_back
-from onnxopt.training.ops.quantize import fake_quantize, limits
+from onnxopt.training.ops.quantize import fake_quantize
 from onnxopt.training.scales import learn_scales, scale_groups
 from tests.support import execute
 
@@ -111,7 +112,7 @@ NETS: dict[str, Callable[[], onnx.ModelProto]] = {
 @pytest.mark.parametrize("zeros", [False, True])
 def test_gradients_are_those_of_learned_step_sizes(name: str, by_channel: bool, zeros: bool) -> None:
     """Equation 3 of the paper, and its factor 1 / sqrt(elements * largest integer)."""
-    low, high = limits(ir.DataType[name])
+    low, high = INTEGERS[ir.DataType[name]]
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.5, 2, (3, 1)) if by_channel else np.array(0.7)
     zero = rng.integers(low, high + 1, (3, 1)).astype(np.float64) if zeros else 0.0
