@@ -10,6 +10,7 @@ EVALS holds a score.py whose `load(NAME)` gives `calib` (complete feeds), `run(s
 - weights: 80 % and 90 % zeros, and 90 % with 5 bits a weight; packed bytes are those of `onnxopt pack`, for
   all tools, over the bytes of the float32 file;
 - ranks: products and convolutions of lower rank;
+- exactness: half the channels of each group cut at random, against zeros in their place in the whole model;
 - packs: every model as it is, and a fully connected net behind the passes of weights; all come back the same.
 
 CPU time is that of a run on one thread, as a ratio to the original at the runtime's default level, paired;
@@ -37,6 +38,9 @@ from benchmarks.peers import ENVIRONMENTS, ORT, Peer, run
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
 from onnxopt.inspection import macs
+from onnxopt.model import clone
+from onnxopt.pruning.cut import cut, mask
+from onnxopt.pruning.structure import survey
 from onnxopt.pruning.weights import sparsity
 
 SAMPLES = 4
@@ -157,6 +161,33 @@ def show(title: str, names: tuple[str, ...], tools: Mapping[str, Peer], args: ar
             row(bench.line(tool, peer))
 
 
+def show_exactness(args: argparse.Namespace) -> None:
+    """SQNR between both over the worst output, beside what the runtime's levels make of the masked one."""
+    print("\n### channels: cut against masked\n")
+    table(("model", "groups", "MACs", "SQNR", "own noise", ""))
+    for path in sorted(args.models.glob("*.onnx")):
+        if args.only and path.stem not in args.only:
+            continue
+        try:
+            whole = onnxopt.optimize(path, target="generic", bench=False, freeze_initializers=True).graph
+        except onnxopt.OnnxoptError as error:
+            row([path.stem, *[""] * 4, str(error)])
+            continue
+        smaller, masked = clone(whole), clone(whole)
+        structure, twin, random = survey(smaller), survey(masked), np.random.default_rng(0)
+        gone = np.zeros(len(structure.solution.pinned), bool)
+        for group in structure.groups:
+            gone[random.permutation(group.channels)[: len(group.channels) // 2]] = True
+        kept = structure.macs(gone) / max(structure.macs(), 1)
+        cut(structure, gone)
+        mask(twin, gone)
+        verdict = onnxopt.verify(masked, smaller)
+        sizes = [str(len(structure.groups)), f"{kept:.2f}"]
+        row(
+            [path.stem, *sizes, *(f"{one or 0:.0f}" for one in (verdict.sqnr, verdict.floor)), verdict.status]
+        )
+
+
 def fully_connected() -> onnx.ModelProto:
     """784-2048-2048-10, weights of Student's t with 5 degrees of freedom."""
     random, sizes = np.random.default_rng(0), (784, 2048, 2048, 10)
@@ -217,6 +248,7 @@ def main() -> int:
     show("channels", OF_CHANNELS, CHANNELS, args)
     show("weights", OF_WEIGHTS, WEIGHTS, args)
     show("ranks", OF_RANKS, RANKS, args)
+    show_exactness(args)
     show_packs(args)
     return 0
 

@@ -7,6 +7,8 @@ import sys
 
 SECTIONS = {
     **dict.fromkeys(("distill", "prune", "recover"), "benchmarks.train_distill"),
+    "peer": "benchmarks.train_peer",
+    "producers": "benchmarks.train_producers",
     "qat": "benchmarks.train_qat",
     "step": "benchmarks.train_step",
 }

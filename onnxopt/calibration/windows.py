@@ -15,11 +15,13 @@ __all__ = ["from_rows", "has_rows", "operand_rows", "padding", "pads_of", "resul
 
 
 def has_rows(node: ir.Node) -> bool:
-    """Whether this is a Conv, Gemm or MatMul whose second operand is a constant; of MatMul, a matrix.
+    """Whether this is a Conv, Gemm or MatMul whose second operand alone is constant; of MatMul, a matrix.
 
     Or a ConvTranspose with pads that are given, no larger than its kernel.
     """
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
+        return False
+    if constant_of(node.inputs[0]) is not None:
         return False
     tensor = constant_of(node.inputs[1])
     if tensor is None or node.op_type != "ConvTranspose":

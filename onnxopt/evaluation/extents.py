@@ -272,6 +272,7 @@ KEEPERS = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization"
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, _same),
     **{f"com.microsoft::{op_type}": _same for op_type in (*KEEPERS, "SkipSimplifiedLayerNormalization")},
+    **{f"ai.onnx.ml::{op_type}": _same for op_type in ("Binarizer", "Imputer", "Normalizer", "Scaler")},
     "com.microsoft::EmbedLayerNormalization": _embedded,
     **dict.fromkeys(("Attention", "com.microsoft::MultiHeadAttention"), _attention),
     **dict.fromkeys(BROADCAST, _elementwise),

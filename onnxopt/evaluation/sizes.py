@@ -5,6 +5,7 @@ Two sizes are equal if they are written the same; of any others nothing is known
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -142,7 +143,9 @@ def _quotient(a: Dim, b: Dim) -> Dim | None:
     return exact
 
 
-def _largest(a: Dim, b: Dim) -> Dim | None:
+def _largest(a: Dim | None, b: Dim) -> Dim | None:
+    if a is None:
+        return None
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b)
     number, other = (a, b) if isinstance(a, int) else (b, a)
@@ -154,7 +157,7 @@ ARITHMETIC: dict[str, Callable[..., object]] = {
     "Cast": lambda a: int(a) if isinstance(a, bool) else a,
     "Div": _quotient,
     "Equal": _equal,
-    "Max": _largest,
+    "Max": lambda a, *more: functools.reduce(_largest, more, a),
     "Mul": lambda a, b: a * b,
     "Sub": lambda a, b: a - b,
     "Where": lambda condition, a, b: (a if condition else b) if isinstance(condition, bool) else None,

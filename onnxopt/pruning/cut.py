@@ -1,4 +1,4 @@
-"""Take channels out of a graph: constants lose elements, and shapes that are written down follow.
+"""Take channels out of a graph: constants lose elements, and shapes follow, written down or computed.
 
 What is cut added nothing where those who sum it up read zeros: the cut model computes what `mask` makes the
 model as it was compute, but for the order of sums.
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, use_count, walk
+from onnxopt.graph import constant_of, int_attr, use_count, walk
 from onnxopt.index import operator_of
+from onnxopt.pruning.attention import ATTENTION
 from onnxopt.pruning.elements import Ids
 from onnxopt.pruning.movement import reshape_target
 from onnxopt.pruning.structure import Structure
@@ -51,15 +52,7 @@ def mask(structure: Structure, gone: np.ndarray) -> None:
             continue
         rest = len(axes) - one.axis % len(axes) - 1
         zeros = at.kept(ids).astype((value.dtype or ir.DataType.FLOAT).numpy()).reshape(-1, *(1,) * rest)
-        name = structure.scope.fresh(f"{value.name}/masked")
-        product = ir.Node(
-            "", "Mul", [value, new_constant(structure.scope, one.node, zeros, name)], num_outputs=1
-        )
-        product.outputs[0].name = name
-        product.outputs[0].type, product.outputs[0].shape = value.type, value.shape
-        assert isinstance(one.node.graph, ir.Graph)
-        one.node.graph.insert_before(one.node, product)
-        one.node.replace_input_with(one.index, product.outputs[0])
+        at.compute(one.node, one.index, "Mul", zeros)
 
 
 @dataclass(frozen=True)
@@ -110,10 +103,10 @@ class _Cut:
 
     def write(self, node: ir.Node, name: str, index: int, numbers: Sequence[int]) -> None:
         """Give a node other integers: in an attribute where it has that, else in a new constant."""
-        if name in node.attributes or (index < len(node.inputs) and node.inputs[index] is None):
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if name in node.attributes or (old is None and self.structure.elements.opset < 13):
             node.attributes[name] = ir.AttrInt64s(name, numbers)
             return
-        old = node.inputs[index] if index < len(node.inputs) else None
         dtype = np.int32 if old is not None and old.dtype == ir.DataType.INT32 else np.int64
         self.replace(node, index, np.array(numbers, dtype), name)
 
@@ -126,6 +119,18 @@ class _Cut:
         node.replace_input_with(index, new)
         if old is not None and constant_of(old) is not None and not use_count(old):
             _remove(old)
+
+    def compute(self, node: ir.Node, index: int, op_type: str, *arrays: np.ndarray) -> None:
+        """Let a node read what an operator makes of these constants and what it read."""
+        scope, value = self.structure.scope, node.inputs[index]
+        assert isinstance(node.graph, ir.Graph)
+        assert value is not None
+        name = scope.fresh(value.name or "")
+        constants = [new_constant(scope, node, array, name) for array in arrays]
+        made = ir.Node("", op_type, [*constants, value], num_outputs=1)
+        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = name, value.type, value.shape
+        node.graph.insert_before(node, made)
+        node.replace_input_with(index, made.outputs[0])
 
 
 def new_constant(scope: Scope, node: ir.Node, array: np.ndarray, like: str) -> ir.Value:
@@ -170,40 +175,35 @@ def _remove(constant: ir.Value) -> None:
 Adapter = Callable[[_Cut, ir.Node], None]
 
 
-def _reshape(at: _Cut, node: ir.Node) -> None:
-    target = reshape_target(at.structure.elements, node)
-    axes = at.axes(node.outputs[0])
-    if target is not None and any(map(at.is_shorter, axes)):
-        pairs = zip(target, axes, strict=True)
-        at.write(
-            node,
-            "shape",
-            1,
-            [at.count(ids) if size > 0 and at.is_shorter(ids) else size for size, ids in pairs],
-        )
-
-
-def _expand(at: _Cut, node: ir.Node) -> None:
-    target, axes = at.structure.elements.dims.ints(node, "shape", 1), at.axes(node.outputs[0])
-    if target is not None and any(map(at.is_shorter, axes)):
-        sizes = zip(target, axes[len(axes) - len(target) :], strict=True)
-        at.write(
-            node,
-            "shape",
-            1,
-            [at.count(ids) if size > 1 and at.is_shorter(ids) else size for size, ids in sizes],
-        )
+def _shape(at: _Cut, node: ir.Node) -> None:
+    """The sizes that a Reshape, an Expand or a ConstantOfShape is told."""
+    axes, e, index = at.axes(node.outputs[0]), at.structure.elements, int(node.op_type != "ConstantOfShape")
+    if not any(map(at.is_shorter, axes)):
+        return
+    target = reshape_target(e, node) if node.op_type == "Reshape" else e.dims.ints(node, "shape", index)
+    if target is not None:
+        pairs = zip(target, axes[len(axes) - len(target) :], strict=True)
+        numbers = [at.count(ids) if size > 1 and at.is_shorter(ids) else size for size, ids in pairs]
+        at.write(node, "shape", index, numbers)
+    else:
+        sizes = at.axes(node.inputs[index])  # of an Expand, which may be told fewer than there are
+        told = axes[len(axes) - at.count(sizes[0]) :] if sizes else axes
+        numbers = [at.count(ids) if at.is_shorter(ids) else 0 for ids in told]
+        at.compute(node, index, "Where", np.array(numbers) > 0, np.array(numbers))
 
 
 def _split(at: _Cut, node: ir.Node) -> None:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     if at.is_shorter(at.axes(node.inputs[0])[axis]):
         node.attributes.pop("num_outputs", None)
-        sizes = [at.count(at.axes(value)[axis]) for value in node.outputs]
-        if at.structure.elements.opset < 13:
-            node.attributes["split"] = ir.AttrInt64s("split", sizes)
-        else:
-            at.write(node, "split", 1, sizes)
+        at.write(node, "split", 1, [at.count(at.axes(value)[axis]) for value in node.outputs])
+
+
+def _squeeze(at: _Cut, node: ir.Node) -> None:
+    """Say which axes go: an axis of which one channel is left stays."""
+    if at.structure.elements.dims.ints(node, "axes", 1) == []:
+        axes = enumerate(at.axes(node.inputs[0]))
+        at.write(node, "axes", 1, [axis for axis, ids in axes if ids is not None and len(ids) == 1])
 
 
 def _slice(at: _Cut, node: ir.Node) -> None:
@@ -254,30 +254,29 @@ def _resize(at: _Cut, node: ir.Node) -> None:
         at.write(node, "sizes", 3, [at.count(ids) if at.is_shorter(ids) else size for size, ids in pairs])
 
 
-def _counted(name: str) -> Adapter:
-    """An attribute that says how many groups there are."""
-
-    def adapt(at: _Cut, node: ir.Node) -> None:
-        groups = at.structure.elements.groups_of(node)
-        if groups is not None:
-            node.attributes[name] = ir.AttrInt64(name, at.count(groups))
-
-    return adapt
+def _counted(at: _Cut, node: ir.Node) -> None:
+    """Attributes that say how many groups there are, or as many for each."""
+    groups = at.structure.elements.groups_of(node)
+    for name in _COUNTS:
+        if groups is not None and name in node.attributes:
+            each = int_attr(node, name, 1) // len(groups)
+            node.attributes[name] = ir.AttrInt64(name, each * at.count(groups))
 
 
 def _recurrent(at: _Cut, node: ir.Node) -> None:
     node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", at.count(at.axes(node.inputs[2])[2]))
 
 
+_COUNTS = ("group", "kv_num_heads", "num_groups", "num_heads", "q_num_heads")
+
 _ADAPTERS: dict[str, Adapter] = {
-    **dict.fromkeys(("Conv", "ConvTranspose"), _counted("group")),
+    **dict.fromkeys(("Conv", "ConvTranspose", "GroupNormalization", *ATTENTION), _counted),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
-    "Expand": _expand,
+    **dict.fromkeys(("ConstantOfShape", "Expand", "Reshape"), _shape),
     "Gather": _gather,
-    "GroupNormalization": _counted("num_groups"),
     "Pad": _pad,
-    "Reshape": _reshape,
     "Resize": _resize,
     "Slice": _slice,
     "Split": _split,
+    "Squeeze": _squeeze,
 }

@@ -61,11 +61,11 @@ def damage(readers: Sequence[Reader], count: int) -> np.ndarray:
     """What each channel costs when it goes after all cheaper ones, never less than those: float64 [channels].
 
     Args:
-        readers: of the channels of a group; changed.
+        readers: of the channels of a group, at least one; changed.
         count: the number of channels.
     """
     left, cost, least = np.arange(count), np.zeros(count), 0.0
-    while readers and len(left) > 1:
+    while len(left) > 1:
         losses = np.sum([reader.losses(left) for reader in readers], 0)
         order = np.argsort(losses, kind="stable")[: min(-(-count // _STEPS), len(left) - 1)]
         cost[left[order]] = np.maximum.accumulate(np.maximum(losses[order], least))
@@ -73,7 +73,7 @@ def damage(readers: Sequence[Reader], count: int) -> np.ndarray:
         for reader in readers:
             reader.remove(left[order])
         left = np.delete(left, order)
-    cost[left] = 2 * max(least, 1.0) if readers else 0.0
+    cost[left] = 2 * max(least, 1.0)
     return cost
 
 

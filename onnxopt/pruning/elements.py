@@ -101,6 +101,8 @@ class Elements:
     contractions: list[Contraction] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    unrelated: dict[str, Pin] = field(default_factory=dict)
+    """The sites of nodes that multiply, whose axes are not related -> why."""
     _count: int = 0
     _axes: dict[ir.Value, list[Ids] | None] = field(default_factory=dict)
     _virtual: dict[ir.Node, np.ndarray] = field(default_factory=dict)

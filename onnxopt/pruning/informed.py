@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
 from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, constant_of, int_attr
+from onnxopt.graph import constant_array, int_attr
 from onnxopt.pruning.cut import set_constant
 from onnxopt.pruning.levels import Reader
 from onnxopt.pruning.oneshot import prune_rows
@@ -70,7 +70,7 @@ def why_unseen(parts: Sequence[Part], weight: StoredWeight, *, whole: bool) -> s
 def _is_seen(parts: Sequence[Part], reader: Reader) -> bool:
     node, position, between = reader
     source = node.inputs[0]
-    fed = source is not None and constant_of(source) is None and not source.is_initializer()
+    fed = source is not None and not source.is_initializer()
     inside = fed and any(node.graph is part.graph for part in parts) and position == 1 and not between
     return inside and has_rows(node) and not int_attr(node, "transA", 0)
 

@@ -13,7 +13,7 @@ from onnxopt.evaluation import Dim
 from onnxopt.graph import constant_of, int_attr, ints_attr, str_attr
 from onnxopt.pruning.elements import Elements, Ids
 
-__all__ = ["MOVEMENT", "Rule", "UnrelatedError", "output_axes", "reshape_target"]
+__all__ = ["MOVEMENT", "Rule", "UnrelatedError", "align", "axes_of", "output_axes", "reshape_target"]
 
 Rule = Callable[[Elements, ir.Node], None]
 
@@ -33,6 +33,13 @@ def axes_of(e: Elements, value: ir.Value | None) -> list[Ids]:
 def output_axes(e: Elements, node: ir.Node, index: int = 0) -> list[Ids]:
     """The axes of an output."""
     return axes_of(e, node.outputs[index])
+
+
+def align(e: Elements, source: Sequence[Ids], target: Sequence[Ids]) -> None:
+    """Axes are the same from the last one on, but for those that are repeated."""
+    for a, b in zip(reversed(source), reversed(target), strict=False):
+        if a is None or len(a) != 1:
+            e.same(a, b)
 
 
 def _source(e: Elements, node: ir.Node) -> list[Ids]:
@@ -64,7 +71,7 @@ def _squeeze(e: Elements, node: ir.Node) -> None:
 
 
 def _reshape(e: Elements, node: ir.Node) -> None:
-    if node.op_type == "Reshape" and reshape_target(e, node) is None:
+    if node.op_type == "Reshape" and e.opset < 9 and reshape_target(e, node) is None:
         raise UnrelatedError("a shape is computed at run time")
     _regroup(e, _source(e, node), output_axes(e, node), _dims(e, node.inputs[0]), _dims(e, node.outputs[0]))
 
@@ -96,22 +103,24 @@ def _regroup(
     """Relate the axes of the same elements in two shapes: blocks of equal products, from both ends."""
     a = [(ids, size) for ids, size in zip(source, from_, strict=True) if size != 1]
     b = [(ids, size) for ids, size in zip(target, to, strict=True) if size != 1]
-    while a and b and a[0][1] == b[0][1]:
-        e.same(a.pop(0)[0], b.pop(0)[0])
-    while a and b:
-        taken = _block([size for _, size in reversed(a)], [size for _, size in reversed(b)])
-        if taken is None:
-            break
-        left, right = ([a.pop() for _ in range(taken[0])][::-1], [b.pop() for _ in range(taken[1])][::-1])
-        _relate_block(e, [ids for ids, _ in left], [ids for ids, _ in right])
+    for step in (1, -1):
+        while taken := _block(*([size for _, size in side[::step]] for side in (a, b))):
+            parts = []
+            for side, count in zip((a, b), taken, strict=True):
+                part = slice(count) if step == 1 else slice(len(side) - count, None)
+                parts.append([ids for ids, _ in side[part]])
+                del side[part]
+            _relate_block(e, *parts)
     e.pin("are mixed with axes of unknown size", *(ids for ids, _ in (*a, *b)))
 
 
 def _block(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[int, int] | None:
     """How many of the first sizes of each have the same product, as few as can be; None where unknown."""
-    if a[0] == b[0]:
-        return 1, 1
+    if not a or not b:
+        return None
     i, j, left, right = 1, 1, a[0], b[0]
+    if left == right:
+        return 1, 1
     while isinstance(left, int) and isinstance(right, int) and left != right:
         if left < right:
             if i == len(a):
@@ -254,15 +263,6 @@ def _pad(e: Elements, node: ir.Node) -> None:
             e.pin("are padded", a, b)
 
 
-def _expand(e: Elements, node: ir.Node) -> None:
-    target = output_axes(e, node)
-    if constant_of(node.inputs[1]) is None:
-        raise UnrelatedError("a shape is computed at run time")
-    for a, b in zip(reversed(_source(e, node)), reversed(target), strict=False):
-        if a is None or len(a) != 1:
-            e.same(a, b)
-
-
 def _tile(e: Elements, node: ir.Node) -> None:
     for a, b in zip(_source(e, node), output_axes(e, node), strict=True):
         if a is None or b is None:
@@ -289,7 +289,6 @@ MOVEMENT: dict[str, Rule] = {
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), _depth_to_space),
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     "Concat": _concat,
-    "Expand": _expand,
     "Gather": _gather,
     "Pad": _pad,
     "Slice": _slice,

@@ -8,8 +8,10 @@ import onnx_ir as ir
 
 from onnxopt.evaluation import BROADCAST
 from onnxopt.graph import int_attr
+from onnxopt.pruning.attention import ATTENTION
 from onnxopt.pruning.elements import Contraction, Elements, Ids, Layer, Term
-from onnxopt.pruning.movement import MOVEMENT, Rule, UnrelatedError, output_axes
+from onnxopt.pruning.movement import MOVEMENT, Rule, UnrelatedError, align, output_axes
+from onnxopt.pruning.shapes import SHAPES
 
 __all__ = ["RELATIONS"]
 
@@ -45,14 +47,7 @@ def _broadcast(e: Elements, node: ir.Node) -> None:
         source = e.axes(value)
         if source is None or len(source) > len(target):
             raise UnrelatedError("the number of axes is not known")
-        _align(e, source, target)
-
-
-def _align(e: Elements, source: Sequence[Ids], target: Sequence[Ids]) -> None:
-    """Axes are the same from the last one on, but for those that are repeated."""
-    for a, b in zip(reversed(source), reversed(target), strict=False):
-        if a is None or len(a) != 1:
-            e.same(a, b)
+        align(e, source, target)
 
 
 def _along(e: Elements, node: ir.Node, reason: str, first: int, count: int | None = 1) -> None:
@@ -72,7 +67,7 @@ def _layernorm(e: Elements, node: ir.Node) -> None:
     _along(e, node, "are normalised together", int_attr(node, "axis", -1), None)
     for value in node.inputs[1:]:
         if value is not None:
-            _align(e, e.axes(value) or (), _both(e, node)[0])
+            align(e, e.axes(value) or (), _both(e, node)[0])
 
 
 def _batchnorm(e: Elements, node: ir.Node) -> None:
@@ -155,8 +150,8 @@ def _matmul(e: Elements, node: ir.Node) -> None:
     for ids, out in zip([*rows, *columns], target[len(target) - len(rows) - len(columns) :], strict=True):
         e.same(ids, out)
     batch = target[: len(target) - len(rows) - len(columns)]
-    _align(e, a[:-2], batch)
-    _align(e, b[:-2], batch)
+    align(e, a[:-2], batch)
+    align(e, b[:-2], batch)
     if len(b) > 1:
         e.layers.append(Layer(node, 1, len(b) - 1, len(b) - 2))
     if len(a) > 1:
@@ -179,7 +174,7 @@ def _gemm(e: Elements, node: ir.Node) -> None:
     e.same(b[1 - turned_b], target[1])
     e.same(a[1 - turned_a], b[turned_b])
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        _align(e, e.axes(node.inputs[2]) or (), target)
+        align(e, e.axes(node.inputs[2]) or (), target)
     e.layers.append(Layer(node, 1, 1 - turned_b, turned_b))
     _product_cost(e, node, target, b[turned_b])
 
@@ -201,10 +196,12 @@ def _recurrent(e: Elements, node: ir.Node) -> None:
     e.same(x[-1], w[2])
     e.pin("are steps or sequences of a recurrent layer", *x[:-1])
     e.pin_value("are lengths of sequences", node.inputs[4] if len(node.inputs) > 4 else None)
-    ports = (value for value in (*node.inputs[5:7], *node.outputs) if value is not None)
-    for axes in (e.axes(value) for value in ports if value.uses() or value.is_graph_output()):
-        if axes is None:
-            raise UnrelatedError("the shapes of what it carries are not known")
+    for value in (*node.inputs[5:7], *node.outputs):
+        axes = e.axes(value)
+        if axes is None or axes[-1] is None:
+            if value is not None and (value.uses() or value.is_graph_output()):
+                raise UnrelatedError("the shapes of what it carries are not known")
+            continue
         e.pin("are steps, sequences or directions of a recurrent layer", *axes[:-1])
         e.same(axes[-1], hidden)
     e.layers += [Layer(node, 1, 1, 2), Layer(node, 2, 1, 2)]
@@ -245,38 +242,22 @@ def _pool(e: Elements, node: ir.Node) -> None:
             raise UnrelatedError("the indices of a pooling are used")
 
 
-def _shape(e: Elements, node: ir.Node) -> None:
-    """Sizes that are read stay, but for those that the readers leave out."""
-    source = e.axes(node.inputs[0]) or []  # of unknown rank: nothing to pin
-    start, end = (int_attr(node, name, default) for name, default in (("start", 0), ("end", len(source))))
-    read = list(range(*slice(start, end).indices(len(source))))
-    wanted: set[int] = set() if not node.outputs[0].is_graph_output() else set(read)
-    for usage in node.outputs[0].uses():
-        wanted.update(_elements_read(e, usage.node, usage.idx, read))
-    e.pin("their number is read by Shape", *(source[axis] for axis in sorted(wanted)))
-
-
-def _elements_read(e: Elements, reader: ir.Node, index: int, read: list[int]) -> list[int]:
-    if reader.op_type == "Gather" and index == 0:
-        chosen = e.dims.elements(reader.inputs[1])
-        if chosen is not None and all(isinstance(one, int) for one in chosen.ravel()):
-            return [read[int(one)] for one in chosen.ravel() if -len(read) <= one < len(read)]
-    if reader.op_type == "Slice" and index == 0:
-        numbers = [
-            e.dims.ints(reader, name, n) for n, name in enumerate(("starts", "ends", "axes", "steps"), 1)
-        ]
-        if all(one is not None and len(one) < 2 for one in numbers) and numbers[0] and numbers[1]:
-            step = numbers[3][0] if numbers[3] else 1
-            return read[slice(numbers[0][0], numbers[1][0], step)]
-    return read
+def _sampled(e: Elements, node: ir.Node) -> None:
+    """Places are looked up, of all channels the same: GridSample, RoiAlign."""
+    source, target = _both(e, node)
+    e.same(source[1], target[1])
+    e.pin("are looked up", source[0], target[0], *source[2:], *target[2:])
+    for value in node.inputs[1:]:
+        e.pin_value("are looked up", value)
 
 
 def _nothing(_: Elements, __: ir.Node) -> None:
-    """Reads nothing, and its value is known."""
+    """Its axes are those that its readers see in it."""
 
 
 RELATIONS: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
+    **{f"com.microsoft::{op_type}": _broadcast for op_type in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")},
     **dict.fromkeys(BROADCAST, _broadcast),
     **dict.fromkeys((*_ADDS_UP, *_REDUCTIONS, "ArgMax", "ArgMin"), _reduce),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _softmax),
@@ -285,15 +266,17 @@ RELATIONS: dict[str, Rule] = {
         ("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"), _pool
     ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _quantization),
+    **dict.fromkeys(("Constant", "ConstantOfShape"), _nothing),
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
+    **dict.fromkeys(("GridSample", "RoiAlign"), _sampled),
     "BatchNormalization": _batchnorm,
-    "Constant": _nothing,
     "Gemm": _gemm,
     "GroupNormalization": _groupnorm,
     "InstanceNormalization": _instancenorm,
     "MatMul": _matmul,
-    "Shape": _shape,
+    **ATTENTION,
     **MOVEMENT,
+    **SHAPES,
 }
 """Operator -> what it says of axes; of all others, everything they read and write stays."""

@@ -128,11 +128,16 @@ def _by_chance(_: Structure, seed: int) -> Callable[[Group], np.ndarray]:
 def _by_damage(
     structure: Structure, model: ir.Model, samples: Sequence[Feeds]
 ) -> Callable[[Group], np.ndarray]:
-    """What the readers of a channel lose with it, over the root of what it costs."""
-    readers, macs = readers_of(model, structure, samples), structure.macs()
+    """What the readers of a channel lose with it, over the root of what it costs.
+
+    Where no reader can tell, its share of the squares of the weights that write the group.
+    """
+    readers, macs, norms = readers_of(model, structure, samples), structure.macs(), _by_norm(2)(structure, 0)
 
     def of(group: Group) -> np.ndarray:
-        found = damage(readers.get(group.name, ()), len(group.channels))
+        squares = norms(group) ** 2
+        known = readers.get(group.name)
+        found = damage(known, len(squares)) if known else squares / squares.sum()
         gone = np.zeros(len(structure.solution.pinned), bool)
         gone[group.channels[0]] = True
         saved = max(1 - structure.macs(gone) / macs, 1e-12) if macs else 1.0

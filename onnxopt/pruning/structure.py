@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from onnxopt.evaluation import Dims
 from onnxopt.graph import constant_of, has_reference, nested, static_shape, walk
 from onnxopt.index import operator_of
 from onnxopt.inference import refine
-from onnxopt.inspection.costs import layer_macs, sizes_read
+from onnxopt.inspection.costs import layer_macs, multiplies, sizes_read
 from onnxopt.inspection.sizes import sized
 from onnxopt.ledger import site_of
 from onnxopt.pruning.elements import Elements, Layer, Pin, Solution
@@ -31,9 +32,9 @@ _USUAL = 128
 class Group:
     """Channels that can be cut one by one, and lie in the same axes.
 
-    name: where the first of their layers stands. channels: their numbers, int64 [size].
-    layers: the sites of the layers that write them. width: elements of a channel along an axis of a weight:
-    1, or as wide as a head.
+    name: where the first of their layers stands, and a number where another group has that name.
+    channels: their numbers, int64 [size]. layers: the sites of the layers that write them. width: elements of
+    a channel along an axis of a weight: 1, or as wide as a head.
     """
 
     name: str
@@ -105,8 +106,10 @@ def survey(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -
     solution = e.solve()
     costs = layer_macs(scope.graph, sized(model, _sizes(model, shapes or {}), sizes_read).shapes)
     macs = {node: float(amount.weight) for node, amount in costs}
-    terms = [Term(macs[term.node] * term.share, term.axes) for term in e.terms if term.node in macs]
-    fixed = sum(macs.values()) - sum(term.amount for term in terms)
+    counted = [term for term in e.terms if term.node in macs]
+    fixed = sum(macs.values()) - sum(macs[term.node] * term.share for term in counted)
+    # a size that is not known counts as 1: no fewer than the axes say
+    terms = [Term(max(macs[t.node] * t.share, math.prod(map(len, t.axes))), t.axes) for t in counted]
     return Structure(
         scope,
         e,
@@ -159,17 +162,26 @@ def _related(scope: Scope) -> Elements:
                 e.pin_value(f"is {kind} {what}{more}", value)
     for node in walk(scope.graph):
         e.site = site_of(node)
-        rule = None if has_reference(node) else RELATIONS.get(operator_of(node))
-        if rule is None:
-            e.pin_node(f"{node.op_type} is not understood", node)
-            continue
-        try:
-            rule(e, node)
-        except UnrelatedError as reason:
-            e.pin_node(f"{node.op_type}: {reason}", node)
-        except (ArithmeticError, LookupError, ValueError):  # malformed
-            e.pin_node(f"{node.op_type} does not fit its inputs", node)
+        why = _why_unrelated(e, node)
+        if why:
+            e.pin_node(why, node)
+            if multiplies(node):
+                e.unrelated[e.site] = Pin(why, e.site)
     return e
+
+
+def _why_unrelated(e: Elements, node: ir.Node) -> str:
+    """Relate the axes of a node; why that could not be done, else nothing."""
+    rule = None if has_reference(node) else RELATIONS.get(operator_of(node))
+    if rule is None:
+        return f"{node.op_type} is not understood"
+    try:
+        rule(e, node)
+    except UnrelatedError as reason:
+        return f"{node.op_type}: {reason}"
+    except (ArithmeticError, LookupError, ValueError):  # malformed
+        return f"{node.op_type} does not fit its inputs"
+    return ""
 
 
 def _grouped(e: Elements, solution: Solution) -> tuple[Group, ...]:
@@ -194,16 +206,14 @@ def _grouped(e: Elements, solution: Solution) -> tuple[Group, ...]:
         for n, size in zip(found.tolist(), members.tolist(), strict=True):
             if n >= 0:
                 written.setdefault(n, {})[site_of(layer.node)] = size
-    return tuple(
-        Group(
-            next(iter(written[n])),
-            np.array(channels),
-            tuple(written[n]),
-            min(written[n].values()) // len(channels),
-        )
-        for n, channels in enumerate(alike.values())
-        if n in written
-    )
+    groups, named = [], Counter[str]()
+    for n, channels in enumerate(alike.values()):
+        if n in written:
+            first, width = next(iter(written[n])), min(written[n].values()) // len(channels)
+            named[first] += 1
+            name = first if named[first] == 1 else f"{first} ({named[first]})"
+            groups.append(Group(name, np.array(channels), tuple(written[n]), width))
+    return tuple(groups)
 
 
 def _written(e: Elements, solution: Solution, layer: Layer) -> np.ndarray:
@@ -215,7 +225,7 @@ def _written(e: Elements, solution: Solution, layer: Layer) -> np.ndarray:
 
 
 def _pinned(e: Elements, solution: Solution) -> dict[str, Pin]:
-    found: dict[str, Pin] = {}
+    found = dict(e.unrelated)
     cuttable: dict[str, bool] = {}
     for layer in e.layers:
         site, channels = site_of(layer.node), _written(e, solution, layer)

@@ -14,7 +14,16 @@ import onnx_ir as ir
 
 from onnxopt.errors import UsageError, did_you_mean
 
-__all__ = ["FORMATS", "Format", "QuantParams", "dequantize", "find_format", "params_from_range", "quantize"]
+__all__ = [
+    "FORMATS",
+    "INTEGERS",
+    "Format",
+    "QuantParams",
+    "dequantize",
+    "find_format",
+    "params_from_range",
+    "quantize",
+]
 
 _SMALLEST_SCALE = np.float32(2.0**-100)
 """Below it, x / scale and products of two scales would leave the normal numbers of float32."""
@@ -25,7 +34,7 @@ class Format:
     """A quantized element type.
 
     low, high: the smallest and largest number it holds. opset: the first with QuantizeLinear and
-    DequantizeLinear of it. bits: of one element.
+    DequantizeLinear of it. bits: of one element, as it is stored.
     """
 
     name: str
@@ -58,6 +67,7 @@ FORMATS = {
         Format("uint8", ir.DataType.UINT8, 0, 255, 10, 8),
         Format("int16", ir.DataType.INT16, -32768, 32767, 21, 16),
         Format("uint16", ir.DataType.UINT16, 0, 65535, 21, 16),
+        Format("int3", ir.DataType.INT4, -4, 3, 21, 4),  # stored as int4, whose range counts: it is last
         Format("int4", ir.DataType.INT4, -8, 7, 21, 4),
         Format("uint4", ir.DataType.UINT4, 0, 15, 21, 4),
         Format("int2", ir.DataType.INT2, -2, 1, 25, 2),
@@ -66,6 +76,8 @@ FORMATS = {
         Format("float8e5m2", ir.DataType.FLOAT8E5M2, -57344, 57344, 19, 8),
     )
 }
+INTEGERS = {one.dtype: (int(one.low), int(one.high)) for one in FORMATS.values() if not one.is_float}
+"""The smallest and the largest number of each integer type."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ from onnxopt.training.teachers import Teacher, looks_random, paired, pairs
 from onnxopt.training.transforms import Normalize, parse_transforms
 from onnxopt.training.work import train
 
-__all__ = ["Distiller", "distill"]
+__all__ = ["Distiller", "distill", "train_taught"]
 
 _LOOKED_AT = 16
 """Samples that the scale of hidden tensors is taken from."""
@@ -79,17 +79,23 @@ def distill(
     chosen = read_recipe(DistillRecipe, recipe, given)
     if not chosen.teachers:
         raise UsageError("distill: there is nobody to learn from: give --teacher (teacher=)")
-    model = reusable(model)
+    return train_taught("distill", reusable(model), chosen, folder=folder, resume=resume, progress=progress)
+
+
+def train_taught(
+    command: str, model: ModelLike, recipe: DistillRecipe, *, hooks: Sequence[Hook] = (), **options: Any
+) -> Result[TrainingReport]:
+    """`work.train` with what the recipe's teachers say in the loss, if it has any."""
+    taught = bool(recipe.teachers)
+    student = options.get("start") or load(model)
     return train(
-        "distill",
+        command,
         model,
-        chosen,
-        hooks=[Distiller(chosen, load(model))],
-        share=1 - chosen.mix if chosen.labels else 0,
-        reference=chosen.teachers[0],
-        folder=folder,
-        resume=resume,
-        progress=progress,
+        recipe,
+        hooks=[*hooks, *([Distiller(recipe, student)] if taught else [])],
+        share=1 - recipe.mix * taught if recipe.labels else 0.0,
+        reference=recipe.teachers[0] if taught else None,
+        **options,
     )
 
 

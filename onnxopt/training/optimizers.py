@@ -119,7 +119,8 @@ def make_optimizer(
 
     Weight decay is for the role "weights" alone. `groups` change that, the first that fits counts: a role or
     a pattern of names, and the options of `Group`: "scales{lr=0.1}", "*.bias{lr=2,weight_decay=1e-4}".
-    Each group of the optimizer has its factor of the learning rate as "factor".
+    Each group of the optimizer has its factor of the learning rate as "factor"; a parameter that has a
+    `rate` is trained at so much of it.
 
     Raises:
         UsageError: an unknown optimizer or option, or a group that nothing fits.
@@ -134,7 +135,8 @@ def make_optimizer(
         used.add(who)
         own = dict(asked).get(who or "", Group())
         decay = own.weight_decay if own.weight_decay is not None else weight_decay * (role == "weights")
-        found.setdefault(Group(own.lr, decay), []).append(parameter)
+        rate = own.lr * getattr(parameter, "rate", 1.0)
+        found.setdefault(Group(rate, decay), []).append(parameter)
     for who, _ in asked:
         if who not in used:
             raise UsageError(

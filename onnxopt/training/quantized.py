@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import onnx_ir as ir
 from torch import Tensor
 
+from onnxopt.errors import ModelError
 from onnxopt.graph import constant_array, constant_of, int_attr
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import (
@@ -24,6 +25,7 @@ from onnxopt.passes.shared.quantized import (
     quantized_kind,
     require_same,
 )
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.rewrite import Declined
 from onnxopt.training.ops.quantize import dequantize, quantize
 from onnxopt.training.values import CARRIERS, Host, host_of, tensor_of
@@ -31,22 +33,33 @@ from onnxopt.training.values import CARRIERS, Host, host_of, tensor_of
 if TYPE_CHECKING:
     from onnxopt.training.build import Builder
 
-__all__ = ["BiasScale", "Reading", "add_quantized", "bias_scale", "floats_of", "integers_of", "reading"]
+__all__ = [
+    "WITHIN",
+    "BiasScale",
+    "Reading",
+    "add_quantized",
+    "bias_scale",
+    "floats_of",
+    "integers_of",
+    "reading",
+]
 
-_ROUNDED = frozenset(
-    getattr(ir.DataType, name)
-    for name in ("INT2", "INT4", "INT8", "INT16", "UINT2", "UINT4", "UINT8", "UINT16")
-)
+WITHIN = "onnxopt.training.within"
+"""In the `meta` of a value: the least and the largest integer that training may give it."""
 
 
 class Reading(NamedTuple):
-    """How stored integers are read: by which node, with which scales (more than one: their product)."""
+    """How stored integers are read: by which node, with which scales (more than one: their product).
+
+    within: the least and the largest integer, where that is less than the type holds.
+    """
 
     node: ir.Node
     scales: tuple[ir.Value, ...]
     zero: ir.Value | None
     axis: int
     block_size: int
+    within: tuple[int, int] | None = None
 
     def scale(self, now: Mapping[ir.Value, Tensor] | None = None) -> Tensor:
         """The scale, with what training has made of it."""
@@ -71,7 +84,9 @@ def reading(value: ir.Value) -> Reading | None:
             return None
         found.append(one)
     alike = len({one[1:] for one in found}) == 1
-    return found[0] if alike and not value.is_graph_output() else None
+    if not alike or value.is_graph_output():
+        return None
+    return found[0]._replace(within=value.meta.get(WITHIN))
 
 
 def _reading(node: ir.Node, position: int) -> Reading | None:
@@ -135,16 +150,27 @@ def _zero(one: Reading) -> Host | None:
 
 
 def floats_of(tensor: ir.TensorProtocol, one: Reading) -> Tensor:
-    """The floats that stored integers stand for."""
-    return dequantize(
-        tensor_of(tensor.numpy(), tensor.dtype), one.scale(), _zero(one), one.axis, one.block_size
-    )
+    """The floats that stored integers stand for.
+
+    Raises:
+        ModelError: the scale is not of their shape.
+    """
+    integers, scale = tensor_of(tensor.numpy(), tensor.dtype), one.scale()
+    try:
+        return dequantize(integers, scale, _zero(one), one.axis, one.block_size)
+    except RuntimeError:
+        blocks = f" in blocks of {one.block_size}" if one.block_size else ""
+        raise ModelError(
+            f"training: {one.node.op_type} {one.node.name!r}: a scale of shape {list(scale.shape)} does not "
+            f"fit {list(integers.shape)} along axis {one.axis}{blocks}"
+        ) from None
 
 
 def integers_of(x: Tensor, dtype: ir.DataType, one: Reading, scale: Tensor) -> Tensor:
     """The integers that stand for floats, in their carrier."""
     wide = x.double() if dtype == ir.DataType.INT32 else x
-    return quantize(wide, scale, _zero(one), dtype, one.axis, one.block_size).to(CARRIERS[dtype])
+    found = quantize(wide, scale, _zero(one), dtype, one.axis, one.block_size)
+    return (found.clamp(*one.within) if one.within else found).to(CARRIERS[dtype])
 
 
 def add_quantized(builder: Builder, node: ir.Node) -> bool:
@@ -165,7 +191,7 @@ def _add_pair(builder: Builder, node: ir.Node) -> bool:
     """QuantizeLinear of which there is nothing but its DequantizeLinear."""
     uses, value = list(node.outputs[0].uses()), node.outputs[0]
     dtype = quantized_kind(node)
-    if not uses or value.is_graph_output() or dtype is None or dtype not in _ROUNDED:
+    if not uses or value.is_graph_output() or dtype not in INTEGERS:
         return False
     if any(operator_of(use.node) not in DEQUANTIZE or use.node.graph is not node.graph for use in uses):
         return False
@@ -203,6 +229,7 @@ def _add_stored(builder: Builder, data: ir.Value | None, output: ir.Value | None
 def _fake(builder: Builder, slot: int, outputs: list[ir.Value], one: Reading, dtype: ir.DataType) -> None:
     """Rounding to the integers of a type and back. One zero point for all goes as a number."""
     options: dict[str, Any] = {"axis": one.axis, "block_size": one.block_size, "output_dtype": int(dtype)}
+    options["within"] = one.within
     inputs = [slot, builder.slot(one.scales[0], False)]
     zeros = constant_array(one.zero)
     if zeros is not None and zeros.size and (zeros == zeros.flat[0]).all():

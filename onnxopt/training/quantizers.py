@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.training.hooks import Hook
+from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.module import GraphModule, to_torch
-from onnxopt.training.ops.quantize import limits
+from onnxopt.training.optimizers import role_of
 from onnxopt.training.quantized import integers_of, reading
-from onnxopt.training.recipe import QatRecipe
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
 from onnxopt.training.schedules import parse_schedule
 from onnxopt.training.sizes import parse_sizes
@@ -29,6 +31,10 @@ __all__ = ["Quantizers"]
 
 _MOMENTUM = 0.9
 """Of the moving averages of what activations reach."""
+_SMALL = 2.0**-5
+"""The size of weights below which they are trained at a smaller rate: steps of Adam have one size for all,
+and that of integers is in proportion to their weights. Folded into a first layer that reads bytes, a norm
+leaves weights of thousandths."""
 _ALIKE = 0.9
 """The share of its integers that a float weight gives, at least, that is taken for what they were made of."""
 
@@ -51,6 +57,9 @@ class Quantizers(Hook):
             raise UsageError("qat: the model has no DequantizeLinear with a constant scale")
         if self._floats is not None:
             _adopt(module, self._model, self._floats)
+        for one in module.parameters():
+            if role_of(one) == "weights":
+                one.rate = _rate(one)  # type: ignore[attr-defined]  # what make_optimizer asks for
         if recipe.observe:
             self._observe(trainer, groups, recipe.observe)
 
@@ -87,6 +96,12 @@ class Quantizers(Hook):
             self.scales[name].start.fill_(_covering(watched[name][0], float(low), float(high)))
 
 
+def _rate(weight: Tensor) -> float:
+    """A power of two, so that few groups have all rates."""
+    size = float(weight.detach().square().mean().sqrt()) / _SMALL
+    return 2.0 ** max(math.floor(math.log2(size)), -10) if 0 < size < 1 else 1.0
+
+
 def _source(node: ir.Node) -> str:
     value = node.inputs[0]
     return (value.name if value is not None else None) or ""
@@ -98,7 +113,7 @@ def _covering(quantizer: ir.Node, low: float, high: float) -> float:
     dtype = quantizer.outputs[0].dtype or ir.DataType.UINT8
     tensor = value.const_value if value is not None else None
     zero = float(tensor.numpy().reshape(-1)[0]) if tensor is not None else 0.0
-    least, most = limits(dtype)
+    least, most = INTEGERS[dtype]
     return max(
         high / (most - zero) if most > zero else 0.0,
         low / (least - zero) if least < zero else 0.0,

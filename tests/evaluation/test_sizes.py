@@ -113,6 +113,7 @@ FRONT = "s = Shape (x)\n b = Gather (s, both)\n"
         ("s = Shape (x)\n y = ConstantOfShape (s)", (B, S, 64)),
         ("m = ReduceMean <axes = [1]> (x)\n y = Sub (x, m)", (B, S, 64)),
         ("s = Shape (x)\n e = Equal (s, open)\n v = Where (e, minus, s)\n y = Reshape (x, v)", (B, S, 64)),
+        ("s = Shape (x)\n m = Max (s)\n n = Max (m, s, s)\n y = Reshape (x, n)", (B, S, 64)),
         ("n = Size (x)\n d = Div (n, heads)\n y = Reshape (x, d)", (B * S * 16, B * S * 4)),
     ],
 )  # fmt: skip

@@ -120,7 +120,13 @@ class Net:
             [info(output, TensorProto.FLOAT, sizes)],
             self.constants,
         )
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        made = helper.make_model(
+            graph,
+            opset_imports=[
+                helper.make_opsetid(*one) for one in (("", opset), ("com.microsoft", 1), ("ai.onnx.ml", 3))
+            ],
+            ir_version=10,
+        )
         onnx.checker.check_model(made, full_check=True)
         return made
 

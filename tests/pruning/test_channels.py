@@ -153,6 +153,31 @@ def test_kept_layers_and_scores_of_the_user() -> None:
     np.testing.assert_array_equal(left, [[1, 2], [3, -1]])
 
 
+def test_layers_that_are_not_understood_are_listed() -> None:
+    text = """agraph (float[N, 2] x) => (float y)
+        <float[2, 4] u = {1, 2, 3, 4, 5, 6, 7, 8}, float[4, 1] v = {1, 2, 3, 4}> {
+        a = Einsum<equation = "ab,bc->ac">(x, u)
+        y = MatMul(a, v) }"""
+    structure = surveyed(text_model(text))[1]
+    assert {site: pin.reason for site, pin in structure.pinned.items()} == {
+        "a": "Einsum is not understood",
+        "y": "is an output of the graph",
+    }
+
+
+def test_behind_an_operator_of_another_domain_layers_count_as_much_as_their_axes_say() -> None:
+    """onnx infers no shape of it, so that no size of a batch is known."""
+    net = Net(0)
+    scaled = net.op("Scaler", "x", scale=[1.0] * 6, offset=[0.0] * 6, domain="ai.onnx.ml")
+    hidden = net.op("Relu", net.op("MatMul", scaled, net.weight(6, 16)))
+    hidden = net.op("Relu", net.op("MatMul", hidden, net.weight(16, 4)))
+    proto = net.model(net.op("MatMul", hidden, net.weight(4, 5)), ("N", 6), ("N", 5))
+    structure = surveyed(proto)[1]
+    assert [len(group.channels) for group in structure.groups] == [16, 4]
+    assert structure.macs() == 6 * 16 + 16 * 4 + 4 * 5
+    assert_cut_is_exact(proto)
+
+
 def reconstructed(proto: onnx.ModelProto, samples: Sequence[Feeds], score: str = "l2") -> tuple[float, float]:
     """The SQNR after half the channels are gone: with weights as they were, and fitted to samples."""
     found = []

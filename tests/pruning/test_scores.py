@@ -80,6 +80,21 @@ def test_obs_spares_the_small_channel_that_no_other_makes_up_for() -> None:
     assert kept[1] > 60
 
 
+def test_obs_of_channels_whose_readers_cannot_tell_is_their_share_of_the_weights() -> None:
+    """A ConvTranspose that pads by itself reads them, and a layer that is there twice reads zeros, too."""
+    net = Net(0)
+    inner = net.op("Conv", "x", net.constant(np.diag([1.0, 2, 3, 5]).reshape(4, 4, 1, 1).astype(np.float32)))
+    y = net.op("ConvTranspose", inner, net.weight(4, 3, 2, 2), strides=[2, 2], auto_pad="SAME_UPPER")
+    zeros = net.op("Constant", value=numpy_helper.from_array(np.zeros((1, 4, 1, 1), np.float32)))
+    weight = net.weight(3, 4, 1, 1)
+    y = net.op(
+        "Add", y, net.op("Add", net.op("Conv", zeros, weight), net.op("Conv", "x", weight, strides=[2, 2]))
+    )
+    proto = net.model(y, ("N", 4, 1, 1), ("N", 3, 2, 2))
+    found = scores(proto, "obs", [random_feeds(proto)])
+    np.testing.assert_allclose(found / found.sum(), np.array([1, 4, 9, 25]) / 39, rtol=1e-6)
+
+
 def test_energy_is_the_mean_square_of_what_is_read() -> None:
     scale, x = np.array([1.0, 2, 3, 4]), white(512, 4)
     proto = linear(np.diag(scale) - 5 * np.eye(4)[3], np.ones((4, 2)), "Relu")

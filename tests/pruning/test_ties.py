@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxopt.graph import nodes
+from onnxopt.graph import nodes, static_shape
 from tests.pruning.nets import Net, assert_cut_is_exact, surveyed
 from tests.support import text_model
 
@@ -87,6 +87,27 @@ def test_transposed_convolutions(group: int, after: int) -> None:
     proto = images(net, net.op("Relu", x), after)
     assert_cut_is_exact(proto, 0.5)
     assert_cut_is_exact(proto, 0.8, seed=1)
+
+
+def test_places_that_are_looked_up() -> None:
+    net = Net(0)
+    grid = net.constant(net.rng.uniform(-1, 1, (2, 5, 5, 2)).astype(np.float32))
+    warped = net.op("GridSample", net.conv("x", 3, 8), grid)
+    rois = net.constant(np.array([[0, 0, 4, 4], [1, 1, 3, 5], [0, 2, 4, 4]], np.float32))
+    found = net.op("RoiAlign", net.conv(warped, 8, 6), rois, net.constant(np.array([0, 1, 1], np.int64)))
+    y = net.op("MatMul", net.op("Flatten", found), net.weight(6, 5))
+    proto = net.model(y, (2, 3, 8, 8), (3, 5))
+    assert sizes_of_groups(proto) == [6, 8]
+    assert_cut_is_exact(proto)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_the_last_channel_is_not_squeezed_away(opset: int) -> None:
+    net = Net(0)
+    pooled = net.op("GlobalAveragePool", net.conv("x", 3, 4))
+    y = net.op("MatMul", net.op("Squeeze", pooled), net.weight(4, 5))
+    model = assert_cut_is_exact(net.model(y, (2, 3, 8, 8), (2, 5), opset), share=0.75)
+    assert static_shape(next(node.outputs[0] for node in nodes(model) if node.op_type == "Squeeze")) == (2, 1)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

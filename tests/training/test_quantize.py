@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,98 +15,115 @@ from onnxopt.runtimes import open_session
 from onnxopt.training import to_torch
 from onnxopt.training.ops.quantize import fake_quantize
 
-WRONG_END = 1e6
-"""Above 2^31 steps ONNX Runtime saturates 4 bits, and blocks, to the wrong end."""
-INTEGERS = ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4")
+INTEGERS = ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4", "INT2", "UINT2")
 FLOATS = ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
+SHAPE = (32, 40)
+GRAINS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "tensor": (1, 0, ()),
+    "axis 0": (0, 0, (32,)),
+    "axis 1": (1, 0, (40,)),
+    "axis -1": (-1, 0, (40,)),
+    "blocks of 16 along 0": (0, 16, (2, 40)),
+    "blocks of 8 along 1": (1, 8, (32, 5)),
+    "blocks of 16 along 1": (1, 16, (32, 3)),  # the last is half a block
+}
+"""Axis, block size, and the shape of the scales."""
 
 
-def pair(
-    kind: str, scale: np.ndarray, zero: Sequence[int], shape: Sequence[int], axis: int = 1, block: int = 0
-) -> onnx.ModelProto:
-    """DequantizeLinear(QuantizeLinear(x)), and the integers as an output as well."""
-    dtype = getattr(T, kind)
-    form = onnx.numpy_helper.from_array(scale.astype(np.float32), "s")
-    zeros = onnx.helper.make_tensor("z", dtype, scale.shape, zero)
-    attributes: dict[str, Any] = {"axis": axis, **({"block_size": block} if block else {})}
+def pair(kind: str, scale: np.ndarray, zero: np.ndarray | None, **options: Any) -> onnx.ModelProto:
+    """DequantizeLinear(QuantizeLinear(x)) of one domain; scales are of the type of x."""
+    domain, shown, grain = options.pop("domain", ""), options.pop("shown", False), {**options}
+    dtype, floats = getattr(T, kind), onnx.helper.np_dtype_to_tensor_dtype(scale.dtype)
+    held = [onnx.numpy_helper.from_array(scale, "s")]
+    if zero is None:
+        options["output_dtype"] = dtype
+    else:
+        held.append(onnx.helper.make_tensor("z", dtype, scale.shape, zero.reshape(-1).tolist()))
+    names = [one.name for one in held]
     nodes = [
-        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes),
-        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes),
+        onnx.helper.make_node("QuantizeLinear", ["x", *names], ["q"], domain=domain, **options),
+        onnx.helper.make_node("DequantizeLinear", ["q", *names], ["y"], domain=domain, **grain),
     ]
-    inputs = [onnx.helper.make_tensor_value_info("x", T.FLOAT, shape)]
-    outputs = [onnx.helper.make_tensor_value_info("y", T.FLOAT, shape)]
-    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, [form, zeros])
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    inputs = [onnx.helper.make_tensor_value_info("x", floats, SHAPE)]
+    outputs = [onnx.helper.make_tensor_value_info("y", floats, SHAPE)]
+    if shown:
+        outputs.append(onnx.helper.make_tensor_value_info("q", dtype, SHAPE))
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, held)
+    opsets = [onnx.helper.make_opsetid("", 25), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=13)
 
 
-def hard(scale: np.ndarray, shape: Sequence[int], most: float = np.inf) -> np.ndarray:
+def hard(scale: np.ndarray, most: float) -> np.ndarray:
     """Ties on both sides of zero, their neighbours, what saturates, and everything between."""
     rng = np.random.default_rng(0)
-    count = math.prod(shape)
-    steps = rng.integers(-70_000, 70_000, count) / 2
-    steps[: count // 2] = rng.integers(-300, 300, count // 2) / 2
-    x = (steps * rng.choice(scale.ravel(), count)).astype(np.float32)
+    count = math.prod(SHAPE)
+    reach = rng.choice([10, 300, 70_000], count)
+    x = (rng.integers(-reach, reach) / 2 * rng.choice(scale.ravel(), count)).astype(np.float32)
     x[::7] = np.nextafter(x[::7], np.float32(np.inf))
-    x[::11] = rng.standard_normal(len(x[::11])).astype(np.float32) * 10.0 ** rng.integers(
-        -6, 30, len(x[::11])
-    )
-    x[0], x[1], x[2] = 0, -0.0, 1e30
-    found: np.ndarray = x.reshape(shape).clip(-most, most)
+    x[::11] = rng.standard_normal(len(x[::11])) * 10.0 ** rng.integers(-6, 30, len(x[::11]))
+    x[:5] = 0, -0.0, 1e30, np.inf, -np.inf
+    with np.errstate(over="ignore"):
+        found: np.ndarray = x.clip(-most, most).reshape(SHAPE).astype(scale.dtype)
     return found
 
 
-def both(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def assert_same_bits(kind: str, floats: Any = np.float32, grain: str = "tensor", **options: Any) -> None:
+    """What torch makes of a pair is what ONNX Runtime does."""
+    axis, block, shape = GRAINS[grain]
+    rng = np.random.default_rng(1)
+    scale = np.asarray(rng.uniform(0.01, 0.1, shape), floats)
+    low, high = {"T2": (-2, 1), "T4": (-8, 7), "T8": (-128, 127), "16": (-300, 300)}.get(kind[-2:], (0, 0))
+    zero = (
+        rng.integers(0 if kind.startswith("U") else low, high + 1, shape)
+        if options.pop("zeros", True)
+        else None
+    )
+    if block:
+        options["block_size"] = block
+    model = pair(kind, scale, zero if options.pop("zeros", True) else None, axis=axis, **options)
+    # Above 2^31 steps ONNX Runtime saturates these to the wrong end.
+    wrong = kind.startswith(("INT", "UINT")) and (block or kind[-1] in "24" or floats == np.float16)
+    x = hard(scale, (1e6 if floats == np.float32 else 6e4) if wrong else np.inf)
     with open_session(model, level="none") as session:
         want = session.run({"x": x})["y"]
-    return want, to_torch(model)({"x": x})["y"].detach().numpy()
-
-
-@pytest.mark.parametrize("kind", INTEGERS)
-@pytest.mark.parametrize("axis", [None, 0, 1, -1])
-def test_pairs_are_the_runtimes_bit_for_bit(kind: str, axis: int | None) -> None:
-    shape = (6, 40, 32)
-    size = 1 if axis is None else shape[axis]
-    rng = np.random.default_rng(1)
-    scale = (rng.uniform(0.001, 0.1, size) if size > 1 else np.array(0.0173)).astype(np.float32)
-    low, high = {"4": (-8, 7), "8": (-128, 127), "6": (-300, 300)}[kind[-1]]
-    zero = rng.integers(max(low, 0) if kind.startswith("U") else low, high, size).tolist()
-    most = WRONG_END if kind.endswith("INT4") else np.inf
-    want, have = both(pair(kind, scale, zero, shape, 0 if axis is None else axis), hard(scale, shape, most))
-    np.testing.assert_array_equal(have.view(np.int32), want.view(np.int32))
-
-
-@pytest.mark.parametrize("kind", INTEGERS)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_blocks_are_the_runtimes_bit_for_bit(kind: str, axis: int) -> None:
-    shape = (32, 48)
-    blocks = tuple(n // 16 if i == axis else n for i, n in enumerate(shape))
-    scale = np.random.default_rng(2).uniform(0.001, 0.1, blocks).astype(np.float32)
-    zero = [3] * scale.size
-    want, have = both(pair(kind, scale, zero, shape, axis, 16), hard(scale, shape, WRONG_END))
-    np.testing.assert_array_equal(have, want)
-
-
-@pytest.mark.parametrize("kind", FLOATS)
-def test_small_floats_are_the_runtimes_bit_for_bit(kind: str) -> None:
-    scale = np.array(0.25, np.float32)
-    want, have = both(pair(kind, scale, [0], (8, 64)), hard(scale, (8, 64)))
-    np.testing.assert_array_equal(have, want)
-
-
-@pytest.mark.parametrize(("kind", "low", "high"), [("INT2", -2, 1), ("UINT2", 0, 3)])
-def test_two_bits_are_those_of_the_reference(kind: str, low: int, high: int) -> None:
-    scale, zero = np.array(0.5, np.float32), 0 if kind == "INT2" else 1
-    model = pair(kind, scale, [zero], (4, 16))
-    model.opset_import[0].version, model.ir_version = 25, 13
-    x = hard(scale, (4, 16))
     have = to_torch(model)({"x": x})["y"].detach().numpy()
-    want = (np.clip(np.rint(x / scale) + zero, low, high) - zero) * scale
+    assert len(np.unique(want)) > 2
     np.testing.assert_array_equal(have, want)
+    np.testing.assert_array_equal(np.signbit(have[want == 0]), np.signbit(want[want == 0]))
+
+
+@pytest.mark.parametrize("kind", [*INTEGERS, *FLOATS])
+@pytest.mark.parametrize("grain", GRAINS)
+def test_pairs_are_the_runtimes_bit_for_bit(kind: str, grain: str) -> None:
+    assert_same_bits(kind, grain=grain)
+
+
+@pytest.mark.parametrize("kind", [*INTEGERS, *FLOATS])
+@pytest.mark.parametrize("grain", ["tensor", "axis 1", "blocks of 16 along 1"])
+def test_pairs_of_half_precision_too(kind: str, grain: str) -> None:
+    assert_same_bits(kind, np.float16, grain)
+
+
+@pytest.mark.parametrize("kind", [*INTEGERS, *FLOATS])
+def test_the_type_may_be_an_attribute(kind: str) -> None:
+    assert_same_bits(kind, zeros=False)
+
+
+@pytest.mark.parametrize("kind", [*INTEGERS[:4], *FLOATS])
+@pytest.mark.parametrize("grain", ["tensor", "axis 1", "blocks of 16 along 1"])
+def test_integers_that_are_an_output_are_the_runtimes(kind: str, grain: str) -> None:
+    """Then the two operators are two steps."""
+    assert_same_bits(kind, grain=grain, shown=True)
+
+
+@pytest.mark.parametrize("kind", INTEGERS[:6])
+@pytest.mark.parametrize("grain", ["tensor", "axis 0", "axis 1"])
+def test_those_of_the_runtimes_own_domain(kind: str, grain: str) -> None:
+    assert_same_bits(kind, grain=grain, domain="com.microsoft")
 
 
 def test_integers_are_an_output_of_their_own_type() -> None:
-    model = pair("UINT8", np.array(0.1, np.float32), [128], (2, 3))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("q", T.UINT8, (2, 3)))
+    model = pair("UINT8", np.array(0.1, np.float32), np.array(128), shown=True)
     x = np.array([[-100, -0.25, 0.25], [0.15, 3, 100]], np.float32)
     found = to_torch(model)({"x": x})
     assert found["q"].dtype == torch.uint8

@@ -2,8 +2,8 @@
 
 Before: a = MatMul(x, u); b = Relu(a); y = MatMul(b, v)          float[8, 16] u, float[16, 4] v
 After:  a = MatMul(x, u'); b = Relu(a); y = MatMul(b, v')        float[8, 8] u', float[8, 4] v'
-Declines: the channels reach a graph input or output, an operator that mixes them or is not understood, or a
-    shape that is computed at run time; the budget is below what all groups at their least come to; the model
+Declines: the channels reach a graph input or output, or an operator that mixes them or is not understood; how
+    many there are is read at run time; the budget is below what all groups at their least come to; the model
     calls functions.
 
 What is left computes what it did with zeros in place of the channels where they are summed up. ONNX Runtime

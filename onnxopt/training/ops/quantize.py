@@ -13,37 +13,20 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxopt.quantization.formats import INTEGERS
 from onnxopt.training.minifloat import passed, round_to
 from onnxopt.training.registry import Context, Table, op
 from onnxopt.training.values import CARRIERS, Host, to_device
 
-__all__ = ["TABLE", "dequantize", "fake_quantize", "limits", "quantize"]
+__all__ = ["TABLE", "dequantize", "fake_quantize", "quantize"]
 
 _T = ir.DataType
-_BITS = {
-    _T.INT2: (-2, 1),
-    _T.INT4: (-8, 7),
-    _T.INT8: (-128, 127),
-    _T.INT16: (-(2**15), 2**15 - 1),
-    _T.UINT2: (0, 3),
-    _T.UINT4: (0, 15),
-    _T.UINT8: (0, 255),
-    _T.UINT16: (0, 2**16 - 1),
-    _T.INT32: (-(2**31), 2**31 - 1),
-}
+_LIMITS = {**INTEGERS, _T.INT32: (-(2**31), 2**31 - 1)}
+"""The least and the largest integer of a type; of biases, too."""
 
 Zero = Tensor | Host | None
 _BESIDE = 2.0**-20
 """Relative: some rounding errors of float32. What is so near to a limit is inside."""
-
-
-def limits(dtype: ir.DataType) -> tuple[int, int]:
-    """The least and the largest integer of a type.
-
-    Raises:
-        KeyError: the type is no integer of quantized data.
-    """
-    return _BITS[dtype]
 
 
 def spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
@@ -136,9 +119,9 @@ def quantize(
     """The integers (or small floats) of x, carried as floats."""
     x, scale = _wide(x, scale)
     steps = x / spread(scale, x, axis, block_size)
-    if dtype not in _BITS:
+    if dtype not in _LIMITS:
         return round_to(steps, dtype, saturate=saturate)
-    low, high = _BITS[dtype]
+    low, high = _LIMITS[dtype]
     offset = _zero(zero, x, axis, block_size)
     clipped = steps.clamp(low - offset, high - offset)
     return passed(clipped, clipped.detach().round()) + offset
@@ -187,14 +170,18 @@ def _both(
     axis: int = 1,
     block_size: int = 0,
     offset: float | Tensor = 0.0,
+    within: tuple[int, int] | None = None,
     output_dtype: int,
 ) -> Tensor:
-    """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all."""
+    """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all.
+
+    within: the least and the largest integer, where those are not the type's.
+    """
     kind, dtype = scale.dtype, _T(output_dtype)
-    if dtype not in _BITS:
+    if dtype not in _LIMITS:
         return dequantize(quantize(x, scale, None, dtype, axis, block_size), scale, None, axis, block_size)
     wide, scale = _wide(x, scale)
-    low, high = limits(dtype)
+    low, high = within or _LIMITS[dtype]
     offset = offset if zero is None else _zero(zero, wide, axis, block_size)
     return fake_quantize(wide, spread(scale, wide, axis, block_size), offset, low, high).to(kind)
 
