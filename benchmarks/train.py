@@ -6,8 +6,9 @@ import importlib
 import sys
 
 SECTIONS = {
-    **dict.fromkeys(("distill", "prune", "recover"), "benchmarks.train_distill"),
+    **dict.fromkeys(("distill", "prune"), "benchmarks.train_distill"),
     "qat": "benchmarks.train_qat",
+    "real": "benchmarks.train_real",
     "step": "benchmarks.train_step",
 }
 """Section -> the module whose `main` takes the section and the other arguments."""
