@@ -23,7 +23,6 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS, nodes
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, opener, reusable
-from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.branches import name_values_apart
@@ -161,7 +160,6 @@ def _quantized(
         found = quantize_entirely(model, *split(samples), settings, kept, progress)
     if found is None:
         raise UsageError("qat: there is nothing in this model that could be quantized")
-    EliminateDead()(found)  # what was quantized: the float weights
     return found
 
 
