@@ -34,10 +34,23 @@ Arrays = dict[str, np.ndarray]
 
 HELD = 256
 """Samples that the epoch is chosen by, at most."""
-COSINE: dict[str, Any] = {"schedule": "cosine{end=0.01}", "holdout": 0, "batch_size": "32"}
+COMMON: dict[str, Any] = {"temperature": 4.0, "schedule": "cosine{end=0.01}", "holdout": 0.0}
 HALF = "prune-channels{macs=0.5}"
 W4: dict[str, Any] = {"weights": "int4", "activations": "none"}
 W4_TENSOR: dict[str, Any] = {**W4, "per_channel": False}
+LINES: dict[str, Any] = {"lr": 1e-3, "batch_size": "16"}
+KEYWORDS: dict[str, Any] = {
+    "warmup": 20,
+    "match": ("*Relu*",),
+    "transforms": ("shift{by=2,axes=-2}", "mixup{alpha=0.4}"),
+}
+PHOTOS: dict[str, Any] = {
+    "epochs": 8,
+    "batch_size": "8",
+    "warmup": 10,
+    "match": ("*/Add_output_0", "/_swish_1/*"),
+    "transforms": ("flip", "shift{by=16}"),
+}
 
 
 def words() -> list[str]:
@@ -135,22 +148,19 @@ def quantize(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, Trai
 
 RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dict[str, Any]]]] = {
     "ppocr_cls": {
-        "half": (recover, {"epochs": 5, "lr": 1e-3, "batch_size": "16", "warmup": 50}),
-        "W4": (quantize, {**W4, "epochs": 1, "lr": 5e-4, "batch_size": "16", "warmup": 20}),
-        "W4 a tensor": (quantize, {**W4_TENSOR, "epochs": 1, "lr": 5e-4, "batch_size": "16", "warmup": 20}),
+        "half": (recover, {**LINES, "epochs": 5, "warmup": 50}),
+        "W4": (quantize, {**LINES, **W4, "epochs": 2, "steps": 800, "warmup": 20}),
+        "W4 a tensor": (quantize, {**LINES, **W4_TENSOR, "epochs": 2, "steps": 800, "warmup": 20}),
     },
     "kws_dscnn_bn": {
-        "half": (recover, {"epochs": 60, "lr": 2e-3, "warmup": 20, "transforms": ("shift{by=2}",)}),
-        "W4": (quantize, {**W4, "epochs": 60, "lr": 2e-3, "warmup": 20}),
-        "W4 a tensor": (quantize, {**W4_TENSOR, "epochs": 60, "lr": 2e-3, "warmup": 20}),
+        "half": (recover, {**KEYWORDS, "epochs": 200, "lr": 2e-3}),
+        "W4": (quantize, {**KEYWORDS, **W4, "epochs": 120, "lr": 1e-3}),
+        "W4 a tensor": (quantize, {**KEYWORDS, **W4_TENSOR, "epochs": 120, "lr": 1e-3}),
     },
     "efficientnet_lite0_bn": {
-        "half": (
-            recover,
-            {"epochs": 12, "lr": 1e-3, "batch_size": "8", "warmup": 10, "transforms": ("flip",)},
-        ),
-        "W4": (quantize, {**W4, "epochs": 8, "lr": 3e-4, "batch_size": "8", "warmup": 10}),
-        "W4 a tensor": (quantize, {**W4_TENSOR, "epochs": 8, "lr": 1e-3, "batch_size": "8", "warmup": 10}),
+        "half": (recover, {**PHOTOS, "lr": 1e-3}),
+        "W4": (quantize, {**PHOTOS, **W4, "lr": 5e-4}),
+        "W4 a tensor": (quantize, {**PHOTOS, **W4_TENSOR, "lr": 5e-4}),
     },
 }
 """Model -> what it loses by, and how it is trained then."""
@@ -166,7 +176,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, str, float, floa
         whole = judge(open_session(str(ev.model)).run, "final")
         for what in options.what or RUNS[name]:
             make, how = RUNS[name][what]
-            lost, report = make(ev, data, {**COSINE, "metric": judge, "seed": options.seed, **how})
+            lost, report = make(ev, data, {**COMMON, "metric": judge, "seed": options.seed, **how})
             yield name, what, whole, lost, report
 
 
