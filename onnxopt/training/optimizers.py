@@ -80,10 +80,15 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """lr: times the learning rate. weight_decay: instead of the recipe's."""
+    """lr: times the learning rate. weight_decay: instead of the recipe's. relative: rates are shares.
+
+    Relative rates are times the root mean square of each tensor at the start, as in Adafactor (1804.04235):
+    weights that BatchNormalization was folded into differ in size by orders of magnitude, steps of Adam do not.
+    """
 
     lr: float = 1.0
     weight_decay: float | None = None
+    relative: bool = False
 
 
 def role_of(parameter: nn.Parameter) -> str:
@@ -127,7 +132,8 @@ def make_optimizer(
         used.add(who)
         own = dict(asked).get(who or "", Group())
         decay = own.weight_decay if own.weight_decay is not None else weight_decay * (role == "weights")
-        found.setdefault(Group(own.lr, decay), []).append(parameter)
+        size = float(parameter.detach().square().mean().sqrt()) if own.relative else 1.0
+        found.setdefault(Group(own.lr * (size or 1.0), decay), []).append(parameter)
     for who, _ in asked:
         if who not in used:
             raise UsageError(
