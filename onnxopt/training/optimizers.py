@@ -83,7 +83,7 @@ class Group:
     """lr: times the learning rate. weight_decay: instead of the recipe's. relative: rates are shares.
 
     Relative rates are times the root mean square of each tensor at the start, as in Adafactor (1804.04235):
-    sizes of weights differ by orders of magnitude after a BatchNormalization was folded, steps of Adam do not.
+    once a BatchNormalization is folded, weights differ in size by orders of magnitude; steps of Adam do not.
     """
 
     lr: float = 1.0
