@@ -38,6 +38,7 @@ COMMON: dict[str, Any] = {"temperature": 4.0, "schedule": "cosine{end=0.01}", "h
 HALF = "prune-channels{macs=0.5}"
 W4: dict[str, Any] = {"weights": "int4", "activations": "none"}
 W4_TENSOR: dict[str, Any] = {**W4, "per_channel": False}
+RELATIVE = ("weights{relative=true}", "norm-bias{relative=true,lr=0.3}", "scales{lr=1}")
 LINES: dict[str, Any] = {"lr": 1e-3, "batch_size": "16"}
 KEYWORDS: dict[str, Any] = {
     "warmup": 20,
@@ -150,7 +151,7 @@ RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dic
     "ppocr_cls": {
         "half": (recover, {**LINES, "epochs": 5, "warmup": 50}),
         "W4": (quantize, {**LINES, **W4, "epochs": 2, "warmup": 20}),
-        "W4 a tensor": (quantize, {**LINES, **W4_TENSOR, "epochs": 2, "warmup": 20}),
+        "W4 a tensor": (quantize, {**LINES, **W4_TENSOR, "epochs": 1, "warmup": 20}),
     },
     "kws_dscnn_bn": {
         "half": (recover, {**KEYWORDS, "epochs": 200, "lr": 2e-3}),
@@ -158,9 +159,9 @@ RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dic
         "W4 a tensor": (quantize, {**KEYWORDS, **W4_TENSOR, "epochs": 120, "lr": 1e-3}),
     },
     "efficientnet_lite0_bn": {
-        "half": (recover, {**PHOTOS, "lr": 1e-3}),
-        "W4": (quantize, {**PHOTOS, **W4, "lr": 5e-4}),
-        "W4 a tensor": (quantize, {**PHOTOS, **W4_TENSOR, "lr": 5e-4}),
+        "half": (recover, {**PHOTOS, "epochs": 4, "lr": 1e-3}),
+        "W4": (quantize, {**PHOTOS, **W4, "lr": 5e-3, "groups": RELATIVE}),
+        "W4 a tensor": (quantize, {**PHOTOS, **W4_TENSOR, "lr": 5e-3, "groups": RELATIVE}),
     },
 }
 """Model -> what it loses by, and how it is trained then."""
