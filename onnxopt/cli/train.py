@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxopt.cli.common import console, json_option, keep_apart, progress, write_json
-from onnxopt.training.kinds import DistillRecipe, PruneRecipe
-from onnxopt.training.recipe import QatRecipe, Recipe
+from onnxopt.training.kinds import DistillRecipe, PruneRecipe, QatRecipe
+from onnxopt.training.recipe import Recipe
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -25,7 +25,7 @@ class Format:
     """A quantized element type.
 
     low, high: the smallest and largest number it holds. opset: the first with QuantizeLinear and
-    DequantizeLinear of it. bits: of one element.
+    DequantizeLinear of it. bits: of one element, as it is stored.
     """
 
     name: str
@@ -58,6 +58,7 @@ FORMATS = {
         Format("uint8", ir.DataType.UINT8, 0, 255, 10, 8),
         Format("int16", ir.DataType.INT16, -32768, 32767, 21, 16),
         Format("uint16", ir.DataType.UINT16, 0, 65535, 21, 16),
+        Format("int3", ir.DataType.INT4, -4, 3, 21, 4),  # ONNX has no such type: it is stored as int4
         Format("int4", ir.DataType.INT4, -8, 7, 21, 4),
         Format("uint4", ir.DataType.UINT4, 0, 15, 21, 4),
         Format("int2", ir.DataType.INT2, -2, 1, 25, 2),

@@ -26,7 +26,7 @@ from onnxopt.quantization.units import Unit
 from onnxopt.quantization.weights import weight_axis
 from onnxopt.scope import Names
 
-__all__ = ["equalize_layers", "smooth_activations"]
+__all__ = ["balance_weights", "equalize_layers", "smooth_activations"]
 
 _HOMOGENEOUS = {
     1: ("AveragePool", "GlobalAveragePool", "LeakyRelu", "MaxPool", "Relu"),
@@ -39,6 +39,8 @@ _POWERS = (0.25, 0.5, 0.75, 1.0)
 """Of the activations' ranges, against those of the weights, that are tried."""
 _GAIN = 0.5
 """The part of the expected noise that has to remain at most."""
+_ROUNDS = 4
+"""Each weight is balanced against the one before and the one behind, so that they move each other."""
 _SPREAD = 1e-3
 """Channels count as at least this part of the widest."""
 _TINY = float(np.finfo(np.float32).tiny)
@@ -70,6 +72,29 @@ def equalize_layers(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
 def smooth_activations(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     """With equalized channels between MatMul or Gemm and the normalization, factor or layer before."""
     return _scaled(draft, samples, ("Gemm", "MatMul"), -1)
+
+
+def balance_weights(model: ir.Model, units: Sequence[Unit]) -> None:
+    """Bring channels to like ranges in convolutions whose weights are to have one scale each, in place.
+
+    Cross-layer equalization: what writes a channel with the largest weight a, and reads it with b, does so
+    with sqrt(a b) then.
+    """
+    names, spans = Names(model), _spans(units, ("Conv",), 1)
+    for span in spans * _ROUNDS:
+        writer = next((node for node, _ in span.divided if node.op_type == "Conv"), None)
+        if writer is None:
+            continue
+        array = _array(writer, 1)
+        written = abs(array).max(tuple(range(1, array.ndim)))
+        ends = [np.maximum(one, _SPREAD * one.max() + _TINY) for one in (written, _sizes(span))]
+        _apply(span, np.sqrt(ends[0] / ends[1]), names)
+
+
+def _sizes(span: _Span) -> np.ndarray:
+    """The largest weight that each channel is read with, float64 (channels,)."""
+    weights = [abs(_by_channel(unit)).max((1, 3)).reshape(-1) for unit in span.readers]
+    return np.asarray(np.max(weights, axis=0))
 
 
 def _scaled(draft: Draft, samples: Sequence[Feeds], operators: Sequence[str], axis: int) -> Draft | None:
@@ -163,7 +188,7 @@ def _scale_of(span: _Span, seen: ChannelStatistics, plan: Plan) -> np.ndarray | 
         return None
     power = seen.squares / np.maximum(seen.count, 1)
     weights = [_by_channel(unit) for unit in span.readers]
-    size = np.max([abs(weight).max((1, 3)).reshape(-1) for weight in weights], axis=0)
+    size = _sizes(span)
     if not size.any():
         return None
     extent, size = (np.maximum(one, _SPREAD * one.max()) for one in (extent, size))
@@ -238,7 +263,11 @@ def _replace(node: ir.Node, place: int, array: np.ndarray, names: Names) -> None
     assert old is not None
     assert graph is not None
     tensor = ir.Tensor(array.astype(np.float32))
-    value = ir.Value(name=names.fresh(f"{old.name}_scaled"), type=old.type, const_value=tensor)
+    value = ir.Value(
+        name=names.fresh(f"{(old.name or '').partition('_scaled')[0]}_scaled"),
+        type=old.type,
+        const_value=tensor,
+    )
     value.shape = ir.Shape(array.shape)
     graph.register_initializer(value)
     node.replace_input_with(place, value)

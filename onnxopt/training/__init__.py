@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxopt.training.distillation import distill
     from onnxopt.training.finetuning import finetune
-    from onnxopt.training.kinds import DistillRecipe, PruneRecipe
+    from onnxopt.training.kinds import DistillRecipe, PruneRecipe, QatRecipe
     from onnxopt.training.module import GraphModule, Logits, to_torch
     from onnxopt.training.qat import train_qat
-    from onnxopt.training.recipe import QatRecipe, Recipe
+    from onnxopt.training.recipe import Recipe
     from onnxopt.training.sparsity import prune, recover
     from onnxopt.training.writing import write_back
 
@@ -23,7 +23,7 @@ _HOMES = {
     "GraphModule": "module",
     "Logits": "module",
     "PruneRecipe": "kinds",
-    "QatRecipe": "recipe",
+    "QatRecipe": "kinds",
     "Recipe": "recipe",
     "distill": "distillation",
     "finetune": "finetuning",

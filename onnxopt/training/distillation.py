@@ -8,7 +8,7 @@ attention as in Zagoruyko & Komodakis, "Paying More Attention to Attention", 201
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ from onnxopt.training.teachers import Teacher, fitting, looks_random, paired, pa
 from onnxopt.training.transforms import Normalize, parse_transforms
 from onnxopt.training.work import train
 
-__all__ = ["Distiller", "distill"]
+__all__ = ["Distiller", "distill", "train_taught"]
 
 _NOISE = (
     "the samples look like independent random numbers: what a model says to noise teaches little about real "
@@ -76,17 +76,23 @@ def distill(
     chosen = read_recipe(DistillRecipe, recipe, given)
     if not chosen.teachers:
         raise UsageError("distill: there is nobody to learn from: give --teacher (teacher=)")
-    model = reusable(model)
+    return train_taught("distill", reusable(model), chosen, folder=folder, resume=resume, progress=progress)
+
+
+def train_taught(
+    command: str, model: ModelLike, recipe: DistillRecipe, *, hooks: Sequence[Hook] = (), **options: Any
+) -> Result[TrainingReport]:
+    """`work.train` with what the recipe's teachers say in the loss, if it has any."""
+    taught = bool(recipe.teachers)
+    student = options.get("start") or load(model)
     return train(
-        "distill",
+        command,
         model,
-        chosen,
-        hooks=[Distiller(chosen, load(model))],
-        share=1 - chosen.mix if chosen.labels else 0,
-        reference=chosen.teachers[0],
-        folder=folder,
-        resume=resume,
-        progress=progress,
+        recipe,
+        hooks=[*hooks, *([Distiller(recipe, student)] if taught else [])],
+        share=1 - recipe.mix * taught if recipe.labels else 0.0,
+        reference=recipe.teachers[0] if taught else None,
+        **options,
     )
 
 

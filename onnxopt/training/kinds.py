@@ -1,4 +1,4 @@
-"""The recipes of distillation and of pruning with training; they are read without torch."""
+"""The recipes of distillation, pruning and quantization with training; they are read without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from onnxopt.errors import UsageError
 from onnxopt.training.recipe import Recipe
 
-__all__ = ["DistillRecipe", "PruneRecipe"]
+__all__ = ["DistillRecipe", "PruneRecipe", "QatRecipe"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class DistillRecipe(Recipe):
     `teacher` is a model or several: paths, and in Python whatever else `onnxopt.model.load` takes.
     """
 
+    schedule: str = "cosine"
     teacher: Any = ()
     temperature: float = 0.0
     mix: float = 0.9
@@ -96,3 +97,38 @@ class PruneRecipe(DistillRecipe):
             raise UsageError(f"ramp_updates: {self.ramp_updates} is less than 1")
         if self.nm and self.ramp != "one-shot":
             raise UsageError("ramp: the share of zeros of a pattern N:M does not grow: it takes one-shot")
+
+
+@dataclass(frozen=True)
+class QatRecipe(DistillRecipe):
+    """How to train with few bits; without labels the float model is the teacher."""
+
+    max_drop: str = ""
+    groups: tuple[str, ...] = ("scales{lr=10}",)
+    weights: str = "int8"
+    activations: str = ""
+    per_channel: bool = True
+    target: str = "cpu"
+    keep: tuple[str, ...] = ()
+    calibration: int = 128
+    observe: int = 0
+    scale_epochs: int = 0
+
+    meanings: ClassVar[Mapping[str, str]] = {
+        **DistillRecipe.meanings,
+        "max_drop": "How much of the float model's metric may be lost: 0.005, or 1%; by default anything.",
+        "weights": "Of a float model: int8, int4, int3 (8 levels, stored as int4), int2, float8e4m3fn, ...",
+        "activations": "Of a float model: uint8, int8, uint16, ... or none; by default the target's.",
+        "per_channel": "Of a float model: a scale for each output channel of a weight.",
+        "target": "Of a float model: what its integers are for: cpu, arm, tensorrt or generic.",
+        "keep": "Of a float model: outputs, nodes or operators that stay in floating point.",
+        "calibration": "Of a float model: samples that ranges are found on, at most.",
+        "teacher": "A model to learn from; of a quantized model the float one, to compare with, too.",
+        "observe": "Batches at the start that set scales of activations by moving averages of their range.",
+        "scale_epochs": "Epochs in which scales are trained; then they stay; 0: all.",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration < 1 or self.observe < 0 or self.scale_epochs < 0:
+            raise UsageError("calibration is at least 1, observe and scale_epochs are at least 0")

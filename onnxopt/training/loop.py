@@ -45,8 +45,8 @@ class Curves:
 
     @property
     def best(self) -> int:
-        """The epoch with the best score, the first of equals; -1 before the first."""
-        return max(range(len(self.score)), key=lambda one: (self.score[one], -one), default=-1)
+        """The epoch with the best score, the last of equals; -1 before the first."""
+        return max(range(len(self.score)), key=lambda one: (self.score[one], one), default=-1)
 
 
 @dataclass(eq=False)
@@ -117,7 +117,8 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether all steps are made, or the score has not become better for too long."""
-        waited = len(self.curves.score) - 1 - self.curves.best
+        scores = self.curves.score
+        waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
         stopped = bool(self.recipe.patience) and waited >= self.recipe.patience
         return stopped or self.step >= self.total or self.epoch >= self.recipe.epochs
 
@@ -242,7 +243,7 @@ class Trainer:
         self.module.eval()
         with self._averaged():
             score = self.world.agreed(self.judge.score(self.module) if self.world.first else None)
-            if score > max(self.curves.score, default=-torch.inf):
+            if score >= max(self.curves.score, default=-torch.inf):
                 self.judge.keep(self.module)
         self.curves.loss.append(self._losses[0] / self._losses[1])
         self.curves.score.append(score)

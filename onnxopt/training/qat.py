@@ -8,46 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from onnxopt.api.common import silent
 from onnxopt.api.preparation import prepare, require_opset, settings_for
-from onnxopt.calibration import split
+from onnxopt.calibration import exposable, split
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import FLOATS, nodes
+from onnxopt.graph import nodes
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, opener, reusable
+from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.entire import quantize_entirely
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.keep import kept_sites, veto_of
+from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.static import Settings
+from onnxopt.quantization.units import survey
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.targets import find_target
-from onnxopt.training.hooks import Hook
-from onnxopt.training.losses import Objective, parse_loss
-from onnxopt.training.module import GraphModule, to_torch
+from onnxopt.training.distillation import train_taught
+from onnxopt.training.kinds import QatRecipe
+from onnxopt.training.quantized import WITHIN
 from onnxopt.training.quantizers import Quantizers
-from onnxopt.training.recipe import QatRecipe, read_recipe
-from onnxopt.training.work import datasets_of, train
-
-if TYPE_CHECKING:
-    from onnxopt.training.loop import Trainer
+from onnxopt.training.recipe import read_recipe
+from onnxopt.training.work import datasets_of
 
 __all__ = ["train_qat"]
-
-_OF_TEACHER = "teacher: "
-"""In front of the names of the teacher's outputs."""
 
 
 def train_qat(
@@ -84,31 +79,24 @@ def train_qat(
     model = reusable(model)
     original = load(model)
     is_quantized = any(node.op_type == "DequantizeLinear" for node in nodes(original))
-    floats = chosen.teacher if is_quantized else model
-    if not chosen.labels and floats is None:
+    taught = bool(chosen.labels or chosen.teachers)
+    if is_quantized and not taught:
         raise UsageError("qat: without labels it learns from the float model: give that with --teacher")
-    prepared = settings = None
-    if floats is not None:
-        prepared, settings = _prepared(floats, chosen)
+    floats = next(map(reusable, chosen.teachers), None) if is_quantized else model
+    prepared, settings = (None, None) if floats is None else _prepared(floats, chosen)
     start = original
     if not is_quantized and prepared is not None and settings is not None:
         samples = datasets_of(chosen, original)[0].samples()
         some = samples[:: max(1, len(samples) // chosen.calibration)]
         start = _quantized(prepared, settings, some, chosen, show)
-    hooks: list[Hook] = [Quantizers(start, prepared)]
-    if not chosen.labels and floats is not None:
-        hooks.append(_Teaching(load(floats), chosen.loss))
-    if chosen.labels:
-        chosen = dataclasses.replace(chosen, loss=chosen.loss or "cross-entropy")
-    else:
-        chosen = dataclasses.replace(chosen, metric=chosen.metric or "agreement")
-    return train(
+        if not taught:  # by the model that the start was made of: hidden tensors are scaled alike
+            chosen = dataclasses.replace(chosen, teacher=prepared)
+    return train_taught(
         "qat",
         model if floats is None else floats,
         chosen,
         start=start,
-        hooks=hooks,
-        share=1.0 if chosen.labels else 0.0,
+        hooks=[Quantizers(start, prepared)],
         folder=folder,
         resume=resume,
         progress=progress,
@@ -137,11 +125,17 @@ def _prepared(model: ModelLike, recipe: QatRecipe) -> tuple[ir.Model, Settings]:
 def _quantized(
     model: ir.Model, settings: Settings, samples: Sequence[Feeds], recipe: QatRecipe, progress: Progress
 ) -> ir.Model:
-    """The start: all that the target has integer kernels for, or the weights alone."""
+    """The start: all that the target has integer kernels for, or the weights alone.
+
+    Where a weight is to have one scale, those of the float model are balanced first, in place.
+    """
     progress("quantizing", None)
+    if not recipe.per_channel:
+        balance_weights(model, survey(model, settings.placement, frozenset(exposable(model))).units)
     kept = kept_sites(model, recipe.keep)
     found: ir.Model | None
-    few = find_format(recipe.weights).bits < 4
+    form = find_format(recipe.weights)
+    few = form.bits < 4
     if few and recipe.activations not in ("", "none"):
         raise UsageError(
             f"qat: ONNX Runtime makes integer kernels of {recipe.weights} weights and refuses them then: "
@@ -160,42 +154,8 @@ def _quantized(
         found = quantize_entirely(model, *split(samples), settings, kept, progress)
     if found is None:
         raise UsageError("qat: there is nothing in this model that could be quantized")
+    found = Pipeline((EliminateDead(),)).run(opener(found)).model  # the float weights
+    for value in found.graph.initializers.values():
+        if value.dtype == form.dtype:
+            value.meta[WITHIN] = (int(form.low), int(form.high))
     return found
-
-
-class _Teaching(Hook):
-    """The loss of a run without labels: of each float output, against that of the float model."""
-
-    def __init__(self, teacher: ir.Model, loss: str | Callable[..., Any]) -> None:
-        self._teacher, self._module, self._loss = teacher, to_torch(teacher).requires_grad_(False), loss
-        self._objective = Objective(())
-
-    def start(self, trainer: Trainer) -> None:
-        student, teacher = trainer.module, self._module.to(trainer.world.device).eval()
-        assert isinstance(student, GraphModule)
-        terms = []
-        for output in self._teacher.graph.outputs:
-            name = output.name or ""
-            if output.dtype not in FLOATS or name not in student.output_names:
-                continue
-            logits = teacher.logits_of(name), student.logits_of(name)
-            rank = len(output.shape) if output.shape is not None else 0
-            usual = (
-                "kl{temperature=4}"
-                if rank == 2 or (logits[0] and logits[0].activation != "Sigmoid")
-                else "mse"
-            )
-            for term in parse_loss(self._loss or usual).bound([name], [name], [name]).terms:
-                through = all(logits) and term.loss.looks_through
-                one, other = (each.name if through and each else name for each in logits)
-                terms.append(dataclasses.replace(term, label=_OF_TEACHER + one, output=other))
-        if not terms:
-            raise UsageError("qat: the float model has no float output to learn from: give --labels")
-        self._objective = Objective(tuple(terms))
-
-    def loss(
-        self, trainer: Trainer, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        with torch.no_grad():
-            given = self._module({name: arrays[name] for name in self._module.input_names})
-        return self._objective(outputs, {_OF_TEACHER + name: one.float() for name, one in given.items()})

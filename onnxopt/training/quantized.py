@@ -31,7 +31,19 @@ from onnxopt.training.values import CARRIERS, Host, host_of, tensor_of
 if TYPE_CHECKING:
     from onnxopt.training.build import Builder
 
-__all__ = ["BiasScale", "Reading", "add_quantized", "bias_scale", "floats_of", "integers_of", "reading"]
+__all__ = [
+    "WITHIN",
+    "BiasScale",
+    "Reading",
+    "add_quantized",
+    "bias_scale",
+    "floats_of",
+    "integers_of",
+    "reading",
+]
+
+WITHIN = "onnxopt.training.within"
+"""In the `meta` of a value: the least and the largest integer that training may give it."""
 
 _ROUNDED = frozenset(
     getattr(ir.DataType, name)
@@ -40,13 +52,17 @@ _ROUNDED = frozenset(
 
 
 class Reading(NamedTuple):
-    """How stored integers are read: by which node, with which scales (more than one: their product)."""
+    """How stored integers are read: by which node, with which scales (more than one: their product).
+
+    within: the least and the largest integer, where that is less than the type holds.
+    """
 
     node: ir.Node
     scales: tuple[ir.Value, ...]
     zero: ir.Value | None
     axis: int
     block_size: int
+    within: tuple[int, int] | None = None
 
     def scale(self, now: Mapping[ir.Value, Tensor] | None = None) -> Tensor:
         """The scale, with what training has made of it."""
@@ -71,7 +87,9 @@ def reading(value: ir.Value) -> Reading | None:
             return None
         found.append(one)
     alike = len({one[1:] for one in found}) == 1
-    return found[0] if alike and not value.is_graph_output() else None
+    if not alike or value.is_graph_output():
+        return None
+    return found[0]._replace(within=value.meta.get(WITHIN))
 
 
 def _reading(node: ir.Node, position: int) -> Reading | None:
@@ -144,7 +162,8 @@ def floats_of(tensor: ir.TensorProtocol, one: Reading) -> Tensor:
 def integers_of(x: Tensor, dtype: ir.DataType, one: Reading, scale: Tensor) -> Tensor:
     """The integers that stand for floats, in their carrier."""
     wide = x.double() if dtype == ir.DataType.INT32 else x
-    return quantize(wide, scale, _zero(one), dtype, one.axis, one.block_size).to(CARRIERS[dtype])
+    found = quantize(wide, scale, _zero(one), dtype, one.axis, one.block_size)
+    return (found.clamp(*one.within) if one.within else found).to(CARRIERS[dtype])
 
 
 def add_quantized(builder: Builder, node: ir.Node) -> bool:
@@ -203,6 +222,7 @@ def _add_stored(builder: Builder, data: ir.Value | None, output: ir.Value | None
 def _fake(builder: Builder, slot: int, outputs: list[ir.Value], one: Reading, dtype: ir.DataType) -> None:
     """Rounding to the integers of a type and back. One zero point for all goes as a number."""
     options: dict[str, Any] = {"axis": one.axis, "block_size": one.block_size, "output_dtype": int(dtype)}
+    options["within"] = one.within
     inputs = [slot, builder.slot(one.scales[0], False)]
     zeros = constant_array(one.zero)
     if zeros is not None and zeros.size and (zeros == zeros.flat[0]).all():

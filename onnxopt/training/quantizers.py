@@ -12,10 +12,10 @@ from torch import Tensor
 from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS
 from onnxopt.training.hooks import Hook
+from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.module import GraphModule, to_torch
 from onnxopt.training.ops.quantize import limits
 from onnxopt.training.quantized import integers_of, reading
-from onnxopt.training.recipe import QatRecipe
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
 from onnxopt.training.schedules import parse_schedule
 from onnxopt.training.sizes import parse_sizes

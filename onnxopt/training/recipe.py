@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.recipe import read_value
 
-__all__ = ["QatRecipe", "Recipe", "read_recipe"]
+__all__ = ["Recipe", "read_recipe"]
 
 Kind = TypeVar("Kind", bound="Recipe")
 DataSource = Any
@@ -132,44 +132,6 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The options in types that JSON has; sources and functions of Python by their names."""
         return {f.name: _shown(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-
-@dataclass(frozen=True)
-class QatRecipe(Recipe):
-    """The options of quantization-aware training; where other defaults than those of `Recipe` do better."""
-
-    loss: str | Callable[..., Any] = ""
-    max_drop: str = ""
-    groups: tuple[str, ...] = ("scales{lr=10}",)
-    weights: str = "int8"
-    activations: str = ""
-    per_channel: bool = True
-    target: str = "cpu"
-    keep: tuple[str, ...] = ()
-    calibration: int = 128
-    teacher: Any = None
-    observe: int = 0
-    scale_epochs: int = 0
-
-    meanings: ClassVar[Mapping[str, str]] = {
-        **Recipe.meanings,
-        "loss": "As of finetune; without labels against the float model's outputs, kl{temperature=4} or mse.",
-        "max_drop": "How much of the float model's metric may be lost: 0.005, or 1%; by default anything.",
-        "weights": "Of a float model: int8, int4, int2, uint8, float8e4m3fn, ...",
-        "activations": "Of a float model: uint8, int8, uint16, ... or none; by default the target's.",
-        "per_channel": "Of a float model: a scale for each output channel of a weight.",
-        "target": "Of a float model: what its integers are for: cpu, arm, tensorrt or generic.",
-        "keep": "Of a float model: outputs, nodes or operators that stay in floating point.",
-        "calibration": "Of a float model: samples that ranges are found on, at most.",
-        "teacher": "Of a quantized model: the float one, to learn from and to compare with.",
-        "observe": "Batches at the start that set scales of activations by moving averages of their range.",
-        "scale_epochs": "Epochs in which scales are trained; then they stay; 0: all.",
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibration < 1 or self.observe < 0 or self.scale_epochs < 0:
-            raise UsageError("calibration is at least 1, observe and scale_epochs are at least 0")
 
 
 _LEAST = {

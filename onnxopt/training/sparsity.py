@@ -29,13 +29,12 @@ from onnxopt.pruning.weights import kept_elements, sparsity
 from onnxopt.recipe import parse_pass
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
-from onnxopt.training.distillation import Distiller
+from onnxopt.training.distillation import train_taught
 from onnxopt.training.hooks import Hook
 from onnxopt.training.kinds import PruneRecipe
 from onnxopt.training.loop import Trainer
 from onnxopt.training.module import GraphModule
 from onnxopt.training.recipe import read_recipe
-from onnxopt.training.work import train
 
 __all__ = ["Masks", "prune", "ramp", "recover"]
 
@@ -104,19 +103,9 @@ def recover(
 
 
 def _train(command: str, model: ModelLike, recipe: PruneRecipe, **options: Any) -> Result[TrainingReport]:
-    loaded = load(model)
-    masks = Masks(recipe, loaded)
-    distillers = [Distiller(recipe, loaded)] if recipe.teachers else []
-    result = train(
-        command,
-        model,
-        recipe,
-        hooks=[masks, *distillers],
-        share=(1 - recipe.mix * bool(distillers)) if recipe.labels else 0,
-        reference=recipe.teachers[0] if distillers else None,
-        floor=masks.pruned(recipe.sparsity, None) if recipe.sparsity or recipe.nm else None,
-        **options,
-    )
+    masks = Masks(recipe, load(model))
+    floor = masks.pruned(recipe.sparsity, None) if recipe.sparsity or recipe.nm else None
+    result = train_taught(command, model, recipe, hooks=[masks], floor=floor, **options)
     layers = sparsity(result.graph)
     zeros = sum(one.zeros for one in layers) / max(sum(one.elements for one in layers), 1)
     if not result.report.ok or not zeros:

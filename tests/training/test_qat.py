@@ -15,8 +15,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.errors import UsageError
+from onnxopt.graph import constant_array
 from onnxopt.model import load
 from onnxopt.protobuf import dump
+from onnxopt.quantization.scaling import balance_weights
+from onnxopt.quantization.units import survey
+from onnxopt.targets import PLACEMENTS
 from onnxopt.training import finetune, to_torch, train_qat, write_back
 from onnxopt.training.ops.quantize import fake_quantize, limits
 from onnxopt.training.scales import learn_scales, scale_groups
@@ -225,7 +229,7 @@ def test_scales_stay_after_their_epochs() -> None:
     def scales(epochs: int, limit: int) -> dict[str, np.ndarray]:
         found = train_qat(
             qdq_net(), _samples(), labels="t", loss="mse", epochs=epochs, scale_epochs=limit, holdout=0,
-            metric=_later_is_better(),
+            metric=_later_is_better(), schedule="constant",
         )  # fmt: skip
         return {name: one for name, one in tensors(load(found.model)).items() if "scale" in name}
 
@@ -242,14 +246,14 @@ def trained() -> tuple[Any, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
 
     train, test = handwritten(0)
     found = finetune(
-        depthwise_cnn(0, width=8), train, labels="label", epochs=12, lr=1e-2, schedule="cosine",
+        depthwise_cnn(0, width=8), train, labels="label", epochs=8, lr=1e-2, schedule="cosine",
         batchnorm=True, batch_size="64", workers=0,
     )  # fmt: skip
     return found.model, train, test
 
 
 @pytest.mark.parametrize("labels", ["label", ()])
-def test_four_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
+def test_three_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
     model, train, test = trained
 
     def accuracy(run: Any, split: str = "search") -> float:
@@ -258,14 +262,14 @@ def test_four_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
 
     data = train if labels else {"x": train["x"]}
     found = train_qat(
-        model, data, labels=labels, weights="int4", per_channel=False, epochs=8, schedule="cosine", holdout=0,
-        lr=5e-3, batch_size="64", metric=accuracy, workers=0,
+        model, data, labels=labels, weights="int3", per_channel=False, epochs=4, holdout=0,
+        lr=5e-3, metric=accuracy, workers=0,
     )  # fmt: skip
     final = found.report.final
     assert found.report.ok, found.report.reason
     assert final.start is not None
     assert final.start < final.before - 0.05
-    assert final.after > final.before - 0.005
+    assert final.after > final.before - 0.025
     kinds = {value.dtype for value in load(found.model).graph.initializers.values()}
     assert ir.DataType.INT4 in kinds
 
@@ -277,6 +281,87 @@ def test_two_bits_raise_the_opset_and_run(trained: Any) -> None:
     assert found.report.ok, found.report.reason
     assert written.graph.opset_imports[""] >= 25
     assert any(value.dtype == ir.DataType.INT2 for value in written.graph.initializers.values())
+
+
+def float_net(channels: int = 4, kernel: int = 3, stride: int = 1) -> onnx.ModelProto:
+    """x -> Conv without a bias -> y"""
+    weight = np.random.default_rng(4).normal(size=(channels, 2, kernel, kernel)).astype(np.float32)
+    size = (6 - kernel) // stride + 1
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], strides=[stride, stride])],
+        "g",
+        [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
+        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", channels, size, size])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.mark.parametrize("activations", ["", "none"])
+def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations: str) -> None:
+    """Twice what the weights give is what they learn to give: those near the ends come to lie beyond them."""
+    x = _samples()["x"]
+    (y,) = execute(float_net(), {"x": x})
+    found = train_qat(
+        float_net(), {"x": x, "t": 2 * y}, labels="t", loss="mse", weights="int3", activations=activations,
+        groups="scales{lr=0}", lr=0.05, batch_size="8", metric="loss", holdout=0,
+    )  # fmt: skip
+    assert found.report.ok, found.report.reason
+    assert found.report.final.start is not None
+    assert found.report.final.after > 0.9 * found.report.final.start
+    weight = next(one for one in tensors(load(found.model)).values() if one.shape == (4, 2, 3, 3))
+    assert weight.dtype == ir.DataType.INT4.numpy()
+    ints = weight.astype(int)
+    assert (ints.min(), ints.max()) == (-4, 3)
+    assert ((ints == -4) | (ints == 3)).mean() > 0.2
+
+
+def test_weights_with_one_scale_each_are_balanced_across_layers() -> None:
+    """Channels written with weights up to a and read with weights up to b have sqrt(a b) on both sides."""
+    rng = np.random.default_rng(5)
+    arrays = {
+        "w": rng.normal(size=(4, 2, 3, 3)) * np.array([1, 100, 0.01, 5]).reshape(4, 1, 1, 1),
+        "b": rng.normal(size=4),
+        "v": rng.normal(size=(3, 4, 1, 1)),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("Conv", ["r", "v"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
+        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", 3, 4, 4])],
+        [numpy_helper.from_array(one.astype(np.float32), name) for name, one in arrays.items()],
+    )
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    x = {"x": _samples()["x"]}
+    balanced = load(model)
+    balance_weights(balanced, survey(balanced, PLACEMENTS["x86"], frozenset("xcry")).units)
+    (wanted,), (found,) = execute(model, x), execute(balanced, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    held = [constant_array(one.inputs[1]) for one in balanced.graph if one.op_type == "Conv"]
+    assert held[0] is not None
+    assert held[1] is not None
+    sizes = np.sqrt(abs(arrays["w"]).max((1, 2, 3)) * abs(arrays["v"]).max((0, 2, 3)))
+    np.testing.assert_allclose(abs(held[0]).max((1, 2, 3)), sizes, rtol=1e-5)
+    np.testing.assert_allclose(abs(held[1]).max((0, 2, 3)), sizes, rtol=1e-5)
+
+
+def test_a_quantized_model_learns_from_a_float_one() -> None:
+    """Without labels the metric is the distance to what the teacher says, negated."""
+    x, teacher = _samples()["x"], float_net(channels=3, kernel=2, stride=2)
+    options: dict[str, Any] = {"holdout": 0, "epochs": 4, "lr": 0.01, "batch_size": "8", "teacher": teacher}
+    found = train_qat(qdq_net(), {"x": x}, **options)
+    final = found.report.final
+    assert (found.report.ok, final.metric, final.before) == (True, "likeness", 0)
+    (wanted,), (before,), (after,) = (execute(one, {"x": x}) for one in (teacher, qdq_net(), found.graph))
+    assert final.start == pytest.approx(-np.square(before - wanted).mean(), rel=1e-5)
+    assert final.after == pytest.approx(-np.square(after - wanted).mean(), rel=1e-5)
+    assert final.after > 0.5 * -np.square(before - wanted).mean()
+    mixed = train_qat(qdq_net(), {"x": x, "t": wanted}, labels="t", loss="mse", **options)
+    assert mixed.report.curves["loss"] == pytest.approx(found.report.curves["loss"], rel=0.02)
 
 
 def test_nothing_gained_is_nothing_written(tmp_path: Path, capsys: Any) -> None:
@@ -328,15 +413,6 @@ def test_bad_options_are_told_in_one_line(options: dict[str, Any], told: str) ->
     ],
 )
 def test_a_float_model_that_cannot_be_quantized_as_asked(options: dict[str, Any], told: str) -> None:
-    weight = numpy_helper.from_array(np.ones((4, 2, 3, 3), np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", _T.FLOAT, ["n", 2, 6, 6])],
-        [helper.make_tensor_value_info("y", _T.FLOAT, ["n", 4, 4, 4])],
-        [weight],
-    )
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
     with pytest.raises(UsageError) as error:
-        train_qat(model, {"x": _samples()["x"]}, **options)
+        train_qat(float_net(), {"x": _samples()["x"]}, **options)
     assert str(error.value) == told

@@ -301,7 +301,7 @@ def test_recovery_keeps_zeros(place: Path) -> None:
 
 def test_train_prune_from_the_command_line(place: Path) -> None:
     arguments = ("train", "prune", "m.onnx", "-o", "out.onnx", "--data", "train.npz", "--labels", "y")
-    assert run(*arguments, "--sparsity", "0.7", "--ramp", "cubic", "--epochs", "2", "--lr", "0.003") == 0
+    assert run(*arguments, "--sparsity", "0.7", "--ramp", "cubic", "--epochs", "4", "--lr", "0.003") == 0
     assert zeros(load("out.onnx")) == pytest.approx(0.7, abs=0.05)
 
 

@@ -187,14 +187,18 @@ def _both(
     axis: int = 1,
     block_size: int = 0,
     offset: float | Tensor = 0.0,
+    within: tuple[int, int] | None = None,
     output_dtype: int,
 ) -> Tensor:
-    """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all."""
+    """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all.
+
+    within: the least and the largest integer, where those are not the type's.
+    """
     kind, dtype = scale.dtype, _T(output_dtype)
     if dtype not in _BITS:
         return dequantize(quantize(x, scale, None, dtype, axis, block_size), scale, None, axis, block_size)
     wide, scale = _wide(x, scale)
-    low, high = limits(dtype)
+    low, high = within or limits(dtype)
     offset = offset if zero is None else _zero(zero, wide, axis, block_size)
     return fake_quantize(wide, spread(scale, wide, axis, block_size), offset, low, high).to(kind)
 
