@@ -73,6 +73,7 @@ def diagnose(
     checks = [Check("python", "ok", platform.python_version()), Check("onnxopt", "ok", onnxopt.__version__)]
     checks += [_library(name, installed) for name in _LIBRARIES]
     checks += _runtime(owners, installed, probe, gpu)
+    checks.append(_torch(installed))
     checks += _machine(machine() if here is None else here)
     checks.append(_third_party(installed))
     return Diagnosis(tuple(checks))
@@ -97,6 +98,16 @@ def _library(name: str, installed: Mapping[str, metadata.Distribution]) -> Check
     if name not in installed:
         return Check(name, "fail", "not installed", f"pip install {name}")
     return Check(name, "ok", installed[name].version)
+
+
+def _torch(installed: Mapping[str, metadata.Distribution]) -> Check:
+    """What `onnxopt train` runs on; it is not imported for this, which takes seconds."""
+    if "torch" not in installed:
+        return Check("torch", "off", "not installed; onnxopt train needs it: pip install 'onnxopt[train]'")
+    version = installed["torch"].version
+    _, plus, build = version.partition("+")
+    gpu = "CPU only" if build == "cpu" else f"for {build}" if plus else "with CUDA where its wheels have it"
+    return Check("torch", "ok", f"{version} ({gpu})")
 
 
 def _owners(installed: Mapping[str, metadata.Distribution]) -> list[str]:

@@ -131,6 +131,20 @@ def test_attention_macs_count_past_keys() -> None:
     assert total(model) == 2 * batch * heads * queries * (past + queries) * size
 
 
+@pytest.mark.parametrize("fused", ["FastGelu (a)", "BiasGelu (a, b)"])
+def test_sizes_pass_through_fused_operators_of_the_runtime(fused: str) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>
+        agraph (float[N, 4] x, float[4, 8] u, float[8, 2] v, float[8] b) => (float[N, 2] y) {{
+            a = MatMul (x, u)
+            g = com.microsoft.{fused}
+            y = MatMul (g, v)
+        }}"""
+    )
+    assert macs(ir.from_proto(model)) == "48*N"
+    assert macs(ir.from_proto(model), {"x": (3, 4)}) == 144
+
+
 def test_resnet20_has_its_published_cost() -> None:
     report = inspect(resnet20())
     assert report.macs == "40813184*batch"

@@ -5,18 +5,41 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 import onnxopt
+from onnxopt.benchmarking.profits import Guard
 from onnxopt.data import Feeds, FeedSource, read_feeds, synthesize
 from onnxopt.errors import NoSamplesError
-from onnxopt.job import Job
-from onnxopt.model import ModelLike
+from onnxopt.job import Job, Progress
+from onnxopt.model import ModelLike, opener, reusable
+from onnxopt.pipeline import Pipeline
+from onnxopt.targets import Target
 
-__all__ = ["record", "samples_for", "silent", "sizes_of", "source_of", "versions"]
+__all__ = ["opened", "record", "samples_for", "silent", "sizes_of", "source_of", "versions"]
+
+
+def opened(
+    model: ModelLike,
+    pipeline: Pipeline,
+    target: Target,
+    shapes: Mapping[str, Sequence[int]] | None,
+    seed: int,
+    progress: Progress,
+    *,
+    frozen: bool,
+) -> Job:
+    """A job on a model whose passes are not guarded."""
+    model = reusable(model)
+    progress("reading the model", None)
+    open_model = opener(model)
+    guard = Guard((), target.provider, measure=False)
+    return Job(
+        model, open_model(), open_model, pipeline, target, guard, shapes, seed, progress, frozen=frozen
+    )
 
 
 def samples_for(job: Job, data: FeedSource | None) -> Sequence[Feeds]:

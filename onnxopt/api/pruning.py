@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.api.common import record, silent, sizes_of, source_of, versions
-from onnxopt.api.optimization import optimize
+from onnxopt.api.common import opened, record, silent, sizes_of, source_of, versions
 from onnxopt.api.packing import packed_sizes
 from onnxopt.api.preparation import samples_of
-from onnxopt.benchmarking.profits import Guard
-from onnxopt.benchmarking.settings import session_config
+from onnxopt.api.trials import Ended, Trials, judge_of, prepared_for
 from onnxopt.calibration import split
-from onnxopt.claims import Pass, kind_of, pass_name, spelling
+from onnxopt.claims import Pass, kind_of, spelling
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError
 from onnxopt.job import Job, Progress
-from onnxopt.metric import Budget, Metric, NoRowsError, parse_drop
-from onnxopt.model import ModelLike, clone, fingerprint, opener, reusable
-from onnxopt.pipeline import Outcome, Pipeline
-from onnxopt.pruning.search import Candidate, Passes, Searched, fast_enough, strongest, up_to
+from onnxopt.metric import Metric, parse_drop
+from onnxopt.model import ModelLike, fingerprint
+from onnxopt.pipeline import Pipeline
+from onnxopt.pruning.search import Informed, Passes, up_to
 from onnxopt.pruning.weights import sparsity
-from onnxopt.quantization.judge import Judge
-from onnxopt.quantization.sensitivity import noise_between
-from onnxopt.recipe import parse_pass, parse_passes
+from onnxopt.recipe import parse_passes
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.pruning import PruningReport
 from onnxopt.result import Result
-from onnxopt.runtimes import open_session
 from onnxopt.targets import find_target
 
 __all__ = ["prune"]
-
-_ANY = Budget(float("inf"))
-_FEW = 6
-"""Samples that the noise of a part is measured on."""
-_TRIAL_S = 3.0
-"""Seconds to measure the time of a candidate."""
 
 
 def prune(
@@ -95,153 +83,32 @@ def prune(
         RuntimeMissingError: onnxruntime is not installed.
     """
     started = time.perf_counter()
-    asked = _parsed(passes)
-    where = find_target(target)
+    asked, where = _parsed(passes), find_target(target)
     budget = parse_drop(max_drop) if max_drop is not None else None
     _check_latency(latency, bench)
-    model, say = reusable(model), progress or silent
-    say("reading the model", None)
-    open_model, guard = opener(model), Guard((), where.provider, measure=False)
-    job = Job(
-        model,
-        open_model(),
-        open_model,
-        Pipeline(asked, rounds=1),
-        where,
-        guard,
-        shapes,
-        seed,
-        say,
-        frozen=freeze_initializers,
-    )
+    pipeline = Pipeline(asked, rounds=1)
+    job = opened(model, pipeline, where, shapes, seed, progress or silent, frozen=freeze_initializers)
     samples = samples_of(job, data, "prune")
+    if data is not None:
+        _require_finite(samples)
     fitted, held_out = split(samples)
-    say("running the original", None)
-    judge = _judge(job, held_out, metric, budget)
-    work = _Work(job, held_out, judge, _merged(job, asked, held_out), samples)
-    sizes = {**(shapes or {}), **sizes_of(samples)}
-    wanted = {
+    left_open = {
         "samples": None if data is None else fitted,
-        "shapes": sizes,
+        "shapes": {**(shapes or {}), **sizes_of(samples)},
         "multiple": where.multiple,
         "masks": masks,
     }
-    fed = tuple(up_to(_filled(one, wanted), latency / 2 if latency else 0.5) for one in asked)
-    searched = (
-        fast_enough(fed, work.timed, latency)
-        if latency is not None
-        else strongest(fed, work.dense, work.candidate, work.noise, guarded=budget is not None)
-    )
-    reason = _why_not(searched, latency)
-    say("cleaning up", None)
-    best = searched.best if reason else work.finished(searched.best)
-    reason = reason or _why_not(replace(searched, best=best), latency)
-    settings = () if reason else job.settle(best.model, "lossy", samples, measure=bench)
-    config = session_config(settings)
-    if settings:
-        best = replace(best, judgement=work.judge(best.model, "final", config))
-        reason = _why_not(replace(searched, best=best), latency)
-    timing = job.time(model, best.model, samples, config) if bench and not reason else None
-    if latency is not None and timing is not None and timing.ratio > latency:
-        reason = f"{latency:g} of the time was reached, but not again: {timing.ratio:.3f} in the end"
-    result = job.open_model() if reason else best.model
-    sha256 = fingerprint(model, job.original)
-    if metadata and not reason:
+    ready = _ready(job, left_open, latency)
+    job.progress("running the original", None)
+    judge = judge_of(job, held_out, metric, budget)
+    dense = prepared_for(job, held_out)
+    work = Trials(job, samples, fitted, held_out, judge, dense, budget is not None, latency)
+    ended = work.ended(work.search(ready), bench=bench)
+    best, sha256 = ended.searched.best, fingerprint(job.model, job.original)
+    result = job.open_model() if ended.reason else best.model
+    if metadata and not ended.reason:
         record(result, [spelling(one) for one in best.passes], sha256)
-    packed = None if reason else packed_sizes(model, best.model)
-    if packed is None and not reason:
-        job.notes.append("not packed to see its size: that takes onnxopt[pack], and no more than 256 MB")
-    report = PruningReport(
-        source=source_of(model),
-        input_sha256=sha256,
-        target=where.name,
-        seed=seed,
-        versions=versions(),
-        samples=(len(fitted), len(held_out)),
-        synthetic=data is None,
-        before=measure_size(job.original, sizes),
-        after=measure_size(best.model, sizes),
-        searched=replace(searched, best=best),
-        layers=sparsity(best.model),
-        packed=packed,
-        settings=settings,
-        timing=timing,
-        reason=reason,
-        notes=tuple(job.notes),
-        seconds=time.perf_counter() - started,
-    )
-    return Result(result, report, model)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The prepared model, and what is done with it for each candidate."""
-
-    job: Job
-    samples: Sequence[Feeds]
-    judge: Judge
-    dense: ir.Model
-    timed_on: Sequence[Feeds]
-
-    def candidate(self, passes: Passes) -> Candidate:
-        """Run passes on a copy, and judge it."""
-        outcome = self._run(passes)
-        self.job.progress("judging the result", None)
-        return Candidate(passes, outcome.model, outcome.steps, self.judge(outcome.model))
-
-    def noise(self, passes: Passes) -> float:
-        """Of the outputs, over the signal, on a few samples."""
-        with open_session(self._run(passes).model) as session:
-            found = [session.run(feeds) for feeds in self.samples[:_FEW]]
-        return noise_between(self._expected, found)
-
-    @functools.cached_property
-    def _expected(self) -> list[dict[str, Any]]:
-        with open_session(self.dense) as session:
-            return [session.run(feeds) for feeds in self.samples[:_FEW]]
-
-    def timed(self, passes: Passes) -> Candidate:
-        """Run passes on a copy, clean it up, judge it, and measure its time against the original's.
-
-        Raises UsageError where the target's provider is not here.
-        """
-        made = self.candidate(passes)
-        timing = self.job.time(self.job.model, self._cleaned(made.model), self.timed_on, {}, seconds=_TRIAL_S)
-        if timing is None:
-            raise UsageError(f"prune: latency cannot be measured here: {self.job.notes[-1]}")
-        return replace(made, time=timing.interval[1])
-
-    def finished(self, best: Candidate) -> Candidate:
-        """Cleaned up for the target, under proof, and judged again."""
-        cleaned = self._cleaned(best.model)
-        return replace(best, model=cleaned, judgement=self.judge(cleaned, "final"))
-
-    def _cleaned(self, model: ir.Model) -> ir.Model:
-        target = self.job.target.name
-        graph = optimize(model, target=target, data=self.samples, bench=False, metadata=False).graph
-        tidy = Pipeline((parse_pass("eliminate-dead"),))  # also where nothing can be proved
-        return tidy.run(lambda: graph).model
-
-    def _run(self, passes: Passes) -> Outcome:
-        def say(name: str) -> None:
-            self.job.progress(f"pruning: {name}", None)
-
-        return Pipeline(passes, rounds=1).run(lambda: clone(self.dense), on_pass=say)
-
-
-def _judge(
-    job: Job,
-    samples: Sequence[Feeds],
-    metric: str | Callable[..., Any] | Metric | None,
-    budget: Budget | None,
-) -> Judge:
-    """By agreement where nothing else is asked for; without a budget by sqnr, where no output has rows."""
-    try:
-        return Judge(job.model, samples, metric or "agreement", budget or _ANY)
-    except NoRowsError:
-        if metric is not None or budget is not None:
-            raise
-    return Judge(job.model, samples, "sqnr", _ANY)
+    return Result(result, _report(work, ended, sha256, synthetic=data is None, started=started), job.model)
 
 
 def _parsed(passes: str | Sequence[str | ir.passes.PassBase]) -> Passes:
@@ -254,32 +121,6 @@ def _parsed(passes: str | Sequence[str | ir.passes.PassBase]) -> Passes:
     return found
 
 
-def _merged(job: Job, passes: Passes, samples: Sequence[Feeds]) -> ir.Model:
-    """The original behind the recipe `default`; with what the passes look for still there."""
-    skip = ["fold-batchnorm"] if any(getattr(one, "score", "") == "bn-gamma" for one in passes) else []
-    if any(pass_name(one) == "drop-layers" for one in passes):
-        skip += ["retarget-gemm", "merge-gemm"]  # which would hide the sum at the end of a block
-    done = optimize(
-        job.open_model(),
-        target="generic",
-        data=samples,
-        skip=skip,
-        freeze_initializers=job.frozen,
-        bench=False,
-        metadata=False,
-        progress=job.progress,
-    )
-    return done.graph
-
-
-def _filled(one: ir.passes.PassBase, wanted: Mapping[str, Any]) -> ir.passes.PassBase:
-    """The pass with these, as far as it has such fields and leaves them open."""
-    if not isinstance(one, Pass):
-        return one
-    left = {name: value for name, value in wanted.items() if getattr(one, name, "missing") is None}
-    return replace(one, **left)
-
-
 def _check_latency(latency: float | None, bench: bool) -> None:
     if latency is not None and not bench:
         raise UsageError("prune: latency is measured, and measuring is switched off (--no-bench)")
@@ -287,15 +128,54 @@ def _check_latency(latency: float | None, bench: bool) -> None:
         raise UsageError(f"prune: latency is {latency:g}; expected a share of the time between 0 and 1")
 
 
-def _why_not(searched: Searched, latency: float | None) -> str:
-    """Why the result is the model as it was; empty where it is not."""
-    best, first = searched.best, searched.trials[0]
-    if not best.changes and not first.ok and latency is None:
-        return f"no strength that changes anything keeps the budget: {first.summary}"
-    if not best.changes:
-        left = [(len(at), f"{step.name}: {why}") for step in best.steps for why, at in step.declined.items()]
-        _, why = max(left, key=lambda one: one[0], default=(0, "there is nothing that the passes apply to"))
-        return f"nothing was pruned: {why}"
-    if latency is not None and best.time is not None and best.time > latency:
-        return f"{latency:g} of the time is not reached: {best.time:.3f} at best"
-    return "" if best.judgement.ok else f"no strength keeps the budget: {best.judgement.summary}"
+def _require_finite(samples: Sequence[Feeds]) -> None:
+    """Raises UsageError: what is fitted to NaN is NaN, and what is judged by it is always right."""
+    for number, feeds in enumerate(samples):
+        for name, array in feeds.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                found = f"prune: sample {number}: input {name!r} holds NaN or infinite numbers"
+                raise UsageError(f"{found}; leave such samples out, or give large finite numbers")
+
+
+def _ready(job: Job, left_open: Mapping[str, Any], latency: float | None) -> Passes:
+    """The passes with what they leave open, as far as they have such fields, and with an amount.
+
+    Raises UsageError where one of them needs samples.
+    """
+    passes, usual = [], latency / 2 if latency is not None else 0.5
+    for one in job.pipeline.passes:
+        if isinstance(one, Pass):
+            filled = {name: value for name, value in left_open.items() if getattr(one, name, "") is None}
+            one = replace(one, **filled)
+        if isinstance(one, Informed):
+            one.require_samples(job.open_model())
+        passes.append(up_to(one, usual))
+    return tuple(passes)
+
+
+def _report(work: Trials, ended: Ended, sha256: str, *, synthetic: bool, started: float) -> PruningReport:
+    """The report; `started` is when the work began, of `time.perf_counter`."""
+    job, best = work.job, ended.searched.best
+    sizes = {**(job.shapes or {}), **sizes_of(work.samples)}
+    packed = None if ended.reason else packed_sizes(job.model, best.model)
+    if packed is None and not ended.reason:
+        job.notes.append("not packed to see its size: that takes onnxopt[pack], and no more than 256 MB")
+    return PruningReport(
+        source=source_of(job.model),
+        input_sha256=sha256,
+        target=job.target.name,
+        seed=job.seed,
+        versions=versions(),
+        samples=(len(work.fitted), len(work.held_out)),
+        synthetic=synthetic,
+        before=measure_size(job.original, sizes),
+        after=measure_size(best.model, sizes),
+        searched=ended.searched,
+        layers=sparsity(best.model),
+        packed=packed,
+        settings=ended.settings,
+        timing=ended.timing,
+        reason=ended.reason,
+        notes=tuple(job.notes),
+        seconds=time.perf_counter() - started,
+    )

@@ -10,18 +10,16 @@ from typing import Any, Literal
 
 from onnxopt.api.candidates import find_candidate
 from onnxopt.api.checks import not_here, saturation_notes
-from onnxopt.api.common import record, silent, sizes_of, source_of, versions
+from onnxopt.api.common import opened, record, silent, sizes_of, source_of, versions
 from onnxopt.api.preparation import prepare, prepared, require_use, samples_of, settings_for
 from onnxopt.api.proving import prove
 from onnxopt.api.work import Candidate, Proved, Work
-from onnxopt.benchmarking.profits import Guard
 from onnxopt.calibration import split
 from onnxopt.data import FeedSource
 from onnxopt.emulation import find_isa
-from onnxopt.job import Job, Progress
+from onnxopt.job import Progress
 from onnxopt.metric import Budget, Metric, parse_drop
-from onnxopt.model import ModelLike, fingerprint, opener, reusable
-from onnxopt.pipeline import Pipeline
+from onnxopt.model import ModelLike, fingerprint
 from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.fusion import kernels_of
 from onnxopt.quantization.judge import Judge
@@ -32,7 +30,7 @@ from onnxopt.quantization.static import Goal, Static
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.quantization import QuantizationReport
 from onnxopt.result import Result
-from onnxopt.targets import Target, find_target
+from onnxopt.targets import find_target
 
 __all__ = ["quantize"]
 
@@ -131,7 +129,7 @@ def quantize(
     require_use(chosen, {**asked, "plan": plan})
     settings = settings_for(chosen, where, goal=goal, saturates=bool(also_isa), **asked)
     pipeline = prepare(chosen, settings, where, freeze_initializers)
-    job = _opened(model, pipeline, where, shapes, seed, progress or silent, frozen=freeze_initializers)
+    job = opened(model, pipeline, where, shapes, seed, progress or silent, frozen=freeze_initializers)
     sha256 = fingerprint(job.model, job.original)
     if given is not None:
         given.require(sha256)
@@ -171,25 +169,6 @@ def quantize(
         record(result, [*(step.name for step in outcome.steps if step.changes), chosen.name], sha256)
     report = _report(work, candidate, proved, sha256, synthetic=data is None, started=started)
     return Result(result, report, job.model)
-
-
-def _opened(
-    model: ModelLike,
-    pipeline: Pipeline,
-    target: Target,
-    shapes: Mapping[str, Sequence[int]] | None,
-    seed: int,
-    progress: Progress,
-    *,
-    frozen: bool,
-) -> Job:
-    model = reusable(model)
-    progress("reading the model", None)
-    open_model = opener(model)
-    guard = Guard((), target.provider, measure=False)
-    return Job(
-        model, open_model(), open_model, pipeline, target, guard, shapes, seed, progress, frozen=frozen
-    )
 
 
 def _report(

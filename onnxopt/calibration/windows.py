@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
 
-__all__ = ["from_rows", "has_rows", "operand_rows", "pads_of", "result_rows", "weight_rows"]
+__all__ = ["from_rows", "has_rows", "operand_rows", "padding", "pads_of", "result_rows", "weight_rows"]
 
 
 def has_rows(node: ir.Node) -> bool:
@@ -90,12 +91,22 @@ def pads_of(
         extents: of the kernel, dilated.
         strides: of the Conv.
     """
-    mode, rank = str_attr(node, "auto_pad", "NOTSET"), len(sizes)
-    if mode == "NOTSET":
-        pads = ints_attr(node, "pads") or (0,) * (2 * rank)
-        return list(zip(pads[:rank], pads[rank:], strict=True))
-    if mode == "VALID":
-        return [(0, 0)] * rank
+    return padding(str_attr(node, "auto_pad", "NOTSET"), ints_attr(node, "pads"), sizes, extents, strides)
+
+
+def padding(
+    mode: str,
+    pads: Sequence[int] | None,
+    sizes: Sequence[int],
+    extents: Sequence[int],
+    strides: Sequence[int],
+) -> list[tuple[int, int]]:
+    """What a window puts in front of and behind each axis; `mode` is its attribute auto_pad."""
+    rank = len(extents)
+    if mode in ("NOTSET", "VALID"):
+        given = tuple(pads or ()) if mode == "NOTSET" else ()
+        given = given or (0,) * (2 * rank)
+        return list(zip(given[:rank], given[rank:], strict=True))
     whole = [max((-(-n // s) - 1) * s + e - n, 0) for n, e, s in zip(sizes, extents, strides, strict=True)]
     less = [(total // 2, total - total // 2) for total in whole]
     return less if mode == "SAME_UPPER" else [(more, fewer) for fewer, more in less]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,17 +29,44 @@ if TYPE_CHECKING:
 __all__ = ["command", "spelled"]
 
 
+_AMOUNTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "channels": {
+        "macs": (float, "Share of multiply-adds to keep."),
+        "parameters": (float, "Instead, share of parameters to keep."),
+        "ratio": (float, "Instead, share of the channels that go."),
+    },
+    "weights": {
+        "sparsity": (float, "Share of zeros to reach."),
+        "threshold": (float, "Instead, zero what is smaller than this."),
+        "percentile": (float, "Instead, zero what is smaller than this percentile (0 to 100)."),
+        "nm": (str, "Instead, N of M in a row stay, as 2:4."),
+        "scope": (click.Choice(["global", "layer", "row"]), "What competes for the zeros."),
+        "protect": (str, "Layers that stay: first, last, depthwise (the default), or none: first+last."),
+        "small": (click.IntRange(0), "Weights of fewer elements stay.  [default: 64]"),
+    },
+}
+"""Flag -> the options of its pass: what they are, and what they say."""
+
+
+def _amounts_of(flag: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """The options of a flag's pass."""
+
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        for name, (kind, said) in reversed(list(_AMOUNTS[flag].items())):
+            function = click.option(f"--{name}", type=kind, help=said)(function)
+        return function
+
+    return decorate
+
+
 @click.command("prune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the result.")
 @click.option("--channels", is_flag=True, help="Cut channels out of the graph: smaller and faster.")
-@click.option("--macs", type=float, help="Share of multiply-adds to keep.")
+@_amounts_of("channels")
 @click.option("--latency", type=float, help="Share of the time to keep, as measured, by the least pruning.")
 @click.option("--weights", is_flag=True, help="Set weights to zero: smaller once packed, not faster.")
-@click.option("--sparsity", type=float, help="Share of zeros to reach.")
-@click.option("--threshold", type=float, help="Zero what is smaller than this.")
-@click.option("--nm", metavar="N:M", help="N of M in a row stay, as 2:4.")
-@click.option("--scope", type=click.Choice(["global", "layer"]), help="What competes for the zeros.")
+@_amounts_of("weights")
 @click.option("--score", help="What goes first: l1, l2, random, wanda, obs; channels: bn-gamma, energy, ...")
 @click.option(
     "--layers", type=click.IntRange(1), metavar="N", help="Drop the N residual blocks that matter least."
@@ -72,13 +99,8 @@ def command(
     model: Path,
     output: Path | None,
     channels: bool,
-    macs: float | None,
     latency: float | None,
     weights: bool,
-    sparsity: float | None,
-    threshold: float | None,
-    nm: str | None,
-    scope: str | None,
     score: str | None,
     layers: int | None,
     rank: str | None,
@@ -101,6 +123,7 @@ def command(
     no_metadata: bool,
     list_layers: bool,
     json_file: str | None,
+    **amounts: Any,
 ) -> int:
     """Prune MODEL: cut what matters least, say what that saves and what it costs.
 
@@ -108,6 +131,7 @@ def command(
     onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/
     onnxopt prune model.onnx -o fast.onnx --channels --latency 0.65 --data samples/
     onnxopt prune model.onnx -o sparse.onnx --weights --sparsity 0.9 --cluster bits=5
+    onnxopt prune model.onnx -o sparse.onnx --weights --percentile 80 --protect first+last+depthwise
     onnxopt prune model.onnx -o out.onnx --channels --macs 0.5 --data samples/ --max-drop 1%
     onnxopt prune model.onnx -o half.onnx --channels --macs 0.5 --data samples/ --recover
 
@@ -126,22 +150,24 @@ def command(
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
-    of_weights = {"sparsity": sparsity, "threshold": threshold, "nm": nm, "scope": scope}
+    if amounts["protect"] is not None:
+        amounts["protect"] = amounts["protect"].replace(",", "+").replace("none", "")
+    of_channels, of_weights = ({name: amounts[name] for name in names} for names in _AMOUNTS.values())
     asked = spelled(
         {
             "drop-layers": _options(number=layers) if layers else None,
-            "prune-channels": _options(macs=macs, score=score) if channels else None,
+            "prune-channels": _options(**of_channels, score=score) if channels else None,
             "factorize-weights": rank,
             "shrink-kernels": kernels,
             "prune-weights": _options(**of_weights, score=score) if weights else None,
             "cluster-weights": cluster,
         }
     )
+    _require_use(of_channels, "--channels", channels)
     _require_use(of_weights, "--weights", weights)
     more = load_recipe(recipe).passes if recipe is not None else ()
     chosen: list[str | PassBase] = [*asked, *passes, *more]
     _require_use({"masks": masks}, "--weights", any("prune-weights" in str(one) for one in chosen))
-    _require_use({"macs": macs}, "--channels", channels)
     _require_use({"score": score}, "--weights and --channels", weights or channels)
     trained = None
     _require_use({"recover-with": recover_with}, "--recover", recover)

@@ -84,6 +84,10 @@ def run_training(
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
     asked = {name: value for name, value in given.items() if value not in (None, ())}
+    read = (model, recipe, *(asked.get(name) for name in ("data", "validation", "test")))
+    for one in (*read, *_all_of(asked.get("teacher"))):
+        if one is not None and Path(one).resolve() == output.resolve():
+            raise click.UsageError(f"-o {output}: the training reads this file: give another one")
     folder = output.with_name(f"{output.name}.train")
     with progress() as show:
         train = getattr(onnxopt.training, function)
@@ -95,6 +99,11 @@ def run_training(
     print_training(report, console(json_file), written=written)
     write_json(report.to_dict(), json_file)
     return int(not report.ok)
+
+
+def _all_of(given: Any) -> tuple[Any, ...]:
+    """Of an option that may be given several times."""
+    return given if isinstance(given, tuple) else (given,)
 
 
 def recovery(

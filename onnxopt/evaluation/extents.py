@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxopt.evaluation.sizes import Dim, Shape, broadcast, divide, is_natural, named, product
 from onnxopt.graph import int_attr, ints_attr, str_attr
 
-__all__ = ["BROADCAST", "SHAPES"]
+__all__ = ["BROADCAST", "KEEPERS", "SHAPES"]
 
 _END = 2**31 - 1
 """A Slice that ends here or later takes all of an axis, by the ONNX text."""
@@ -266,12 +266,12 @@ def _attention(known: Known, node: ir.Node) -> Sequence[Shape | None]:
     return () if width is None else ((*query[:2], width),)
 
 
-_CONTRIB = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "RotaryEmbedding")
+KEEPERS = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "RotaryEmbedding")
 """Operators of the runtime whose output has the shape of the first input."""
 
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, _same),
-    **{f"com.microsoft::{op_type}": _same for op_type in (*_CONTRIB, "SkipSimplifiedLayerNormalization")},
+    **{f"com.microsoft::{op_type}": _same for op_type in (*KEEPERS, "SkipSimplifiedLayerNormalization")},
     "com.microsoft::EmbedLayerNormalization": _embedded,
     **dict.fromkeys(("Attention", "com.microsoft::MultiHeadAttention"), _attention),
     **dict.fromkeys(BROADCAST, _elementwise),

@@ -12,6 +12,7 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 
+from onnxopt.evaluation.extents import KEEPERS
 from onnxopt.inspection.values import LARGEST
 
 __all__ = ["Dims", "inline", "outline"]
@@ -90,6 +91,11 @@ def _write_port(proto: onnx.ValueInfoProto, value: ir.Value, dims_of: DimsOf) ->
 
 
 def _write_node(proto: onnx.NodeProto, node: ir.Node, dims_of: DimsOf) -> None:
+    if node.domain == "com.microsoft" and node.op_type in KEEPERS and len(node.outputs) == 1:
+        proto.op_type, proto.name = "Identity", node.name or ""  # inference knows no shapes of that domain
+        proto.input.append((node.inputs[0] and node.inputs[0].name) or "")
+        proto.output.append(node.outputs[0].name or "")
+        return
     proto.op_type = node.op_type
     if node.domain:
         proto.domain = node.domain

@@ -155,7 +155,8 @@ def _related(scope: Scope) -> Elements:
         for kind, ports in (("an input", graph.inputs), ("an output", graph.outputs)):
             for value in ports:
                 e.site = value.name or ""
-                e.pin_value(f"is {kind} {what}", value)
+                more = " (overridable; --freeze-initializers folds it)" if value.is_initializer() else ""
+                e.pin_value(f"is {kind} {what}{more}", value)
     for node in walk(scope.graph):
         e.site = site_of(node)
         rule = None if has_reference(node) else RELATIONS.get(operator_of(node))

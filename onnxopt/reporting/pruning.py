@@ -63,6 +63,12 @@ class PruningReport(WithSettings):
         return sum(one.zeros for one in self.layers) / max(sum(one.elements for one in self.layers), 1)
 
     @property
+    def sensitivity(self) -> dict[str, float | None]:
+        """Part of the model -> dB of signal over noise where it alone is pruned; None where there is none."""
+        found = self.searched.sensitivity.items()
+        return {name: -10 * math.log10(noise) if 0 < noise < math.inf else None for name, noise in found}
+
+    @property
     def savings(self) -> tuple[str, ...]:
         """What each change saves and what it does not, in sentences; none where nothing came of it."""
         said: list[str] = []
@@ -116,10 +122,7 @@ class PruningReport(WithSettings):
                 for step in best.steps
             ],
             "trials": [asdict(trial) for trial in self.searched.trials],
-            "sensitivity": {
-                name: -10 * math.log10(noise) if 0 < noise < math.inf else None
-                for name, noise in self.searched.sensitivity.items()
-            },
+            "sensitivity": self.sensitivity,
             "layers": [asdict(one) for one in self.layers],
             "zeros": self.zeros,
             "savings": list(self.savings),

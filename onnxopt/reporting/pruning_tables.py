@@ -42,14 +42,12 @@ def print_pruning(
         for reason, sites in step.declined.items():
             console.print(Text(f"  left: {len(sites)} x {reason}, first {sites[0]}", style="yellow"))
     if list_layers:
-        layers = plain_table("weight", ">elements", ">zeros")
-        for layer in report.layers:
-            layers.add_row(layer.weight, amount(layer.elements), f"{layer.share:.1%}")
-        console.print(layers)
+        _print_layers(report, console)
     for trial in report.searched.trials if len(report.searched.trials) > 1 else ():
         time = "" if trial.time is None else f"{trial.time:.3f} of the time, "
         said = Text(time + trial.summary, style="green" if trial.ok else "red")
-        console.print(Text(f"tried    {trial.share:.0%} of the strength: ") + said)
+        how = ", by what parts matter" if trial.weighted else ""
+        console.print(Text(f"tried    {trial.share:.0%} of the strength{how}: ") + said)
     style = "green" if best.judgement.ok else "red"
     console.print(Text("accuracy ", style="bold") + Text(best.judgement.summary, style=style))
     for sentence in report.savings:
@@ -63,3 +61,16 @@ def print_pruning(
         console.print(Text(f"nothing was written: {report.reason}", style="red"))
     if written is not None:
         print_written(written, report.settings, console)
+
+
+def _print_layers(report: PruningReport, console: Console) -> None:
+    """The share of zeros of each weight, and what each part of the model costs alone, as far as measured."""
+    layers = plain_table("weight", ">elements", ">zeros")
+    for layer in report.layers:
+        layers.add_row(Text(layer.weight), amount(layer.elements), f"{layer.share:.1%}")
+    console.print(layers)
+    parts = plain_table("pruned alone", ">dB")
+    for name, level in report.sensitivity.items():
+        parts.add_row(Text(name), "no noise" if level is None else f"{level:.1f}")
+    if parts.row_count:
+        console.print(parts)

@@ -44,7 +44,14 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
 
 
 def amount(value: int | str, unit: str = "") -> str:
-    """A count as people read it: `1 234`, `5.6 M`, `5.6 MB`; a formula in dynamic sizes is cut short."""
+    """A count as people read it: `1 234`, `5.6 M`, `5.6 MB`; a formula in dynamic sizes is cut short.
+
+    Where a part of the formula is not known, the rest is the least that it can be.
+    """
+    if value == "?":
+        return "not known"
+    if isinstance(value, str) and value.endswith(" + ?"):
+        return f"at least {amount(value.removesuffix(' + ?'), unit)}"
     if isinstance(value, str):
         text = re.sub(r"\d{6,}", lambda number: amount(int(number[0])), value)
         return text if len(text) <= 32 else text[:31] + "…"

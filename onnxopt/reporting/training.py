@@ -42,7 +42,8 @@ class TrainingReport:
 
     recipe: all options. samples: to train on, to choose the best epoch by, and for the last word; None where
     they are not counted. trained: parameters that were, of how many. choice: the score that the epoch was
-    chosen by; final: that of the last word. curves: a number for each epoch. best_epoch: counts from 1.
+    chosen by; final: that of the last word. curves: a number for each evaluation, which is one
+    after each epoch unless the recipe says otherwise. best_epoch: number of the best one, counts from 1.
     reason: why nothing is to be written; empty where all is well. process: number of this one, of how many.
     """
 

@@ -14,7 +14,7 @@ from onnxopt.reporting.training import TrainingReport
 __all__ = ["print_training"]
 
 _ROWS = 12
-"""Epochs that are shown, at most."""
+"""Evaluations that are shown, at most."""
 
 
 def print_training(report: TrainingReport, console: Console, *, written: Path | None) -> None:
@@ -23,13 +23,15 @@ def print_training(report: TrainingReport, console: Console, *, written: Path | 
     of = f"trained {trained} of {known} parameters on {report.device}"
     console.print(f"[bold]{escape(report.source)}[/]  {report.command}  {of}")
     console.print()
-    table = plain_table(">epoch", ">loss", ">lr", f">{report.choice.metric}", "")
+    each = "step" if report.recipe["evaluate"] else "epoch"
+    table = plain_table(f">{each}", ">loss", ">lr", f">{report.choice.metric}", "")
     rows = list(zip(*(report.curves[name] for name in ("loss", "lr", "score")), strict=True))
     every = max(-(-len(rows) // _ROWS), 1)
-    for epoch, (loss, lr, score) in enumerate(rows, 1):
-        best = epoch == report.best_epoch
-        if best or epoch % every == 0:
-            table.add_row(str(epoch), f"{loss:.4g}", f"{lr:.3g}", f"{score:.4g}", "best" if best else "")
+    for number, (loss, lr, score) in enumerate(rows, 1):
+        best = number == report.best_epoch
+        if best or number % every == 0:
+            at = report.curves["step"][number - 1] if each == "step" else number
+            table.add_row(str(at), f"{loss:.4g}", f"{lr:.3g}", f"{score:.4g}", "best" if best else "")
     console.print(table)
     console.print()
     console.print(size_table(report.before, report.after))

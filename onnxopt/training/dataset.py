@@ -21,7 +21,7 @@ from onnxopt.data.contract import Contract
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
 from onnxopt.training.sizes import Sizes
-from onnxopt.training.sources import Arrays, Source, Stream, Table, batches_of
+from onnxopt.training.sources import Arrays, Source, Stream, Table, batches_of, shuffled
 from onnxopt.training.transforms import Mixup, Transform
 
 __all__ = ["Batch", "Dataset"]
@@ -51,6 +51,8 @@ class Dataset:
     transforms: tuple[Transform, ...] = ()
     seed: int = 0
     workers: int = 1
+    shuffle: int = 0
+    """Of a stream, samples that are held to draw the next one of a batch from; 0: as they come."""
     chosen: np.ndarray | None = None
     """Rows that belong to it; None: all."""
     _inputs: dict[str, Input] = field(init=False, repr=False, compare=False)
@@ -195,14 +197,18 @@ class Dataset:
                 array = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
             given[name] = array if self.stacks or not changes else array[0]
         feeds = (_any_batch(self.contract) if self.stacks else self.contract).check(given, "data")
-        return {**feeds, **{name: given[name] for name in given if name in self.labels}}
+        labels = {name: given[name] for name in given if name in self.labels}
+        for name, array in labels.items():
+            if array.dtype.kind not in "fiub":
+                raise UsageError(f"data: label {name!r} is of type {array.dtype}; expected numbers")
+        return {**feeds, **labels}
 
     def _changed(
         self, x: np.ndarray, changes: Sequence[Transform], epoch: int | None, row: int
     ) -> np.ndarray:
         random = None if epoch is None else self._random(epoch, row, 0)
         for one in changes:
-            x = one(x, random)
+            x = one.applied(x, random)
         return x
 
     def _streamed(
@@ -210,7 +216,8 @@ class Dataset:
     ) -> Iterator[tuple[int, list[Batch]]]:
         """The batches of a stream, cut anew to the sizes that are asked for."""
         first = 0
-        for number, (count, take) in enumerate(self._recut(sizes.of_epoch(epoch, epochs, None))):
+        random = np.random.default_rng((self.seed, epoch, 3)) if self.shuffle else None
+        for number, (count, take) in enumerate(self._recut(sizes.of_epoch(epoch, epochs, None), random)):
             if number >= start:
                 parts = self._parts(np.arange(count), part, pieces)
                 yield count, [self._made(take(one), first + one, epoch, size) for one, size in parts]
@@ -225,20 +232,24 @@ class Dataset:
         found = np.array_split(own, pieces if self.stacks else max(len(own), 1))
         return [(one, len(one)) for one in found if len(one)] or [(index[:1], 0)]
 
-    def _recut(self, sizes: Iterator[int]) -> Iterator[tuple[int, Callable[[np.ndarray], Arrays]]]:
+    def _recut(
+        self, sizes: Iterator[int], random: np.random.Generator | None = None
+    ) -> Iterator[tuple[int, Callable[[np.ndarray], Arrays]]]:
         """The rows of a stream in batches of these sizes: how many, and what gives those of some numbers.
 
-        The last has fewer, and so has one before rows of another shape.
+        random: what draws them from those that are held. The last has fewer, and so has one before rows of
+        another shape.
         """
         assert isinstance(self.source, Stream)
         held: list[Arrays] = []
         size = next(sizes)
-        for arrays in batches_of(self.source, self.labels):
-            for row in _rows(arrays) if self.stacks else [arrays]:
-                if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
-                    yield len(held), functools.partial(_joined, held)
-                    held, size = [], next(sizes)
-                held.append(row)
+        given = batches_of(self.source, self.labels)
+        rows = (row for arrays in given for row in (_rows(arrays) if self.stacks else [arrays]))
+        for row in rows if random is None else shuffled(rows, self.shuffle, random):
+            if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
+                yield len(held), functools.partial(_joined, held)
+                held, size = [], next(sizes)
+            held.append(row)
         if held:
             yield len(held), functools.partial(_joined, held)
 

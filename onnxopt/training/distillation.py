@@ -7,6 +7,7 @@ attention as in Zagoruyko & Komodakis, "Paying More Attention to Attention", 201
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from onnxopt.training.work import train
 
 __all__ = ["Distiller", "distill", "train_taught"]
 
+_LOOKED_AT = 16
+"""Samples that the scale of hidden tensors is taken from."""
 _NOISE = (
     "the samples look like independent random numbers: what a model says to noise teaches little about real "
     "inputs; give real ones"
@@ -109,6 +112,7 @@ class Distiller(Hook):
     answers: list[tuple[Answer, list[str]]] = field(default_factory=list)
     """What is compared, and what each teacher calls it."""
     notes: tuple[str, ...] = ()
+    whole = False
     _matches: list[list[Match]] = field(default_factory=list)
 
     def start(self, trainer: Trainer) -> None:
@@ -221,20 +225,22 @@ class Distiller(Hook):
         return Answer(one.name, found.name, one.loss, found.activation, axis)
 
     def _project(self, trainer: Trainer, module: GraphModule) -> None:
-        """Find where widths differ, and let the module give those tensors behind linear maps, too."""
-        batch = next(trainer.data.evaluated(1))
-        arrays = {
-            name: torch.from_numpy(np.array(a)).to(trainer.world.device) for name, a in batch.arrays.items()
-        }
+        """Find the scale of hidden tensors; those of other widths are given behind linear maps, too."""
+        samples = [
+            {name: torch.from_numpy(np.array(a)).to(module.device) for name, a in batch.arrays.items()}
+            for batch in itertools.islice(trainer.data.evaluated(1), _LOOKED_AT)
+        ]
         with torch.no_grad():
-            outputs = module({name: arrays[name] for name in module.input_names})
+            outputs = module({name: samples[0][name] for name in module.input_names})
         random = torch.Generator().manual_seed(self.recipe.seed)
         maps = nn.ModuleList()
         axes: list[tuple[str, str, int]] = []
         for teacher, matches in zip(self.teachers, self._matches, strict=True):
-            told = teacher(arrays)
+            told = [teacher(arrays) for arrays in samples]
             for match in matches:
-                found = differing(match, outputs[match.mine].shape, told[match.theirs].shape)
+                squares = [float(one[match.theirs].float().square().mean()) for one in told]
+                match.scale = max(float(np.mean(squares)), float(np.finfo(np.float32).tiny))
+                found = differing(match, outputs[match.mine].shape, told[0][match.theirs].shape)
                 if found is None:
                     continue
                 axis, mine, theirs = found
@@ -245,7 +251,7 @@ class Distiller(Hook):
                 maps.append(linear)
         if not axes:
             return
-        maps.to(trainer.world.device)
+        maps.to(module.device)
         name = "distillation"
         while hasattr(module, name):
             name += "_"

@@ -15,6 +15,7 @@ __all__ = ["diverged"]
 
 def diverged(
     module: nn.Module,
+    forward: nn.Module,
     step: int,
     loss: float,
     trained: Mapping[str, nn.Parameter],
@@ -22,11 +23,12 @@ def diverged(
 ) -> DivergedError:
     """The error that names the step and the culprit; the module is not to be used any more.
 
-    trained: parameters, with the gradients of the step. arrays: inputs and labels of its last piece.
+    forward: what is called in its place. trained: parameters, with the gradients of the step. arrays: inputs
+    and labels of its last piece.
     """
     where = _first(dict(module.named_parameters())) or _first(arrays)
     if where is None:
-        where = _hidden(module, arrays)
+        where = _hidden(module, forward, arrays)
     if where is None:
         where = _first(
             {f"gradient of {name}": one.grad for name, one in trained.items() if one.grad is not None}
@@ -36,13 +38,13 @@ def diverged(
     return DivergedError(f"train: step {step}: the loss is {loss:g}; first not finite: {where}; {hint}")
 
 
-def _hidden(module: nn.Module, arrays: Mapping[str, Tensor]) -> str | None:
+def _hidden(module: nn.Module, forward: nn.Module, arrays: Mapping[str, Tensor]) -> str | None:
     """The first tensor in the order of the graph, or the first output of a module that shows no others."""
     names: list[str] = list(getattr(module, "hidden", ()))
     if names:
         module.expose(*names)  # type: ignore[operator]
     with torch.no_grad():
-        outputs = module({name: arrays[name] for name in module.input_names})  # type: ignore[union-attr]
+        outputs = forward({name: arrays[name] for name in module.input_names})  # type: ignore[union-attr]
     return _first({name: outputs[name] for name in (*names, *outputs)})
 
 

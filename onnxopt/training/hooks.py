@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import onnx_ir as ir
 from torch import Tensor, nn
@@ -21,21 +21,22 @@ class Judge(Protocol):
     """Says how good the module is now, and keeps it if it is the best so far."""
 
     def score(self, module: nn.Module) -> float:
-        """Higher is better. Called by the first process only."""
+        """Higher is better. Called in each process; that of the first counts."""
         ...
 
-    def keep(self, module: nn.Module) -> None:
-        """Called in each process after a score that is the best so far."""
+    def keep(self) -> None:
+        """Keep what was scored last. Called in each process after a score that is the best so far."""
         ...
 
 
 class Hook:
     """What distillation, masks or quantization add to a training; each method may be left as it is.
 
-    notes: for the report, once the training is done.
+    notes: for the report, once the training is done. whole: whether it needs parameters that are not sharded.
     """
 
     notes: tuple[str, ...] = ()
+    whole: ClassVar[bool] = True
 
     def start(self, trainer: Trainer) -> None:
         """Before the optimizer is made: parameters may be added or frozen."""

@@ -42,20 +42,24 @@ class Answer:
 
 @dataclass
 class Match:
-    """Hidden tensors that are to be alike; `key` is what the module calls its own behind a linear map."""
+    """Hidden tensors that are to be alike.
+
+    key: what the module calls its own behind a linear map. scale: mean square of the teacher's; one number
+    for the whole training, so that a batch in parts is the batch.
+    """
 
     mine: str
     theirs: str
     attends: bool
     key: str = ""
+    scale: float = 1.0
 
     def __call__(self, outputs: Mapping[str, Tensor], told: Mapping[str, Tensor]) -> Tensor:
-        """(N,): squared distance, over the mean square of the teacher's, or of the maps of attention."""
+        """(N,): squared distance, over `scale`, or of the maps of attention."""
         y, target = outputs[self.key or self.mine].float(), told[self.theirs].float()
         if self.attends:
             return (_attention(y) - _attention(target)).square().sum(1)
-        scale = target.square().mean().clamp(min=torch.finfo(target.dtype).tiny)
-        return (y - target).square().flatten(1).mean(1) / scale
+        return (y - target).square().flatten(1).mean(1) / self.scale
 
 
 def differing(match: Match, mine: Sequence[int], theirs: Sequence[int]) -> tuple[int, int, int] | None:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onnxopt.errors import UsageError
 from onnxopt.reporting.training import plain
 
-__all__ = ["Log"]
+__all__ = ["Curves", "Log"]
+
+
+@dataclass
+class Curves:
+    """A number for each evaluation: the steps made, the mean loss since the one before, the score of the
+    written file, and the learning rate."""
+
+    step: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> int:
+        """The evaluation with the best score, the last of equals; -1 before the first."""
+        return max(range(len(self.score)), key=lambda one: (self.score[one], one), default=-1)
 
 
 class Log:

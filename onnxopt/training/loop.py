@@ -1,4 +1,4 @@
-"""The loop: batches in, optimizer steps, an evaluation and a checkpoint after each epoch.
+"""The loop: batches in, optimizer steps, an evaluation and a checkpoint after each epoch or so many steps.
 
 All that is random in a step (dropout, transforms, order) is drawn anew from the seed and the number of the
 step, so that a checkpoint needs no state of generators and a resumed run is the run, bit for bit.
@@ -7,7 +7,7 @@ step, so that a checkpoint needs no state of generators and a resumed run is the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,31 +22,19 @@ from onnxopt.training.checkpoints import read_checkpoint, write_checkpoint
 from onnxopt.training.dataset import Batch, Dataset
 from onnxopt.training.divergence import diverged
 from onnxopt.training.hooks import Hook, Judge
-from onnxopt.training.logs import Log
+from onnxopt.training.logs import Curves, Log
 from onnxopt.training.losses import Objective
-from onnxopt.training.optimizers import frozen, make_optimizer, penalty
+from onnxopt.training.optimizers import averaged, frozen, make_optimizer, penalize
 from onnxopt.training.parallel import World
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.schedules import Clock, parse_schedule
+from onnxopt.training.sharding import like_parts
 from onnxopt.training.sizes import parse_sizes
+from onnxopt.training.values import whole
 
-__all__ = ["Curves", "Trainer"]
+__all__ = ["Trainer"]
 
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class Curves:
-    """A number for each epoch: mean loss, score of the written file, learning rate at the end."""
-
-    loss: list[float] = field(default_factory=list)
-    score: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        """The epoch with the best score, the last of equals; -1 before the first."""
-        return max(range(len(self.score)), key=lambda one: (self.score[one], one), default=-1)
 
 
 @dataclass(eq=False)
@@ -77,7 +65,7 @@ class Trainer:
     curves: Curves = field(default_factory=Curves, init=False)
     trained: dict[str, nn.Parameter] = field(init=False)
     _losses: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
-    """Sum of the losses of this epoch, and how many samples it has seen."""
+    """Sum of the losses since the last evaluation, and how many samples they are of."""
 
     def __post_init__(self) -> None:
         recipe, module, data, world = self.recipe, self.module, self.data, self.world
@@ -87,13 +75,16 @@ class Trainer:
         if not steps and not recipe.steps:
             raise UsageError("steps: a stream has no length: say how many steps to train, with steps=")
         self.total = min(steps or recipe.steps, recipe.steps or steps)
-        module.to(world.device)
+        if world.sharded and (recipe.precision == "float16" or any(hook.whole for hook in self.hooks)):
+            raise UsageError("shard: it is for finetune and distill, in float32 or bfloat16")
+        world.place(module, self._sample)
         for hook in self.hooks:
             hook.start(self)
         named = dict(module.named_parameters())
         for name in frozen(named, recipe.freeze):
             named[name].requires_grad_(False)
-        self.trained = {name: one for name, one in named.items() if one.requires_grad}
+        self._forward: Any = world.wrapped(module, self._sample)
+        self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
         self.optimizer = make_optimizer(
             self.trained,
             recipe.optimizer,
@@ -105,7 +96,6 @@ class Trainer:
         average = get_ema_multi_avg_fn(recipe.ema)
         self.ema = AveragedModel(self._parameters, multi_avg_fn=average) if recipe.ema else None
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
-        self._forward: Any = world.wrapped(module)
         if recipe.compile:
             self._forward = torch.compile(self._forward)
 
@@ -131,13 +121,16 @@ class Trainer:
         """
         logged = self._restore() if resume else 0
         log = Log(self.folder if self.world.first else None, keep=logged, tensorboard=self.recipe.tensorboard)
-        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        devices = [one for one in (self.world.device, *self.world.stages) if one.type == "cuda"]
         with torch.random.fork_rng(devices), contextlib.closing(log):
             while not self.done:
                 self._run_epoch(log)
-                self._evaluate(log)
-                self._save(log)
         return self.curves
+
+    def _sample(self) -> dict[str, Tensor]:
+        """The inputs of a batch, on the CPU."""
+        _, pieces = next(self.data.batches(self._sizes, 0, self.recipe.epochs, pieces=self.recipe.accumulate))
+        return {name: self._tensor(pieces[0].arrays[name], "cpu") for name in self.module.input_names}  # type: ignore[union-attr]
 
     def _run_epoch(self, log: Log) -> None:
         recipe, part = self.recipe, (self.world.rank, self.world.size)
@@ -158,12 +151,22 @@ class Trainer:
                 )
                 if self.step >= self.total:
                     break
-                if self.step % recipe.interval == 0:
+                due = bool(recipe.evaluate) and self.step % recipe.evaluate == 0
+                if due:
+                    self._evaluate(log)
+                if due or self.step % recipe.interval == 0:
                     self._save(log)
-        if not self._losses[1]:
+                if self.done:
+                    return
+        if not self.batch:
             raise UsageError(
                 f"data: epoch {self.epoch + 1} gives no samples: a source is read anew in each epoch"
             )
+        over = self.step >= self.total or self.epoch + 1 == recipe.epochs
+        if not recipe.evaluate or (over and self.curves.step[-1:] != [self.step]):
+            self._evaluate(log)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._save(log)
 
     def _train_on(self, size: int, pieces: Sequence[Batch]) -> tuple[float, float]:
         """One step of the optimizer; the mean loss over all processes, and the learning rate."""
@@ -177,16 +180,16 @@ class Trainer:
             last = number == len(pieces) - 1
             self.piece = piece
             arrays = {name: self._tensor(array) for name, array in piece.arrays.items()}
-            with contextlib.nullcontext() if last or self.world.size == 1 else self._forward.no_sync():
+            with self.world.joined(self._forward, last):
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
-                if last:
-                    loss = loss + penalty(self.trained.values(), self.recipe.l1, self.recipe.l2)
                 self._scaler.scale(loss).backward()
             total = total + loss.detach()
-        norm = self._clip()
+        self.world.share(self.trained.values())
+        self._scaler.unscale_(self.optimizer)
         total = self.world.mean(total)
-        if not (total + norm).isfinite().item():
-            raise diverged(self.module, self.step + 1, float(total), self.trained, arrays)
+        total += penalize(self.trained.values(), self.recipe.l1, self.recipe.l2)
+        if not (total + self._clip()).isfinite().item():
+            raise diverged(self.module, self._forward, self.step + 1, float(total), self.trained, arrays)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         with torch.no_grad():
@@ -222,80 +225,66 @@ class Trainer:
             shown = ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in arrays.items())
             raise UsageError(f"train: step {self.step + 1} on {shown} failed: {one_line(error)}") from error
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        whole = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
-        return torch.from_numpy(whole).to(self.world.device)
+    def _tensor(self, array: np.ndarray, device: str | torch.device | None = None) -> Tensor:
+        own = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+        return torch.from_numpy(own).to(device or self.world.device)
 
     def _clip(self) -> Tensor:
         """Clip the gradients, and give their norm; 0 where the scaler of float16 looks after them."""
         members = [one for one in self.trained.values() if one.grad is not None]
-        self._scaler.unscale_(self.optimizer)
         if self.recipe.clip_value:
             nn.utils.clip_grad_value_(members, self.recipe.clip_value)
         norm = nn.utils.get_total_norm([one.grad for one in members if one.grad is not None])
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(members, self.recipe.clip_norm, norm)
+        norm = whole(norm).to(self.world.device)
         return torch.zeros_like(norm) if self._scaler.is_enabled() else norm
 
     def _evaluate(self, log: Log) -> None:
-        """Close the epoch: score what would be written now, and keep it if it is the best."""
+        """Score what would be written now, and keep it if it is the best."""
         self.progress(f"epoch {self.epoch + 1}: evaluating in ONNX Runtime", self.step / self.total)
         self.module.eval()
-        with self._averaged():
-            score = self.world.agreed(self.judge.score(self.module) if self.world.first else None)
+        with averaged(self._parameters, self.ema):
+            score = self.world.agreed(self.judge.score(self.module))
             if score >= max(self.curves.score, default=-torch.inf):
-                self.judge.keep(self.module)
+                self.judge.keep()
+        self.curves.step.append(self.step)
         self.curves.loss.append(self._losses[0] / self._losses[1])
         self.curves.score.append(score)
         self.curves.lr.append(
             self.optimizer.param_groups[0]["lr"] / (self.optimizer.param_groups[0]["factor"] or 1)
         )
         log(self.step, epoch=self.epoch + 1, mean_loss=self.curves.loss[-1], score=score)
-        self.epoch, self.batch, self._losses = self.epoch + 1, 0, [0.0, 0.0]
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The module with the moving averages in place of its parameters."""
-        if self.ema is None:
-            yield
-            return
-        own = [one.detach().clone() for one in self._parameters]
-        with torch.no_grad():
-            for one, mean in zip(self._parameters, self.ema.module.parameters(), strict=True):
-                one.copy_(mean)
-            yield
-            for one, mine in zip(self._parameters, own, strict=True):
-                one.copy_(mine)
+        self._losses = [0.0, 0.0]
+        self.module.train()
 
     def _save(self, log: Log) -> None:
-        if self.folder is None or not self.world.first:
+        if self.folder is None:
             return
-        state = {
-            "made_for": self.made_for,
-            "position": [self.step, self.epoch, self.batch],
-            "losses": self._losses,
-            "curves": vars(self.curves),
-            "log": log.size,
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else {},
-            "hooks": [hook.state_dict() for hook in self.hooks],
-        }
-        write_checkpoint(state, self.folder / "checkpoint.pt")
+        position = {"position": [self.step, self.epoch, self.batch], "losses": self._losses, "log": log.size}
+        kept = {name: one.state_dict() for name, one in self._kept().items()}
+        state = whole({**position, "made_for": self.made_for, "curves": vars(self.curves), **kept})
+        if self.world.first:
+            write_checkpoint(state, self.folder / "checkpoint.pt")
 
     def _restore(self) -> int:
         """Go to where the checkpoint was, if there is one; how much of the log there was then."""
-        state = read_checkpoint(self.folder / "checkpoint.pt", self.made_for) if self.folder else None
-        if state is None:
+        path = self.folder and self.folder / "checkpoint.pt"
+        if path is None or (state := read_checkpoint(path, self.made_for)) is None:
             return 0
         self.step, self.epoch, self.batch = state["position"]
         self._losses, self.curves = state["losses"], Curves(**state["curves"])
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        for hook, own in zip(self.hooks, state["hooks"], strict=True):
-            hook.load_state_dict(own)
+        parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        for number, own in state["optimizer"]["state"].items():
+            own |= {name: like_parts(one, parameters[number]) for name, one in own.items()}
+        for name, one in self._kept().items():
+            known = one.state_dict()
+            given = {key: like_parts(value, known.get(key)) for key, value in state[name].items()}
+            one.load_state_dict(given)
         return int(state["log"])
+
+    def _kept(self) -> dict[str, Any]:
+        """What has a state of its own, by its name in checkpoints."""
+        own = {"module": self.module, "optimizer": self.optimizer, "scaler": self._scaler}
+        average = {} if self.ema is None else {"ema": self.ema}
+        return {**own, **average, **{f"hook {i}": hook for i, hook in enumerate(self.hooks)}}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from onnxopt.data import python_target
 from onnxopt.data.python import names_target
-from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.errors import OnnxoptError, UsageError, did_you_mean, one_line
 from onnxopt.recipe import parse_spelled
 
 __all__ = ["LOSSES", "Loss", "Objective", "Term", "parse_loss"]
@@ -56,6 +56,7 @@ class CrossEntropy(Loss):
 
     def __call__(self, y: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point():
+            _same("cross-entropy of probabilities (class indices are integers)", target.shape, y.shape)
             axis = 1 if y.ndim == 2 else y.ndim - 1
             y, target = y.movedim(axis, 1), target.to(y.dtype).movedim(axis, 1)
             return _rows(nf.cross_entropy(y, target, reduction="none", label_smoothing=self.smoothing))
@@ -200,10 +201,21 @@ class Objective:
         """The loss of each sample, (N,), or one for all of them."""
         if self.function is not None:
             return self.function(outputs, arrays)
-        parts = [
-            term.weight * term.loss(_float(outputs[term.output]), arrays[term.label]) for term in self.terms
-        ]
-        return torch.stack(parts).sum(0)
+        return torch.stack([_worked_out(term, outputs, arrays) for term in self.terms]).sum(0)
+
+
+def _worked_out(term: Term, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
+    y, target = outputs[term.output], arrays[term.label]
+    try:
+        return term.weight * term.loss(_float(y), target)
+    except OnnxoptError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        shown = [f"{'x'.join(map(str, one.shape))} {one.dtype}".replace("torch.", "") for one in (y, target)]
+        raise UsageError(
+            f"loss: output {term.output!r} ({shown[0]}) and label {term.label!r} ({shown[1]}) do not go "
+            f"together: {one_line(error)}"
+        ) from error
 
 
 def parse_loss(spec: str | Callable[..., Any]) -> Objective:

@@ -15,8 +15,9 @@ from onnxopt.model import ModelLike, load
 from onnxopt.training.build import Builder, unknown_nodes
 from onnxopt.training.frozen import frozen_part
 from onnxopt.training.preparation import initial, prepare
+from onnxopt.training.stages import Stage, moved, run_stages, staged
 from onnxopt.training.state import Options, State, Tying, collect
-from onnxopt.training.values import deliver, receive
+from onnxopt.training.values import deliver, receive, whole
 
 __all__ = ["GraphModule", "Logits", "final_logits", "to_torch"]
 
@@ -79,6 +80,7 @@ class GraphModule(nn.Module):
         super().__init__()
         self.options = options
         states = collect(graph, options)
+        self.stages: tuple[Stage, ...] = ()
         self._anchor: torch.Tensor
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         initializers = graph.graph.initializers
@@ -109,6 +111,16 @@ class GraphModule(nn.Module):
         return tuple(name for name, _ in self._inputs)
 
     @property
+    def device(self) -> torch.device:
+        """Where outputs are, and inputs are expected."""
+        return self._anchor.device
+
+    @property
+    def states(self) -> tuple[tuple[int, nn.Module, str], ...]:
+        """Position in the plan, owner and attribute of each parameter and buffer."""
+        return tuple(self._owners)
+
+    @property
     def output_names(self) -> tuple[str, ...]:
         """What `forward` gives: the graph outputs, then the exposed tensors."""
         return tuple(name for name, _ in self._outputs)
@@ -124,7 +136,17 @@ class GraphModule(nn.Module):
         Raises:
             UsageError: an input is missing.
         """
-        given = {**(feeds or {}), **named}
+        values = self._values({**(feeds or {}), **named})
+        if self.stages:
+            run_stages(self.stages, values)
+            found = [moved(values[i], self.device) for i in self._plan.outputs]
+        else:
+            found = self._plan.run(values, self._anchor)
+        outputs = zip(self._outputs, found, strict=True)
+        return {name: deliver(value, dtype, self._anchor) for (name, dtype), value in outputs}
+
+    def _values(self, given: Mapping[str, Any]) -> list[Any]:
+        """What the plan starts with: constants, states and inputs at their positions."""
         values: list[Any] = [None] * self._plan.size
         for slot, constant in self._plan.constants:
             values[slot] = constant
@@ -134,9 +156,35 @@ class GraphModule(nn.Module):
             if name not in given:
                 raise UsageError(f"training: input {name!r} is not fed{did_you_mean(name, given)}")
             values[slot] = receive(given[name], dtype)
-        found = self._plan.run(values, self._anchor)
-        outputs = zip(self._outputs, found, strict=True)
-        return {name: deliver(value, dtype, self._anchor) for (name, dtype), value in outputs}
+        return values
+
+    def split(self, devices: Sequence[torch.device], feeds: Mapping[str, Any]) -> None:
+        """Cut the graph into `stages`, one for each device; states stay where they are.
+
+        feeds: one batch, which is run through once on the CPU, where the module has to be, to see how much
+        there is.
+        """
+        mode = self.training
+        self.eval()
+        trained = {slot: isinstance(getattr(owner, name), nn.Parameter) for slot, owner, name in self.states}
+        self.stages = tuple(staged(self._plan, self._values(feeds), trained, devices))
+        self.train(mode)
+
+    def place(self, devices: Sequence[torch.device | str], feeds: Mapping[str, Any]) -> None:
+        """Split the graph over devices, see `split`, and put states where the stage is that reads them.
+
+        What several stages read is on the first, and so are inputs and outputs.
+        """
+        targets = [torch.device(one) for one in devices]
+        self.split(targets, feeds)
+        self._anchor = self._anchor.to(targets[0])
+        for slot, owner, name in self.states:
+            readers = self.readers(slot)
+            _move(owner, name, readers[0].device if len(readers) == 1 else targets[0])
+
+    def readers(self, slot: int) -> list[Stage]:
+        """The stages that read the value at a position."""
+        return [one for one in self.stages if slot in one.inputs]
 
     def expose(self, *names: str) -> None:
         """Make hidden tensors outputs as well.
@@ -151,6 +199,8 @@ class GraphModule(nn.Module):
                 self._outputs.append((name, self._named[name][1]))
                 self._plan.outputs += (self._named[name][0],)
         self._plan.finish()
+        for stage in self.stages:
+            stage.connect(self._plan)
 
     def logits_of(self, output: str) -> Logits | None:
         """What the Softmax, LogSoftmax or Sigmoid that gives an output reads, exposed; None without one."""
@@ -162,7 +212,7 @@ class GraphModule(nn.Module):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by ONNX name, as they are now."""
         held = zip(self.keys, self._owners, strict=True)
-        return {name: getattr(owner, attribute).detach() for name, (_, owner, attribute) in held}
+        return {name: whole(getattr(owner, attribute).detach()) for name, (_, owner, attribute) in held}
 
     def derive(self, name: str, owner: nn.Module, attribute: str) -> None:
         """Let a constant be what an attribute of a module is each time; that module becomes a part of this.
@@ -208,6 +258,18 @@ class GraphModule(nn.Module):
             owner.register_buffer(last, tensor, persistent=tensor.is_floating_point())
         self.keys[state.name] = ".".join((*taken, last))
         self._owners.append((slot, owner, last))
+
+
+def _move(owner: nn.Module, name: str, device: torch.device) -> None:
+    """Bring a parameter, a buffer or what is computed in a module to a device."""
+    if name in owner._parameters:
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        owner._parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+    elif name in owner._buffers:
+        owner._buffers[name] = getattr(owner, name).to(device)
+    else:
+        owner.to(device)
 
 
 def _free(owner: nn.Module, part: str, *, inner: bool) -> str:

@@ -1,20 +1,23 @@
-"""Optimizers, which parameters they train at which rate, and what keeps the weights small."""
+"""Optimizers, which parameters they train at which rate, their averages, and what keeps weights small."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from onnxopt.errors import UsageError
 from onnxopt.recipe import parse_spelled
+from onnxopt.training.values import whole
 
-__all__ = ["OPTIMIZERS", "Group", "frozen", "make_optimizer", "penalty", "role_of"]
+__all__ = ["OPTIMIZERS", "Group", "averaged", "frozen", "make_optimizer", "penalize", "role_of"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ class Group:
     weight_decay: float | None = None
     relative: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.lr, self.weight_decay or 0) < 0:
+            raise UsageError("groups: lr and weight_decay are at least 0")
+
 
 def role_of(parameter: nn.Parameter) -> str:
     """The group a parameter is in by itself: scales (which say so in `role`), weights, or norm-bias."""
@@ -158,13 +165,31 @@ def _group(text: str) -> tuple[str, Group]:
     return who.strip(), parse_spelled(f"group{brace}{options}", {"group": Group}, "group")
 
 
-def penalty(parameters: Iterable[nn.Parameter], l1: float, l2: float) -> torch.Tensor | float:
-    """l1 sum |w| + l2/2 sum w^2 over the weights."""
-    weights = [one for one in parameters if role_of(one) == "weights"] if l1 or l2 else []
-    total: torch.Tensor | float = 0.0
-    for weight in weights:
-        if l1:
-            total = total + l1 * weight.abs().sum()
-        if l2:
-            total = total + l2 / 2 * weight.square().sum()
+@contextlib.contextmanager
+def averaged(parameters: Iterable[nn.Parameter], ema: AveragedModel | None) -> Iterator[None]:
+    """The moving averages in place of the parameters; without any nothing changes."""
+    if ema is None:
+        yield
+        return
+    members = list(parameters)
+    own = [one.detach().clone() for one in members]
+    with torch.no_grad():
+        for one, mean in zip(members, ema.module.parameters(), strict=True):
+            one.copy_(mean)
+        yield
+        for one, mine in zip(members, own, strict=True):
+            one.copy_(mine)
+
+
+@torch.no_grad()
+def penalize(parameters: Iterable[nn.Parameter], l1: float, l2: float) -> float:
+    """l1 sum |w| + l2/2 sum w^2 over the weights, whose gradients are added to theirs."""
+    total = 0.0
+    for weight in parameters if l1 or l2 else ():
+        if role_of(weight) != "weights":
+            continue
+        slope = l1 * weight.sign() + l2 * weight
+        weight.grad = slope if weight.grad is None else weight.grad.add_(slope)
+        value = l1 * weight.abs().sum() + l2 / 2 * weight.square().sum()
+        total += float(whole(value))
     return total

@@ -7,12 +7,12 @@ import torch
 
 from onnxopt.calibration.exposing import cut
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import constant_of
+from onnxopt.graph import constant_of, walk
 from onnxopt.ledger import Ledger
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.training.quantized import floats_of, reading
-from onnxopt.training.state import Options, State
+from onnxopt.training.state import INLINED, Options, State, constants, is_constant_node, nodes_of
 from onnxopt.training.values import tensor_of
 
 __all__ = ["initial", "prepare"]
@@ -21,8 +21,8 @@ __all__ = ["initial", "prepare"]
 def prepare(model: ir.Model, options: Options) -> ir.Model:
     """Bring a model that is the caller's own to the form that is trained.
 
-    Initializers that could be fed are constants, functions are put in place, and what the outputs that are
-    asked for do not need is gone.
+    Initializers that could be fed are constants, functions are put in place, with what they hold as
+    initializers that all calls share, and what the outputs that are asked for do not need is gone.
 
     Raises:
         UsageError: there is no such output.
@@ -33,9 +33,29 @@ def prepare(model: ir.Model, options: Options) -> ir.Model:
             raise UsageError(f"training: there is no output {name!r}{did_you_mean(name, known)}")
     if options.outputs is not None:
         cut(model, options.outputs)
+    called = {value.producer(): name for name, value in constants(model)} if model.functions else {}
+    for function in model.functions.values():
+        model.metadata_props[INLINED] = ""
+        for node in filter(is_constant_node, walk(function.graph)):
+            node.metadata_props[INLINED] = called.get(node, "")
     for one in (FreezeInitializers(), InlineFunctions()):
         one.apply(model, Ledger(pass_name=one.name))
+    for node in nodes_of(model):
+        shared = node.metadata_props.get(INLINED)
+        if shared and is_constant_node(node):
+            _share(node, shared, model.graph)
     return model
+
+
+def _share(node: ir.Node, name: str, graph: ir.Graph) -> None:
+    """Let an initializer of the main graph stand for a Constant node, and for others of that name."""
+    value = node.outputs[0]
+    if name not in graph.initializers:
+        own = ir.Value(name=name, type=value.type, shape=value.shape, const_value=constant_of(value))
+        graph.register_initializer(own)
+    value.replace_all_uses_with(graph.initializers[name], replace_graph_outputs=True)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
 
 
 def initial(state: State) -> torch.Tensor:

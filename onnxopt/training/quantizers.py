@@ -49,7 +49,6 @@ class Quantizers(Hook):
         self.scales = learn_scales(module, groups)
         if not self.scales:
             raise UsageError("qat: the model has no DequantizeLinear with a constant scale")
-        module.to(trainer.world.device)
         if self._floats is not None:
             _adopt(module, self._model, self._floats)
         if recipe.observe:

@@ -78,8 +78,11 @@ class Recipe:
     patience: int = 0
     seed: int = 0
     devices: str = "auto"
+    shard: bool = False
     workers: int = 1
     interval: int = 200
+    evaluate: int = 0
+    shuffle: int = 0
     tensorboard: bool = False
 
     meanings: ClassVar[Mapping[str, str]] = {
@@ -114,11 +117,14 @@ class Recipe:
         "compile": "Compile the graph with torch.compile: a slow first step, then faster ones.",
         "init": "Start anew: fc.*=kaiming; xavier, orthogonal, normal, zeros, ones or constant.",
         "batchnorm": "Train with a BatchNormalization after each Conv, folded back at the end.",
-        "patience": "Stop after so many epochs without a better score; 0: never.",
+        "patience": "Stop after so many evaluations without a better score; 0: never.",
         "seed": "Seed of everything random.",
-        "devices": "auto, cpu, cuda, cuda:1, xla.",
+        "devices": "auto, cpu, cuda, cuda:1, mps, xla; cuda:0,cuda:1 has half of the graph each.",
+        "shard": "Of processes of torchrun, each keeps a part of every weight (FSDP).",
         "workers": "Threads that read and transform samples.",
-        "interval": "Steps between checkpoints; one is written after each epoch, too.",
+        "interval": "Steps between checkpoints; one is written after each evaluation, too.",
+        "evaluate": "Steps between evaluations; 0: one after each epoch.",
+        "shuffle": "Samples of a stream that are held, to draw the next one from; 0: none, as they come.",
         "tensorboard": "Write the curves for TensorBoard, too.",
     }
 
@@ -136,7 +142,7 @@ class Recipe:
 
 _LEAST = {
     **dict.fromkeys(("epochs", "accumulate", "interval"), 1),
-    **dict.fromkeys(("steps", "warmup", "patience", "workers", "seed"), 0),
+    **dict.fromkeys(("steps", "warmup", "patience", "workers", "seed", "evaluate", "shuffle"), 0),
     **dict.fromkeys(("l1", "l2", "lr", "weight_decay", "clip_norm", "clip_value"), 0),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +97,15 @@ class FileJudge:
     folder: Path
     writes: bool = True
     best: ir.Model | None = None
+    _last: ir.Model | None = None
 
     def score(self, module: nn.Module) -> float:
-        return score(self.metric, save(self.finish(module), self.folder / "last.onnx"))
+        self._last = self.finish(module)  # by all processes: each may have a part of the weights
+        return score(self.metric, save(self._last, self.folder / "last.onnx")) if self.writes else math.nan
 
-    def keep(self, module: nn.Module) -> None:
-        self.best = self.finish(module)
-        if self.writes:
+    def keep(self) -> None:
+        self.best = self._last
+        if self.best is not None and self.writes:
             save(self.best, self.folder / "best.onnx")
 
 
@@ -138,8 +141,13 @@ def _accuracy(
     """How many labels are where the largest element along the axis of the classes is, of how many."""
     term = objective.terms[0]
     y, label = outputs[term.output], batch.arrays[term.label]
-    found = y.argmax(-1 if label.shape == y.shape[:-1] else 1)
-    counted = label != getattr(term.loss, "ignore", -100)
+    axis = y.ndim - 1 if label.shape == y.shape[:-1] else 1
+    found, counted = y.argmax(axis), label != getattr(term.loss, "ignore", -100)
+    if found.shape != label.shape or not ((label >= 0) & (label < y.shape[axis]))[counted].all():
+        raise UsageError(
+            f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "
+            f"expected {'x'.join(map(str, found.shape))} of the {y.shape[axis]} classes of {term.output!r}"
+        )
     return float((found == label)[counted].sum()), int(counted.sum())
 
 

@@ -21,7 +21,7 @@ from onnxopt.data.images import PREPROCESS_FILE, image_files, read_image
 from onnxopt.data.python import names_target, told
 from onnxopt.errors import UsageError
 
-__all__ = ["Arrays", "Rows", "Source", "Stream", "Table", "open_source"]
+__all__ = ["Arrays", "Rows", "Source", "Stream", "Table", "batches_of", "open_source", "shuffled"]
 
 Arrays = dict[str, np.ndarray]
 """Inputs and labels by name; the first axis of each is that of the samples."""
@@ -269,6 +269,21 @@ def batches_of(stream: Stream, labels: Sequence[str]) -> Iterator[Arrays]:
                 f"data: gives a {type(item).__name__}; expected a dict of arrays, or (inputs, labels)"
             )
         yield {name: np.asarray(array) for name, array in item.items()}
+
+
+def shuffled(rows: Iterator[Arrays], size: int, random: np.random.Generator) -> Iterator[Arrays]:
+    """All rows, each drawn from the `size` that are held; copies, that keep no batch alive."""
+    held: list[Arrays] = []
+    for row in rows:
+        own = {name: array.copy() for name, array in row.items()}
+        if len(held) < size:
+            held.append(own)
+            continue
+        place = int(random.integers(size))
+        yield held[place]
+        held[place] = own
+    for place in random.permutation(len(held)):
+        yield held[place]
 
 
 def _told(function: Callable[[], Any]) -> Any:

@@ -13,12 +13,22 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from onnxopt.graph import FLOATS, constant_array, constant_of, graphs, walk
+from onnxopt.graph import FLOATS, constant_array, constant_of, function_name, graphs, walk
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training.quantized import reading
 
-__all__ = ["Options", "Site", "State", "Tying", "collect", "constants", "is_constant_node", "nodes_of"]
+__all__ = [
+    "INLINED",
+    "Options",
+    "Site",
+    "State",
+    "Tying",
+    "collect",
+    "constants",
+    "is_constant_node",
+    "nodes_of",
+]
 
 Tying = Literal["auto", "all", "none"]
 """What stays tied of what several nodes read: all but tensors of one number all over, which exporters share
@@ -26,6 +36,8 @@ because they are equal before training (auto), all, or nothing."""
 Site = tuple[int, int]
 """A node, by its number in the model, and the position of an input."""
 
+INLINED = "onnxopt.inlined"
+"""Metadata of a prepared model that had functions, and of a constant in it that is not to be written."""
 _ANY = -1
 _SCALARS_TOO: Mapping[str, tuple[int, ...]] = {
     "BatchNormalization": (1, 2),
@@ -101,19 +113,22 @@ def is_constant_node(node: ir.Node) -> bool:
 
 
 def constants(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
-    """Every constant of the main graph and the graphs in its nodes, under a name that no other has."""
+    """Every constant of graph, functions and the graphs in their nodes, under a name that no other has.
+
+    Those of a function, which all its calls have in common, have its name in front.
+    """
     taken: dict[str, int] = {}
-    functions = {id(function.graph) for function in model.functions.values()}
+    functions = {id(function.graph): function_name(key) for key, function in model.functions.items()}
+    prefix = ""
     for graph in graphs(model):
-        if id(graph) in functions:
-            return
+        prefix = f"{functions[id(graph)]}/" if id(graph) in functions else prefix
         values = [*graph.initializers.values(), *(n.outputs[0] for n in graph if is_constant_node(n))]
         for value in values:
             if value.is_initializer() and value.const_value is None:
                 continue
             if not value.is_initializer() and constant_of(value) is None:
                 continue
-            name = value.name or "constant"
+            name = prefix + (value.name or "constant")
             taken[name] = taken.get(name, -1) + 1
             yield (f"{name}__{taken[name]}" if taken[name] else name), value
 
@@ -135,10 +150,11 @@ class Options:
 def collect(model: ir.Model, options: Options) -> list[State]:
     """The constants of a model as states. What is un-shared becomes a value of its own in `model`."""
     numbers = {node: number for number, node in enumerate(nodes_of(model))}
+    tied: Tying = "all" if INLINED in model.metadata_props else options.tied
     states: list[State] = []
     for name, value in constants(model):
         group = [State(name, value, _form(value), source=name)]
-        if group[0].form == "float" and _unties(value, options.tied):
+        if group[0].form == "float" and _unties(value, tied):
             group += _copies(group[0], numbers, model.graph)
         for state in group:
             state.trainable = _is_trained(state, options.trainable)
@@ -150,7 +166,9 @@ def collect(model: ir.Model, options: Options) -> list[State]:
 
 def _is_trained(state: State, patterns: Sequence[str] | None) -> bool:
     floats = _dtype(state.value) in FLOATS or state.form != "float"
-    if not floats or is_statistic(state.value):
+    producer = state.value.producer()
+    called = producer is not None and INLINED in producer.metadata_props
+    if not floats or called or is_statistic(state.value):
         return False
     if patterns is None:
         return is_weight(state.value)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import UsageError, did_you_mean
+from onnxopt.graph import FLOATS
 from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import open_session
 from onnxopt.training.dataset import Dataset
@@ -94,7 +95,7 @@ class Teacher:
     ) -> None:
         loaded = load(model)
         self.activations = final_activations(loaded)
-        self.outputs = tuple(value.name or "" for value in loaded.graph.outputs)
+        self.outputs = tuple(one.name or "" for one in loaded.graph.outputs if one.dtype in (None, *FLOATS))
         self.inputs = {item.name: item for item in contract_of(loaded).required}
         self.fed_by = dict(fed_by or {name: name for name in self.inputs})
         sizes = [item.dims[0] for item in self.inputs.values() if item.dims]

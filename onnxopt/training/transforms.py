@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxopt.errors import UsageError
+from onnxopt.errors import UsageError, one_line
 from onnxopt.recipe import parse_spelled
 
 __all__ = ["TRANSFORMS", "Mixup", "Transform", "parse_transforms"]
@@ -29,6 +29,14 @@ class Transform:
     def __call__(self, x: np.ndarray, random: Random) -> np.ndarray:
         raise NotImplementedError
 
+    def applied(self, x: np.ndarray, random: Random) -> np.ndarray:
+        """The same; UsageError where the options do not go with the sample."""
+        try:
+            return self(x, random)
+        except (ValueError, IndexError) as error:
+            shape = " x ".join(map(str, x.shape))
+            raise UsageError(f"transforms: {self} fails on {shape}: {one_line(error)}") from None
+
 
 @dataclass(frozen=True)
 class Normalize(Transform):
@@ -37,6 +45,10 @@ class Normalize(Transform):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     axis: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(self.std):
+            raise UsageError("transforms: normalize: std is 0")
 
     def __call__(self, x: np.ndarray, random: Random) -> np.ndarray:
         shape = [1] * x.ndim
@@ -137,6 +149,10 @@ class Mixup(Transform):
     """
 
     alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise UsageError(f"transforms: mixup: alpha is {self.alpha:g}, not above 0")
 
     def __call__(self, x: np.ndarray, random: Random) -> np.ndarray:
         return x

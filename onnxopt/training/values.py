@@ -27,6 +27,7 @@ __all__ = [
     "receive",
     "tensor_of",
     "to_device",
+    "whole",
 ]
 
 _T = ir.DataType
@@ -159,3 +160,12 @@ def on_host(run: Callable[..., Any], static: tuple[int, ...]) -> Callable[..., A
         return tuple([Host(*one) if isinstance(one, tuple) else one for one in found])
 
     return called
+
+
+def whole(value: Any) -> Any:
+    """Nested values with the tensors that processes have a part each of put together, on the CPU, in all."""
+    if isinstance(value, dict):
+        return {name: whole(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole(one) for one in value]
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value

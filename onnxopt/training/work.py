@@ -87,11 +87,13 @@ def train(
     started = time.perf_counter()
     if resume and folder is None:
         raise UsageError("resume: give the folder that the checkpoint is in")
+    if recipe.max_drop:
+        parse_drop(recipe.max_drop)
     model, show = reusable(model), progress or silent
     show("reading the model", None)
     original = load(model)
     data, validation, test = datasets_of(recipe, original)
-    with world(recipe.devices) as where, _folder(folder) as place:
+    with world(recipe.devices, recipe.shard) as where, _folder(folder) as place:
         begun = original if start is None else start
         prepared, sites = begun, tuple[str, ...]()
         if recipe.batchnorm:
@@ -141,6 +143,7 @@ def train(
         )
         reason = _objection(final, recipe.max_drop)
         notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
+        notes += [one.summary for one in module.stages if where.stages]
         notes += [note for hook in hooks for note in hook.notes]
         if floor is not None:
             least = where.agreed(_both(metric, floor)[1] if where.first else None)
@@ -154,7 +157,7 @@ def train(
             recipe=recipe.to_dict(),
             seed=recipe.seed,
             versions={**versions(), "torch": torch.__version__},
-            device=str(where.device),
+            device=str(where),
             process=(where.rank, where.size),
             samples=(data.length, validation.length, test.length if test is not None else None),
             trained=(
@@ -183,7 +186,9 @@ def datasets_of(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Data
 
     def opened(source: Any) -> Dataset:
         found = open_source(source, labels=recipe.labels, preprocess=recipe.preprocess)
-        return Dataset(found, contract, recipe.labels, transforms, recipe.seed, recipe.workers)
+        return Dataset(
+            found, contract, recipe.labels, transforms, recipe.seed, recipe.workers, recipe.shuffle
+        )
 
     data = opened(recipe.data)
     test = opened(recipe.test) if recipe.test is not None else None

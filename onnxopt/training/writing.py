@@ -52,6 +52,8 @@ def _changes(held: Mapping[str, Tensor], states: list[State], sources: Mapping[s
     known = {state.name: state for state in states}
     for name, tensor in held.items():
         state = known.get(name)
+        if state is not None and not state.trainable and state.source not in sources:
+            continue  # a function computes it of what it is called with
         old = initial(state) if state is not None and state.source in sources else None
         if state is None or old is None or old.shape != tensor.shape:
             raise UsageError(f"write_back: the model has no {name!r} as the module has it: it is another one")
@@ -81,7 +83,7 @@ def _new(state: State, states: Mapping[str, State], changes: _Changes) -> Tensor
 
 
 def _store(value: ir.Value, new: Tensor, state: State, model: ir.Model) -> None:
-    old = constant_of(value)
+    old = value.const_value if value.is_initializer() else constant_of(value)  # of a graph input the default
     assert old is not None
     array = (new.float() if new.dtype == torch.bfloat16 else new).numpy()
     tensor = ir.Tensor(array.astype(old.dtype.numpy()), dtype=old.dtype, name=old.name)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +63,7 @@ class LossJudge:
             return self.scores[self.asked - 1]
         return sum(float(one.sum()) for one in self.seen[-1].values())
 
-    def keep(self, module: nn.Module) -> None:
+    def keep(self) -> None:
         self.kept.append(self.seen[-1])
 
 
@@ -85,10 +91,14 @@ def trainer(
     module: nn.Module | None = None, source: Any = None, judge: Any = None, **options: Any
 ) -> Trainer:
     """A trainer of `Linear` on `line_data` with the mean squared error; options are those of a recipe."""
-    keep = {name: options.pop(name) for name in ("hooks", "folder", "made_for") if name in options}
+    keep = {name: options.pop(name) for name in ("hooks", "folder", "made_for", "world") if name in options}
     recipe = Recipe(**{"loss": "mse", "labels": ("t",), "optimizer": "sgd", "lr": 0.1, **options})
     data = dataset(
-        line_data() if source is None else source, seed=recipe.seed, transforms=recipe.transforms, workers=0
+        line_data() if source is None else source,
+        seed=recipe.seed,
+        transforms=recipe.transforms,
+        workers=0,
+        shuffle=recipe.shuffle,
     )
     objective = parse_loss(recipe.loss).bound(["y"], ["t"], ["t", "x"])
     return Trainer(
@@ -97,8 +107,7 @@ def trainer(
         data,
         recipe,
         judge or LossJudge(),
-        world=World(torch.device("cpu")),
-        **keep,
+        **{"world": World(torch.device("cpu")), **keep},
     )
 
 
@@ -119,3 +128,77 @@ def write_digits(folder: Path) -> onnx.ModelProto:
     proto = digits_cnn()
     onnx.save(proto, folder / "model.onnx")
     return proto
+
+
+TOGETHER: dict[str, Any] = {"epochs": 2, "lr": 3e-3, "batch_size": 64, "interval": 2}
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options of a recipe as they stand on the command line."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in options}
+    pairs = ((flags[name], *(() if value is True else (str(value),))) for name, value in options.items())
+    return [part for pair in pairs for part in pair]
+
+
+class Training:
+    """`onnxopt train` of `model.onnx` on `train.npz` in a process of its own."""
+
+    def __init__(
+        self, folder: Path, output: str, training: str, options: Mapping[str, Any], **environment: str
+    ):
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        given = arguments({"data": "train.npz", "devices": "cpu", **TOGETHER, **options})
+        self.log = folder / f"{output}.train" / "log.jsonl"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "onnxopt", "train", training, "model.onnx", "-o", output, *given],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def wait_for(self, rows: int) -> None:
+        """Until the log has so many rows, or the training is over."""
+        until = time.monotonic() + 120
+        while time.monotonic() < until and self.process.poll() is None:
+            if self.log.exists() and self.log.read_bytes().count(b"\n") >= rows:
+                return
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        """As kill -9 does; it has to be running."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+        assert self.process.returncode == -signal.SIGKILL
+
+    def told(self) -> str:
+        """What it said if it failed."""
+        _, errors = self.process.communicate(timeout=180)
+        return errors.decode() if self.process.returncode else ""
+
+
+class Pair:
+    """The same as two processes."""
+
+    def __init__(self, folder: Path, output: str, training: str, options: Mapping[str, Any]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            "TORCHELASTIC_RUN_ID": "t",
+        }
+        given = {"labels": "y", **options}
+        self.output = folder / output
+        self.both = [Training(folder, output, training, given, RANK=str(rank), **shared) for rank in range(2)]
+
+    def kill_in(self, rows: int) -> None:
+        """Kill both when the log has so many rows."""
+        self.both[0].wait_for(rows)
+        for one in self.both:
+            one.kill()
+
+    def told(self) -> list[str]:
+        return [one.told() for one in self.both]

@@ -244,6 +244,9 @@ def test_noise_is_told_from_images_and_tables() -> None:
     assert any("independent random numbers" in note for note in result.report.notes)
 
 
+_CLASS = text_model("agraph (float[n, 4] x) => (int64[n] k) { k = ArgMax<axis = 1, keepdims = 0>(x) }")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
@@ -262,6 +265,7 @@ def test_noise_is_told_from_images_and_tables() -> None:
         ({"teacher": net(2, 8), "attend": "hidden"}, UsageError, "'hidden' is 1x5, .* 1x8: attention is"),
         ({"teacher": net(2, 8), "outputs": "y=z9"}, UsageError, "no output goes with 'y' among 'y'"),
         ({"teacher": digits_cnn()}, OnnxoptError, "the run on .* failed"),
+        ({"teacher": _CLASS}, UsageError, "no output goes with 'y' among none"),
         ({"teacher": net(2, 8), "metric": "accuracy"}, UsageError, "metric accuracy: it needs labels"),
     ],
 )

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +19,10 @@ from onnxopt.data import synthesize
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array
 from onnxopt.model import load
-from onnxopt.training import Recipe, finetune
+from onnxopt.training import Recipe, finetune, prune, train_qat
 from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
 from tests.support import assert_equivalent, execute, text_model
-from tests.training.support import write_digits
+from tests.training.support import TOGETHER, Pair, Training, write_digits
 
 QUICK: dict[str, Any] = {"labels": "y", "epochs": 2, "lr": 3e-3, "batch_size": 64}
 
@@ -149,56 +144,62 @@ def test_training_with_batchnorm_gives_the_graph_without(place: Path) -> None:
     assert result.report.final.after > result.report.final.before
 
 
-def options_of(**more: Any) -> list[str]:
-    given = {**QUICK, "interval": 2, **more}
-    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+_KILLED: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("finetune", {"labels": "y"}),
+    "a stream, augmented, averaged, evaluated in the epoch": (
+        "finetune",
+        {
+            "labels": "y",
+            "data": "stream.py:digits",
+            "validation": "train.npz",
+            "shuffle": 50,
+            "steps": 16,
+            "evaluate": 3,
+            "optimizer": "sgd{momentum=0.9,nesterov=true}",
+            "ema": 0.9,
+            "transforms": "noise{std=0.1}",
+            "schedule": "cosine",
+        },
+    ),
+    "qat": ("qat", {"labels": "y", "weights": "int4", "optimizer": "adam"}),
+    "masks": ("prune", {"labels": "y", "sparsity": 0.8, "ramp": "cubic", "score": "taylor", "rewind": 2}),
+}
 
 
-def started(output: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "onnxopt", "train", "finetune", "model.onnx", "-o", output, *more]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [*command, "--data", "train.npz", *options_of(devices="cpu")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def test_kill_9_and_resume_give_the_bytes_of_an_uninterrupted_run(place: Path) -> None:
-    same = {**QUICK, "interval": 2, "devices": "cpu"}
-    whole = finetune("model.onnx", "train.npz", **same, folder="whole")
+@pytest.mark.parametrize("kind", _KILLED)
+def test_kill_9_and_resume_give_the_bytes_of_an_uninterrupted_run(kind: str, place: Path) -> None:
+    training, options = _KILLED[kind]
+    Path("stream.py").write_text(_STREAM)
+    killed = Training(place, "out.onnx", training, options)
+    function = {"finetune": finetune, "qat": train_qat, "prune": prune}[training]
+    given = {**TOGETHER, "data": "train.npz", "devices": "cpu", **options}
+    whole = function("model.onnx", **given, folder="whole")
     whole.save("whole.onnx")
-    process = started("out.onnx")
-    log = Path("out.onnx.train/log.jsonl")
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        if log.exists() and len(log.read_bytes().splitlines()) >= 5:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed.wait_for(3 + zlib.crc32(kind.encode()) % 9)  # somewhere
+    killed.kill()
     assert not Path("out.onnx").exists()
-    rows = len(log.read_bytes().splitlines())
-    rest = finetune("model.onnx", "train.npz", **same, folder="out.onnx.train", resume=True)
+    rows = killed.log.read_bytes().count(b"\n")
+    rest = function("model.onnx", **given, folder="out.onnx.train", resume=True)
     rest.save("out.onnx")
     assert Path("out.onnx").read_bytes() == Path("whole.onnx").read_bytes()
-    assert log.read_bytes() == Path("whole/log.jsonl").read_bytes()
-    assert rows < len(log.read_bytes().splitlines())
+    assert killed.log.read_bytes() == Path("whole/log.jsonl").read_bytes()
+    assert rows < killed.log.read_bytes().count(b"\n")
     assert rest.report.curves == whole.report.curves
 
 
+_STREAM = """
+import numpy as np
+def digits():
+    data = np.load("train.npz")
+    for i in range(0, 512, 100):
+        yield {name: data[name][i:i + 100] for name in ("image", "y")}
+"""
+
+
 def test_two_processes_are_one_on_the_union_of_their_batches(place: Path) -> None:
+    pair = Pair(place, "out.onnx", "finetune", {"json": "r.json"})
     alone = finetune("model.onnx", "train.npz", **QUICK, interval=2, devices="cpu")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "t"}
-    both = [started("out.onnx", "--json", "r.json", RANK=str(rank), **shared) for rank in range(2)]
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    assert pair.told() == ["", ""]
     report = json.loads(Path("r.json").read_text())
     assert report["process"] == [0, 2]
     np.testing.assert_allclose(report["curves"]["loss"], alone.report.curves["loss"], rtol=1e-4)
@@ -253,6 +254,9 @@ def test_what_got_worse_is_not_written_unless_asked_for(run: Ran) -> None:
     assert (code, Path("o.onnx").exists()) == (0, True)
 
 
+_READ = ("model.onnx", "train.npz", "test.npz")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -276,11 +280,38 @@ def test_what_got_worse_is_not_written_unless_asked_for(run: Ran) -> None:
         ("-o o.onnx --data train.npz --labels y --init fc=he", 2, "init: no parameter is called 'fc'"),
         ("-o o.onnx --data train.npz --labels y --lr 1e20", 1, "take a lower lr, or clip_norm"),
         ("-o o.onnx --data nowhere --labels y", 2, "no such file or folder"),
+        ("-o model.onnx --data train.npz --labels y", 2, "the training reads this file: give another one"),
+        ("-o train.npz --data train.npz --labels y", 2, "the training reads this file: give another one"),
+        ("-o o.onnx --data more.npz --labels y", 2, "'y': 51 from 7 to 16; expected 51 of the 10 classes"),
+        ("-o o.onnx --data more.npz --labels single", 2, "(class indices are integers): the label is 51"),
+        ("-o o.onnx --data more.npz --labels text", 2, "label 'text' is of type <U2; expected numbers"),
+        ("-o o.onnx --data more.npz --labels y --loss ctc", 2, "label 'y' (51 int64) do not go together"),
+        ("-o o.onnx --data none.npz --labels y", 2, "none.npz holds no samples"),
+        ("-o o.onnx --data one.npz --labels y", 2, "holdout 0.1: expected a share of the 1 samples"),
+        ("-o o.onnx --data train.npz --labels y --max-drop x", 2, "--max-drop 'x': expected a drop such as"),
+        (
+            "-o o.onnx --data train.npz --labels y --transforms shift{by=-1}",
+            2,
+            "fails on 1 x 8 x 8: high <= 0",
+        ),
+        ("-o o.onnx --data train.npz --labels y --transforms normalize{std=0}", 2, "normalize: std is 0"),
+        ("-o o.onnx --data train.npz --labels y --transforms mixup{alpha=0}", 2, "alpha is 0, not above 0"),
+        ("-o o.onnx --data train.npz --labels y --groups weights{lr=-1}", 2, "lr and weight_decay are at le"),
+        ("-o o.onnx --data train.npz --labels y --schedule wave", 2, "unknown schedule 'wave' (known: cons"),
+        ("-o o.onnx --data train.npz --labels y --optimizer lion", 2, "unknown optimizer 'lion' (known: ad"),
+        ("-o o.onnx --data train.npz --labels y --shard", 2, "shard: it takes several processes"),
+        ("-o o.onnx --data train.npz --labels y --freeze *", 2, "nothing is left to train"),
     ],
 )
 def test_bad_input_is_told_in_one_line(run: Ran, arguments: str, code: int, told: str) -> None:
+    data, before = dict(np.load("train.npz")), {name: Path(name).read_bytes() for name in _READ}
+    labels = {"y": data["y"] + 7, "single": data["y"].astype(np.float32), "text": data["y"].astype("U2")}
+    np.savez("more.npz", image=data["image"], **labels)
+    for name, count in {"none": 0, "one": 1}.items():
+        np.savez(f"{name}.npz", image=data["image"][:count], y=data["y"][:count])
     found, out, err = run("model.onnx", *arguments.split())
     assert (found, out) == (code, "")
+    assert before == {name: Path(name).read_bytes() for name in _READ}
     assert told in err
     assert err.count("\n") == 1
     assert not Path("o.onnx").exists()

@@ -8,7 +8,7 @@ import torch
 
 from onnxopt.errors import UsageError
 from onnxopt.training.initialization import initialize
-from onnxopt.training.optimizers import frozen, make_optimizer, penalty
+from onnxopt.training.optimizers import frozen, make_optimizer, penalize
 from tests.training.support import Linear, text_module
 
 _GROUPS = ("b.*{lr=3}", "scales{lr=0.1}", "norm-bias{weight_decay=2}")
@@ -65,8 +65,11 @@ def test_relative_rates_are_times_the_size_of_each_tensor() -> None:
 
 def test_penalties_are_on_weights_alone() -> None:
     weight, bias = torch.nn.Parameter(torch.tensor([[3.0, -4.0]])), torch.nn.Parameter(torch.ones(2))
-    assert torch.as_tensor(penalty([weight, bias], l1=1, l2=2)).item() == 7 + 25
-    assert penalty([weight], 0, 0) == 0
+    weight.grad = torch.tensor([[0.5, 0.0]])
+    assert penalize([weight, bias], l1=1, l2=2) == 7 + 25
+    assert weight.grad.tolist() == [[0.5 + 1 + 6, -1 - 8]]
+    assert bias.grad is None
+    assert penalize([weight], 0, 0) == 0
 
 
 def test_what_fits_nothing_or_is_unknown_is_told() -> None:

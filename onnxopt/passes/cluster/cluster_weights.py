@@ -78,6 +78,11 @@ class ClusterWeights(Pass):
             shared = f"{self.groups} groups of {1 << self.bits}"
             raise UsageError(f"{self.name}: {shared} numbers; codes of a byte tell {_MOST} apart")
 
+    @property
+    def most_bits(self) -> int:
+        """Bits of numbers of all groups that codes of a byte tell apart."""
+        return (_MOST // self.groups).bit_length() - 1
+
     def rules(self) -> Sequence[Rule]:
         return (
             *weight_rules(self.layers, self._clustered),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import ClassVar
@@ -31,7 +31,7 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, float_attr, ints_attr, nodes, sole_user, walk
 from onnxopt.inspection.costs import costs, macs_of, sizes_read
 from onnxopt.inspection.sizes import sized
-from onnxopt.ledger import Ledger
+from onnxopt.ledger import Ledger, site_of
 from onnxopt.passes.shared.layer import Layer, layer_of
 from onnxopt.passes.shared.weight import rounded
 from onnxopt.passes.shared.window import window_of
@@ -60,6 +60,9 @@ class FactorizeWeights(Pass):
     samples: complete feeds; then what counts is what comes out of the layers, and biases make up for the mean
         of what is lost; not so for layers with more than 2048 summands, and those in bodies and functions.
 
+    importance: output of a layer -> what the share that it may lose is divided by.
+    only: outputs of layers that may be factorized; None: all.
+
     With samples or a budget, a run of a pipeline factorizes once, however often the pass comes round.
     """
 
@@ -76,6 +79,8 @@ agraph (float[N, 4] x) => (float[N, 4] y)
     macs: float | None = None
     multiple: int = 8
     samples: Sequence[Feeds] | None = unspelled(None)
+    importance: Mapping[str, float] | None = unspelled(None)
+    only: tuple[str, ...] | None = unspelled(None)
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
@@ -90,9 +95,15 @@ agraph (float[N, 4] x) => (float[N, 4] y)
             return  # what follows from factors would be measured anew, and lose more
         drive(model, [Rule(_RULE, _OPS, partial(_factorized, self._chosen(model)))], ledger)
 
+    def parts(self, model: ir.Model) -> Mapping[str, FactorizeWeights]:
+        """Output of a layer -> a pass that factorizes it alone, by the energy."""
+        sites = (site_of(node) for node in nodes(model) if _eligible(node) is not None)
+        return {site: replace(self, macs=None, only=(site,)) for site in sites}
+
     def _ways(self, model: ir.Model) -> Iterator[tuple[ir.Node, list[Decomposition]]]:
         """The layers that could be factorized, with moments where there are samples for them."""
-        layers = {node: layer for node in nodes(model) if (layer := _eligible(node)) is not None}
+        asked = (node for node in nodes(model) if self.only is None or site_of(node) in self.only)
+        layers = {node: layer for node in asked if (layer := _eligible(node)) is not None}
         known = [node for node in model.graph if node in layers and _is_measurable(layers[node])]
         for one in layers_with_moments(model, known, self.samples) if self.samples else ():
             yield one.node, _decomposed(layers.pop(one.node), one.covariance[0], one.mean[0])
@@ -102,10 +113,17 @@ agraph (float[N, 4] x) => (float[N, 4] y)
     def _chosen(self, model: ir.Model) -> dict[ir.Node, Factors | None]:
         """The layers that could be factorized, and how; None: it would not save."""
         if self.macs is None:
-            return {node: _factors(ways, self.energy, self.multiple) for node, ways in self._ways(model)}
+            return {node: _factors(self._best(node, ways, self.energy)) for node, ways in self._ways(model)}
         found = dict(self._ways(model))
         energy = self._affordable(model, found) if found else self.energy
-        return {node: _factors(ways, energy, self.multiple) for node, ways in found.items()}
+        return {node: _factors(self._best(node, ways, energy)) for node, ways in found.items()}
+
+    def _best(
+        self, node: ir.Node, ways: Sequence[Decomposition], energy: float
+    ) -> tuple[Decomposition, int] | None:
+        """The cheapest way that keeps the energy of a layer, and its rank; None where none saves."""
+        lost = (1 - energy) / (self.importance or {}).get(site_of(node), 1.0)
+        return best_factors(ways, max(1 - lost, 0.0), self.multiple)
 
     def _affordable(self, model: ir.Model, found: Mapping[ir.Node, Sequence[Decomposition]]) -> float:
         """The largest energy that meets the budget, sought by the order of magnitude of what is lost."""
@@ -127,7 +145,7 @@ agraph (float[N, 4] x) => (float[N, 4] y)
         def left(energy: float) -> Fraction:
             saved = Fraction(0)
             for node, ways in found.items():
-                best = best_factors(ways, energy, self.multiple)
+                best = self._best(node, ways, energy)
                 if best is not None:
                     saved += work.get(node, 0) * (1 - best[0].share * best[1])
             return 1 - saved / total if total else Fraction(1)
@@ -220,8 +238,7 @@ def _spread(layer: Layer) -> Spread:
     ]
 
 
-def _factors(ways: Sequence[Decomposition], energy: float, multiple: int) -> Factors | None:
-    best = best_factors(ways, energy, multiple)
+def _factors(best: tuple[Decomposition, int] | None) -> Factors | None:
     return best and best[0].factors(best[1])
 
 

@@ -65,6 +65,11 @@ agraph (float[1, 2] x) => (float[1, 2] y) <float[2, 2] w = {0.1, 0.2, 0.3, 0.4}>
         if not 0 <= self.energy < 1:
             raise UsageError(f"{self.name}: energy is {self.energy}; expected a share, from 0 to below 1")
 
+    def require_samples(self, model: ir.Model) -> None:
+        """Raise UsageError where there are none to choose by; blocks of the model may be dropped."""
+        if not self.samples:
+            self.apply(model, Ledger(pass_name=self.name))
+
     def apply(self, model: ir.Model, ledger: Ledger) -> None:
         if ledger.has_granted(_RULE) or not self.number:
             return

@@ -59,7 +59,8 @@ class PruneWeights(Pass):
     keep: patterns of nodes whose weights stay: by first output, name or operator.
     samples: for wanda and obs, complete feeds.
     masks: name of a weight -> bool array, True where an element is kept; then nothing is scored or protected.
-    importance: name of a weight -> what its scores are multiplied with, where all layers are compared.
+    importance: name of a weight -> how much it matters: its scores, in units of their norm, are multiplied
+        with it and compared with those of all weights, which give the share together.
     only: names of weights that may be pruned; None: all.
     saliency: from the name of a weight and its numbers (float32) to scores of the same shape; the least go.
     """
@@ -91,7 +92,7 @@ class PruneWeights(Pass):
     only: tuple[str, ...] | None = unspelled(None)
 
     def __post_init__(self) -> None:
-        for name, most in (("sparsity", 1), ("percentile", 100), ("threshold", np.inf)):
+        for name, most in (("sparsity", 1), ("percentile", 100), ("threshold", 1e38)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise UsageError(f"{self.name}: {name} is {value}; expected 0 to {most}")
@@ -112,11 +113,15 @@ class PruneWeights(Pass):
             why = "nm compares within its pattern" if self.nm else "obs compares within a layer"
             raise UsageError(f"{self.name}: {why}; found scope={self.scope}")
 
-    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+    def require_samples(self, _model: ir.Model) -> None:
+        """Raise UsageError where the score needs some, and there are none."""
         if self._looks and not self.samples:
             raise UsageError(
                 f"{self.name}: {self.score} looks at what weights are multiplied with: give samples"
             )
+
+    def apply(self, model: ir.Model, ledger: Ledger) -> None:
+        self.require_samples(model)
         weights, found = [], find_weights(model)
         if self.masks is not None:
             require_fit(found, self.masks)
@@ -131,8 +136,8 @@ class PruneWeights(Pass):
                 ledger.touch(reader.node for reader in one.readers)
 
     def parts(self, model: ir.Model) -> Mapping[str, PruneWeights]:
-        """Name of a weight -> a pass that prunes it alone; none where layers are not compared."""
-        if self.scope != "global" or self.masks is not None:
+        """Name of a weight -> a pass that prunes it alone; none where thresholds or masks tell."""
+        if self.threshold is not None or self.masks is not None:
             return {}
         found = find_weights(model)
         reasons = self._reasons(model, found)
@@ -204,27 +209,47 @@ class PruneWeights(Pass):
             return self._informed(model, weights)
         if self.masks is None:
             scores = {"l1": magnitude, "l2": lamp, "random": noise(self.seed)}
-            score, importance = self.saliency or scores[self.score], self.importance or {}
-
-            def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
-                return score(name, numbers) * np.float32(importance.get(name, 1.0))
-
-            return _zeroed(self._choice.gone(weights, weighted if importance else score))
+            return _zeroed(self._gone(weights, self.saliency or scores[self.score]))
         masks = self.masks
         return _zeroed((one, ~np.asarray(masks[one.name], bool)) for one in weights if one.name in masks)
+
+    def _gone(
+        self, weights: Sequence[StoredWeight], score: Score
+    ) -> Iterator[tuple[StoredWeight, np.ndarray]]:
+        """Each weight and which of its elements go, after what layers matter where that is known."""
+        choice, importance = self._choice, self.importance
+        if not importance or choice.pattern is not None:
+            yield from choice.gone(weights, score)
+            return
+
+        def weighted(name: str, numbers: np.ndarray) -> np.ndarray:
+            scores = score(name, numbers)
+            unit = float(np.linalg.norm(scores)) or 1.0
+            return np.asarray(scores * np.float32(importance.get(name, 1.0) / unit))
+
+        together = replace(choice, scope="global")
+        if choice.scope != "global":  # as many as layers would give alone, some of which have more already
+            zeros = (int(one.zeros(one.stored()).sum()) for one in weights)
+            given = sum(max(n, choice.share * one.size) for n, one in zip(zeros, weights, strict=True))
+            together = replace(together, share=given / max(sum(one.size for one in weights), 1))
+        for one, gone in together.gone(weights, weighted):
+            if choice.scope == "row":
+                yield from replace(choice, share=float(gone.mean())).gone([one], score)
+            else:
+                yield one, gone
 
     def _informed(
         self, model: ir.Model, weights: Sequence[StoredWeight]
     ) -> Iterator[tuple[StoredWeight, ir.TensorProtocol]]:
         """With the samples; these run only where anything is left to prune, by magnitude to begin with."""
-        plain = ((one, gone) for one, gone in self._choice.gone(weights, magnitude) if _costs(one, gone))
+        plain = ((one, gone) for one, gone in self._gone(weights, magnitude) if _costs(one, gone))
         assert self.samples is not None  # `apply` asks for them
         if self.score == "obs":
             for one, array in tuple(made_up_for(model, dict(plain), self.samples, self._pattern)):
                 yield one, ir.Tensor(array, dtype=one.tensor.dtype, name=one.tensor.name)
         elif any(plain):
             score = by_input_norm(model, weights, self.samples)
-            yield from _zeroed(self._choice.gone(weights, score))
+            yield from _zeroed(self._gone(weights, score))
 
 
 def _zeroed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
+from onnxopt.calibration import windows
 from onnxopt.training.registry import Context, Table, op
 
 __all__ = ["CONV", "TABLE", "conv", "flat", "padding"]
@@ -27,17 +27,9 @@ def padding(
     dilations: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """Elements added before and after each axis."""
-    rank = len(kernel)
-    if auto_pad in ("NOTSET", "VALID"):
-        given = list(pads) if pads and auto_pad == "NOTSET" else [0] * (2 * rank)
-        return given[:rank], given[rank:]
-    both = [
-        max((math.ceil(n / s) - 1) * s + d * (k - 1) + 1 - n, 0)
-        for n, k, s, d in zip(sizes, kernel, strides, dilations, strict=True)
-    ]
-    less = [total // 2 for total in both]
-    more = [total - half for total, half in zip(both, less, strict=True)]
-    return (less, more) if auto_pad == "SAME_UPPER" else (more, less)
+    extents = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+    both = windows.padding(auto_pad, pads, sizes, extents, strides)
+    return [begin for begin, _ in both], [end for _, end in both]
 
 
 def flat(begins: Sequence[int], ends: Sequence[int]) -> list[int]:
