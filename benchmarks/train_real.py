@@ -151,7 +151,7 @@ RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dic
     "ppocr_cls": {
         "half": (recover, {**LINES, "epochs": 5, "warmup": 50}),
         "W4": (quantize, {**LINES, **W4, "epochs": 2, "warmup": 20}),
-        "W4 a tensor": (quantize, {**LINES, **W4_TENSOR, "epochs": 1, "warmup": 20}),
+        "W4 a tensor": (quantize, {**LINES, **W4_TENSOR, "steps": 400, "warmup": 20}),
     },
     "kws_dscnn_bn": {
         "half": (recover, {**KEYWORDS, "epochs": 200, "lr": 2e-3}),
