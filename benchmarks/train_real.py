@@ -5,8 +5,8 @@
 Half the multiply-adds, or weights in four bits, then trained without labels to say what the model said.
 EVALS holds a score.py whose `load(NAME)` gives `model` (a path), `calib` (complete feeds), `outputs`,
 `run(session)` and `score(outputs)`, the last two on the test items, which nothing is chosen or trained by.
-The text lines for ppocr_cls are rendered here, in all fonts (.ttf) of a folder; the other models learn from
-`calib`.
+The text lines for ppocr_cls are rendered here, in all fonts (.ttf) of a folder: for the figures of the docs
+DejaVu, Liberation and FreeFont. The other models learn from `calib`.
 """
 
 from __future__ import annotations
