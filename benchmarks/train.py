@@ -6,10 +6,11 @@ import importlib
 import sys
 
 SECTIONS = {
-    **dict.fromkeys(("distill", "prune", "recover"), "benchmarks.train_distill"),
+    **dict.fromkeys(("distill", "prune"), "benchmarks.train_distill"),
     "peer": "benchmarks.train_peer",
     "producers": "benchmarks.train_producers",
     "qat": "benchmarks.train_qat",
+    "real": "benchmarks.train_real",
     "step": "benchmarks.train_step",
 }
 """Section -> the module whose `main` takes the section and the other arguments."""

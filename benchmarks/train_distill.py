@@ -2,23 +2,14 @@
 
     python benchmarks/train.py distill [--seeds 5]
     python benchmarks/train.py prune [--seeds 5]
-    python benchmarks/train.py recover --models MODELS --evals EVALS [--only ppocr_cls]
 
-- distill, prune: scikit-learn's digits, 1,197 to train on and 600 to test, mean and deviation over seeds.
-- recover: pretrained models with half their multiply-adds, distilled from themselves without labels: EVALS
-  holds a score.py whose `load(NAME)` gives `calib` (complete feeds), `run(session)`, `score(outputs)` and
-  `metric`; the score is on the test items. The text lines for ppocr_cls are rendered here, in any fonts that
-  --fonts (a folder) holds; the other models learn from `calib`.
+scikit-learn's digits, 1,197 to train on and 600 to test, mean and deviation over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,16 +19,11 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits
 
 import onnxopt
 import onnxopt.training as training
-from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
-from onnxopt.data.samples import Samples
-from onnxopt.inspection import macs
-from onnxopt.model import load
 
 TESTED = 600
 WIDTH = 32
@@ -177,105 +163,15 @@ def prune(options: argparse.Namespace) -> None:
         report(name, runs, found["dense"])
 
 
-def words() -> list[str]:
-    """Those of the documentation of numpy."""
-    texts = [inspect.getdoc(one) or "" for one in vars(np).values()]
-    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{2,12}", text)})
-
-
-def text_line(number: int, known: list[str], fonts: list[Path]) -> np.ndarray:
-    """A line of text, upright or upside down: float32 [3, 48, 192] from -1 to 1, 0 behind its end."""
-    rng = np.random.default_rng((7, number))
-    text = " ".join(rng.choice(known, rng.integers(1, 4)))
-    text += f" {rng.integers(10**5)}" if rng.random() < 0.4 else ""
-    text = [text, text.upper(), text.title(), text.lower()][rng.choice(4, p=[0.5, 0.15, 0.2, 0.15])]
-    font = ImageFont.truetype(str(fonts[rng.integers(len(fonts))]), 40)
-    left, top, right, bottom = font.getbbox(text)
-    pads = rng.integers(2, 12, 4)
-    size = (int(right - left + pads[0] + pads[1]), int(bottom - top + pads[2] + pads[3]))
-    light, dark = rng.integers(150, 256, 3), rng.integers(0, 110, 3)
-    paper, ink = (light, dark) if rng.random() < 0.85 else (dark, light)
-    image = Image.new("RGB", size, tuple(map(int, paper)))
-    ImageDraw.Draw(image).text((int(pads[0] - left), int(pads[2] - top)), text, tuple(map(int, ink)), font)
-    image = image.rotate(rng.normal(0, 1.5), Image.Resampling.BILINEAR, fillcolor=tuple(map(int, paper)))
-    image = image.filter(ImageFilter.GaussianBlur(abs(rng.normal(0, 0.8))))
-    if rng.random() < 0.5:
-        image = image.rotate(180)
-    width = min(max(round(48 * size[0] / size[1]), 16), 192)
-    pixels = np.asarray(image.resize((width, 48), Image.Resampling.BILINEAR), np.float32)
-    pixels = np.clip(pixels + rng.normal(0, rng.uniform(0, 12), pixels.shape), 0, 255)
-    line = np.zeros((3, 48, 192), np.float32)
-    line[:, :, :width] = pixels.transpose(2, 0, 1) / 127.5 - 1
-    return line
-
-
-def text_lines(count: int, folder: Path) -> dict[str, np.ndarray]:
-    fonts = sorted(folder.rglob("*.ttf"))
-    known = words()
-    return {"x": np.stack([text_line(number, known, fonts) for number in range(count)])}
-
-
-RECOVERED: dict[str, dict[str, Any]] = {
-    "ppocr_cls": {"epochs": 5, "lr": 1.5e-3, "batch_size": "32"},
-    "kws_dscnn_bn": {"epochs": 60, "lr": 2e-3, "batch_size": "32", "transforms": ("shift{by=2}",)},
-}
-"""Model -> how it is trained."""
-
-
-def recover(options: argparse.Namespace) -> None:
-    """Real models: half the multiply-adds, then distilled from what they were, on inputs without labels."""
-    table(("model", "metric", "dense", "pruned", "recovered", "of the loss", "MACs", "seconds"))
-    for name, how in RECOVERED.items():
-        if options.only and name not in options.only:
-            continue
-        ev = load_scores(options.evals / "score.py").load(name)
-        lines = text_lines(options.lines, options.fonts) if name == "ppocr_cls" else None
-        calib = [*ev.calib]
-        names = list(calib[0])
-        data = lines or {one: np.concatenate([feed[one] for feed in calib]) for one in names}
-        feeds = [
-            {one: array[i : i + 1] for one, array in data.items()}
-            for i in range(min(len(data[names[0]]), 256))
-        ]
-
-        def score(model: Any, ev: Any = ev) -> float:
-            return float(ev.score(ev.run(ort.InferenceSession(model))))
-
-        for passes in options.passes:
-            source = str(options.models / f"{name}.onnx")
-            cut = onnxopt.prune(source, passes, data=Samples(len(feeds), feeds.__getitem__), bench=False)
-            began = time.perf_counter()
-            result = training.recover(
-                cut.graph, source, data, schedule="cosine{end=0.01}", warmup=20, seed=options.seed, **how
-            )
-            spent = time.perf_counter() - began
-            models = [source, *(ir.to_proto(one.graph).SerializeToString() for one in (cut, result))]
-            dense, pruned, recovered = map(score, models)
-            lost = f"{(recovered - pruned) / (dense - pruned):.0%}" if dense > pruned else "nothing lost"
-            size = {one: array.shape for one, array in feeds[0].items()}
-            left, whole = (float(macs(load(one), size)) for one in (cut.graph, source))
-            figures = (f"{one:.4f}" for one in (dense, pruned, recovered))
-            row((f"{name} {passes}", ev.metric, *figures, lost, f"{left / whole:.0%}", f"{spent:.0f}"))
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sections = parser.add_subparsers(required=True)
-    for section in (distill, prune, recover):
+    for section in (distill, prune):
         one = sections.add_parser(section.__name__, help=section.__doc__)
         one.set_defaults(run=section)
-        if section is not recover:
-            one.add_argument("--seeds", type=int, default=5)
-            continue
-        one.add_argument("--models", type=Path, required=True)
-        one.add_argument("--evals", type=Path, required=True)
-        one.add_argument("--only", nargs="*")
-        one.add_argument("--passes", nargs="*", default=["prune-channels{macs=0.5}"])
-        one.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
-        one.add_argument("--lines", type=int, default=6000)
-        one.add_argument("--seed", type=int, default=0)
+        one.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.run(options)

@@ -38,7 +38,7 @@ import torch
 from benchmarks.peers import ENVIRONMENTS, ORT, Peer, run
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
-from benchmarks.train_qat import Session
+from benchmarks.train_real import Session
 from models.builder import Builder
 from models.digits_depthwise import depthwise_cnn, handwritten
 from onnxopt.runtimes import open_session

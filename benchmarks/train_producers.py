@@ -38,7 +38,7 @@ from benchmarks.quantize import Bench
 from benchmarks.quantizers import QUANTIZERS
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
-from benchmarks.train_qat import Session
+from benchmarks.train_real import Session
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import walk
 from onnxopt.model import load

@@ -36,7 +36,7 @@ from onnxopt.training.losses import LOSSES, CrossEntropy, Kl, Loss, parse_loss
 from onnxopt.training.module import GraphModule
 from onnxopt.training.recipe import read_recipe
 from onnxopt.training.scoring import INVERSES, final_activations, outputs_of
-from onnxopt.training.teachers import Teacher, looks_random, paired, pairs
+from onnxopt.training.teachers import Teacher, fitting, looks_random, paired, pairs
 from onnxopt.training.transforms import Normalize, parse_transforms
 from onnxopt.training.work import train
 
@@ -170,18 +170,22 @@ class Distiller(Hook):
         if self.teachers:
             return
         recipe = self.recipe
+        models = [reusable(one) for one in recipe.teachers]
+        theirs = [{value.name for node in load(one).graph for value in node.outputs} for one in models]
+        computed = (value.name or "" for node in self.student.graph for value in node.outputs)
+        shared = [name for name in computed if all(name in one for one in theirs)]
         kinds = [(recipe.match, False), (recipe.attend, True)]
-        hidden = [(mine, theirs, attends) for specs, attends in kinds for mine, theirs in pairs(specs)]
+        hidden = [(*names, attends) for specs, attends in kinds for names in fitting(specs, shared)]
         inputs = [item.name for item in contract_of(self.student).required]
         again = all(isinstance(one, Normalize) for one in parse_transforms(recipe.transforms))
-        for model in map(reusable, recipe.teachers):
-            theirs = [item.name for item in contract_of(load(model)).required]
-            fed_by = paired("input", theirs, inputs, {b: a for a, b in pairs(recipe.inputs)})
+        for model in models:
+            wanted = [item.name for item in contract_of(load(model)).required]
+            fed_by = paired("input", wanted, inputs, {b: a for a, b in pairs(recipe.inputs)})
             self.teachers.append(
                 Teacher(
                     model,
                     [name for _, name, _ in hidden],
-                    {name: fed_by[name] for name in theirs},
+                    {name: fed_by[name] for name in wanted},
                     device=device if recipe.teacher_in == "torch" else None,
                     memory=recipe.cache << 20 if again else 0,
                 )

@@ -40,7 +40,7 @@ class DistillRecipe(Recipe):
         "soft": "How outputs are compared: kl, mse, bce, cosine or l1; by default by what the output is.",
         "inputs": "STUDENT=TEACHER: inputs of other names.",
         "outputs": "STUDENT=TEACHER: outputs of other names.",
-        "match": "STUDENT=TEACHER: hidden tensors to be equal; widths may differ.",
+        "match": "STUDENT=TEACHER: hidden tensors to be equal; widths may differ; *Relu*: all of both.",
         "attend": "STUDENT=TEACHER: hidden tensors that are to attend to the same places (1612.03928).",
         "match_weight": "Weight of each --match and --attend in the loss.",
         "teacher_in": "onnxruntime or torch: the latter on --devices, nothing is kept.",

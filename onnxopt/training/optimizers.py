@@ -83,10 +83,15 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """lr: times the learning rate. weight_decay: instead of the recipe's."""
+    """lr: times the learning rate. weight_decay: instead of the recipe's. relative: rates are shares.
+
+    Relative rates are times the root mean square of each tensor at the start, as in Adafactor (1804.04235):
+    once a BatchNormalization is folded, weights differ in size by orders of magnitude; steps of Adam do not.
+    """
 
     lr: float = 1.0
     weight_decay: float | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if min(self.lr, self.weight_decay or 0) < 0:
@@ -135,7 +140,8 @@ def make_optimizer(
         used.add(who)
         own = dict(asked).get(who or "", Group())
         decay = own.weight_decay if own.weight_decay is not None else weight_decay * (role == "weights")
-        rate = own.lr * getattr(parameter, "rate", 1.0)
+        size = float(parameter.detach().square().mean().sqrt()) if own.relative else 1.0
+        rate = own.lr * (size or 1.0) * getattr(parameter, "rate", 1.0)
         found.setdefault(Group(rate, decay), []).append(parameter)
     for who, _ in asked:
         if who not in used:

@@ -79,9 +79,8 @@ def train_qat(
     model = reusable(model)
     original = load(model)
     is_quantized = any(node.op_type == "DequantizeLinear" for node in nodes(original))
-    if not is_quantized and not chosen.labels and not chosen.teachers:
-        chosen = dataclasses.replace(chosen, teacher=model)
-    if not chosen.labels and not chosen.teachers:
+    taught = bool(chosen.labels or chosen.teachers)
+    if is_quantized and not taught:
         raise UsageError("qat: without labels it learns from the float model: give that with --teacher")
     floats = next(map(reusable, chosen.teachers), None) if is_quantized else model
     prepared, settings = (None, None) if floats is None else _prepared(floats, chosen)
@@ -90,6 +89,8 @@ def train_qat(
         samples = datasets_of(chosen, original)[0].samples()
         some = samples[:: max(1, len(samples) // chosen.calibration)]
         start = _quantized(prepared, settings, some, chosen, show)
+        if not taught:  # by the model that the start was made of: hidden tensors are scaled alike
+            chosen = dataclasses.replace(chosen, teacher=prepared)
     return train_taught(
         "qat",
         model if floats is None else floats,

@@ -106,7 +106,7 @@ class Recipe:
         "optimizer": "sgd, adagrad, rmsprop, adam or adamw: sgd{momentum=0.9,nesterov=true}.",
         "lr": "Learning rate.",
         "weight_decay": "Of weights; of others as --groups say.",
-        "groups": "Rates of their own: scales{lr=0.1}, *.bias{lr=2,weight_decay=0}.",
+        "groups": "Rates of their own: scales{lr=0.1}, *.bias{lr=2,weight_decay=0}, weights{relative=true}.",
         "schedule": "constant, linear, cosine, exponential, step, cyclic, inverse-sqrt or plateau.",
         "warmup": "Steps of a linear rise of the learning rate before the schedule.",
         "freeze": "Pattern of parameters that stay as they are.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +20,7 @@ from onnxopt.training.dataset import Dataset
 from onnxopt.training.module import to_torch
 from onnxopt.training.scoring import final_activations
 
-__all__ = ["Teacher", "looks_random", "paired", "pairs"]
+__all__ = ["Teacher", "fitting", "looks_random", "paired", "pairs"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,6 +34,17 @@ def pairs(specs: Sequence[str]) -> list[tuple[str, str]]:
     for spec, (mine, theirs) in zip(specs, found, strict=True):
         if not mine or theirs.endswith("="):
             raise UsageError(f"distill: cannot read {spec!r}: expected STUDENT=TEACHER")
+    return found
+
+
+def fitting(specs: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """As `pairs`; a pattern (`*Relu*`) stands for all of these names that fit it. Raises UsageError."""
+    found = []
+    for mine, theirs in pairs(specs):
+        fit = fnmatch.filter(names, mine) if mine == theirs else []
+        if "*" in mine and not fit:
+            raise UsageError(f"distill: no tensor that both models have is called {mine!r}")
+        found += [(one, one) for one in fit] or [(mine, theirs)]
     return found
 
 

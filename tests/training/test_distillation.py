@@ -159,7 +159,7 @@ def test_hidden_tensors_are_matched_through_a_map_that_leaves_no_trace() -> None
         "match_weight": 20.0,
     }
     plain = distill(student, {"x": x}, teacher=teacher, **options)
-    matched = distill(student, {"x": x}, teacher=teacher, match="hidden", **options)
+    matched = distill(student, {"x": x}, teacher=teacher, match="hid*", **options)
 
     def fit(model: ir.Model) -> float:
         """What of the teacher's hidden tensor no linear map of the student's gives."""
@@ -260,6 +260,7 @@ _CLASS = text_model("agraph (float[n, 4] x) => (int64[n] k) { k = ArgMax<axis = 
             UsageError,
             "teacher has no tensor 'hiden'.*hidden",
         ),
+        ({"teacher": net(2, 8), "match": "*lost*"}, UsageError, "no tensor that both models have is called"),
         ({"teacher": net(2, 8), "match": "=hidden"}, UsageError, "expected STUDENT=TEACHER"),
         ({"teacher": net(2, 8), "attend": "hidden"}, UsageError, "'hidden' is 1x5, .* 1x8: attention is"),
         ({"teacher": net(2, 8), "outputs": "y=z9"}, UsageError, "no output goes with 'y' among 'y'"),

@@ -57,6 +57,12 @@ def test_groups_by_role_and_pattern_and_the_first_that_fits() -> None:
     assert found == {"a.weight": (1, 0.5), "a.bias": (1, 2), "b.weight": (3, 0.5), "s": (0.1, 0)}
 
 
+def test_relative_rates_are_times_the_size_of_each_tensor() -> None:
+    named = {"a": torch.nn.Parameter(torch.full((2, 2), -3.0)), "b": torch.nn.Parameter(torch.zeros(2, 2))}
+    optimizer = make_optimizer(named, "adam", lr=1, weight_decay=0, groups=("weights{lr=0.1,relative=true}",))
+    assert [group["factor"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.1])
+
+
 def test_penalties_are_on_weights_alone() -> None:
     weight, bias = torch.nn.Parameter(torch.tensor([[3.0, -4.0]])), torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.tensor([[0.5, 0.0]])
