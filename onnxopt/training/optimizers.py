@@ -125,7 +125,7 @@ def make_optimizer(
     Weight decay is for the role "weights" alone. `groups` change that, the first that fits counts: a role or
     a pattern of names, and the options of `Group`: "scales{lr=0.1}", "*.bias{lr=2,weight_decay=1e-4}".
     Each group of the optimizer has its factor of the learning rate as "factor"; a parameter that has a
-    `rate` is trained at so much of it.
+    `rate` is trained at so much of it, unless rates are relative.
 
     Raises:
         UsageError: an unknown optimizer or option, or a group that nothing fits.
@@ -140,8 +140,8 @@ def make_optimizer(
         used.add(who)
         own = dict(asked).get(who or "", Group())
         decay = own.weight_decay if own.weight_decay is not None else weight_decay * (role == "weights")
-        size = float(parameter.detach().square().mean().sqrt()) if own.relative else 1.0
-        rate = own.lr * (size or 1.0) * getattr(parameter, "rate", 1.0)
+        size = float(parameter.detach().square().mean().sqrt()) if own.relative else 0.0
+        rate = own.lr * (size or getattr(parameter, "rate", 1.0))
         found.setdefault(Group(rate, decay), []).append(parameter)
     for who, _ in asked:
         if who not in used:
