@@ -45,7 +45,7 @@ from onnxopt.model import load
 from onnxopt.protobuf import dump, serialize
 from onnxopt.runtimes import Level, open_session
 from onnxopt.training import GraphModule, to_torch, train_qat, write_back
-from onnxopt.training.optimizers import role_of
+from onnxopt.training.loop.optimizers import role_of
 from onnxopt.training.scales import learn_scales, scale_groups
 
 MODELS = ("kws_dscnn_bn", "cifar10_resnet8_bn", "ppocr_cls", "efficientnet_lite0_bn", "ppocrv4_rec")

@@ -23,6 +23,7 @@ from onnxopt.admission import admit
 from onnxopt.errors import ModelError, one_line
 from onnxopt.graph import graphs, roots, subgraphs_of, tensors, walk
 from onnxopt.packing import is_packed
+from onnxopt.packing.unpacker import unpacked
 from onnxopt.protobuf import in_memory, skeleton
 from onnxopt.streamed import pieces, sample
 
@@ -147,8 +148,6 @@ def _load_file(path: Path) -> ir.Model:
 
 
 def _load_pack(path: Path) -> ir.Model:
-    from onnxopt.packing.unpacker import unpacked
-
     def read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         if not isinstance(tensor, ir.ExternalTensor):
             return tensor

@@ -30,6 +30,7 @@ from onnxopt.errors import ModelError
 from onnxopt.graph import graphs, tensor_bytes, tensors, uses_external_data
 from onnxopt.model import ModelLike, clone, load
 from onnxopt.packing import is_packed
+from onnxopt.packing.unpacker import unpacked
 from onnxopt.protobuf import LARGEST_PROTOBUF, dump, in_memory, serialize, swapped
 from onnxopt.streamed import pieces, sample, sources
 
@@ -75,8 +76,6 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
 def materialize(source: ModelLike) -> Iterator[Path | bytes]:
     """What a runtime can open: a path as it is, small models as bytes, else a file in a temporary folder."""
     if isinstance(source, str | os.PathLike) and is_packed(source):
-        from onnxopt.packing.unpacker import unpacked
-
         with unpacked(Path(source)) as file:
             yield file
     elif isinstance(source, str | os.PathLike):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib.util
 import os
 import tempfile
@@ -21,7 +22,7 @@ from onnxopt.model import ModelLike, load, reusable
 from onnxopt.packing import is_packed
 from onnxopt.packing.container import Index, open_pack
 from onnxopt.packing.packer import sources_of, write_pack
-from onnxopt.packing.unpacker import move, restore
+from onnxopt.packing.unpacker import restore
 from onnxopt.protobuf import serialize
 from onnxopt.storage import Staged, commit, save, staging
 
@@ -126,8 +127,31 @@ def unpack(
         raise UsageError(f"{target}: this is the pack itself; give the model a place of its own")
     with staging(target) as folder:
         index = restore(source, folder, progress or silent)
-        move(index, folder, target.resolve())
+        _move(index, folder, target.resolve())
     return _package(index, source.stat().st_size)
+
+
+def _move(index: Index, staged: Path, target: Path) -> None:
+    """Move restored files to where they belong, the model last.
+
+    Data files keep their names, which the model knows. One that is there already stays if it is the same.
+
+    Raises:
+        ModelError: something else is in the place of a data file, or a link leads out of the folder.
+    """
+    folder = target.parent.resolve()
+    model, *others = index.files
+    places = [folder / member.name for member in others]
+    for place, member in zip(places, others, strict=True):
+        if place.resolve() != place or os.path.normcase(place) == os.path.normcase(target):
+            raise ModelError(f"{place}: cannot be written: it is the model itself, or a link leads elsewhere")
+        same = place.is_file() and filecmp.cmp(staged / member.name, place, shallow=False)
+        if place.exists() and not same:
+            raise ModelError(f"{place}: is there already, and other data: unpack into another folder")
+    for place, member in zip(places, others, strict=True):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / member.name, place)
+    commit(Staged(staged / model.name, None, frozenset(places)), target)
 
 
 def packed_sizes(*models: ModelLike) -> tuple[int, ...] | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +12,8 @@ from pathlib import Path
 from onnxopt.errors import ModelError
 from onnxopt.packing.coding import decode
 from onnxopt.packing.container import Index, open_pack, read_block
-from onnxopt.storage import Staged, commit
 
-__all__ = ["move", "restore", "unpacked"]
+__all__ = ["restore", "unpacked"]
 
 
 def restore(pack: Path, folder: Path, progress: Callable[[str, float | None], None] | None = None) -> Index:
@@ -59,29 +56,6 @@ def restore(pack: Path, folder: Path, progress: Callable[[str, float | None], No
                     f"{pack}: the pack is damaged: {restored.name!r} is not the file that was packed"
                 )
     return index
-
-
-def move(index: Index, staged: Path, target: Path) -> None:
-    """Move restored files to where they belong, the model last.
-
-    Data files keep their names, which the model knows. One that is there already stays if it is the same.
-
-    Raises:
-        ModelError: something else is in the place of a data file, or a link leads out of the folder.
-    """
-    folder = target.parent.resolve()
-    model, *others = index.files
-    places = [folder / member.name for member in others]
-    for place, member in zip(places, others, strict=True):
-        if place.resolve() != place or os.path.normcase(place) == os.path.normcase(target):
-            raise ModelError(f"{place}: cannot be written: it is the model itself, or a link leads elsewhere")
-        same = place.is_file() and filecmp.cmp(staged / member.name, place, shallow=False)
-        if place.exists() and not same:
-            raise ModelError(f"{place}: is there already, and other data: unpack into another folder")
-    for place, member in zip(places, others, strict=True):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged / member.name, place)
-    commit(Staged(staged / model.name, None, frozenset(places)), target)
 
 
 @contextmanager

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxopt.training.distillation import distill
     from onnxopt.training.finetuning import finetune
+    from onnxopt.training.interpreter.module import GraphModule, Logits, to_torch
+    from onnxopt.training.interpreter.writing import write_back
     from onnxopt.training.kinds import DistillRecipe, PruneRecipe, QatRecipe
-    from onnxopt.training.module import GraphModule, Logits, to_torch
     from onnxopt.training.qat import train_qat
     from onnxopt.training.recipe import Recipe
     from onnxopt.training.sparsity import prune, recover
-    from onnxopt.training.writing import write_back
 
 _HOMES = {
     "DistillRecipe": "kinds",
-    "GraphModule": "module",
-    "Logits": "module",
+    "GraphModule": "interpreter.module",
+    "Logits": "interpreter.module",
     "PruneRecipe": "kinds",
     "QatRecipe": "kinds",
     "Recipe": "recipe",
@@ -29,9 +29,9 @@ _HOMES = {
     "finetune": "finetuning",
     "prune": "sparsity",
     "recover": "sparsity",
-    "to_torch": "module",
+    "to_torch": "interpreter.module",
     "train_qat": "qat",
-    "write_back": "writing",
+    "write_back": "interpreter.writing",
 }
 
 __all__ = [

@@ -27,17 +27,17 @@ from onnxopt.model import ModelLike, load, reusable
 from onnxopt.recipe import parse_spelled
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
-from onnxopt.training.dataset import Dataset
-from onnxopt.training.hooks import Hook
+from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.kinds import DistillRecipe
 from onnxopt.training.likeness import Answer, Match, differing
-from onnxopt.training.loop import Trainer
-from onnxopt.training.losses import LOSSES, CrossEntropy, Kl, Loss, parse_loss
-from onnxopt.training.module import GraphModule
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.losses import LOSSES, CrossEntropy, Kl, Loss, parse_loss
+from onnxopt.training.loop.scoring import INVERSES, final_activations, outputs_of
+from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.recipe import read_recipe
-from onnxopt.training.scoring import INVERSES, final_activations, outputs_of
+from onnxopt.training.samples.dataset import Dataset
+from onnxopt.training.samples.transforms import Normalize, parse_transforms
 from onnxopt.training.teachers import Teacher, fitting, looks_random, paired, pairs
-from onnxopt.training.transforms import Normalize, parse_transforms
 from onnxopt.training.work import train
 
 __all__ = ["Distiller", "distill", "train_taught"]

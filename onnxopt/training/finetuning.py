@@ -31,7 +31,7 @@ def finetune(
 
     Args:
         model: a path, bytes, a binary file, a `ModelProto` or an `ir.Model`; it is not changed.
-        data: what to train on, see `onnxopt.training.sources.open_source`.
+        data: what to train on, see `onnxopt.training.samples.sources.open_source`.
         recipe: a TOML file or a `Recipe`, whose options are those of `options` that are not given here.
         folder: keeps log, checkpoint and the best model; None: nothing is kept.
         resume: go on from the checkpoint in the folder, if there is one; the result is the same to the bit.

@@ -10,8 +10,8 @@ import torch.nn.functional as nf
 from torch import Tensor
 
 from onnxopt.errors import UsageError
-from onnxopt.training.losses import Bce, Kl, Loss
-from onnxopt.training.scoring import INVERSES
+from onnxopt.training.loop.losses import Bce, Kl, Loss
+from onnxopt.training.loop.scoring import INVERSES
 
 __all__ = ["Answer", "Match", "differing"]
 

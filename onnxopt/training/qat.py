@@ -36,8 +36,8 @@ from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.targets import find_target
 from onnxopt.training.distillation import train_taught
+from onnxopt.training.interpreter.quantized import WITHIN
 from onnxopt.training.kinds import QatRecipe
-from onnxopt.training.quantized import WITHIN
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import read_recipe
 from onnxopt.training.work import datasets_of

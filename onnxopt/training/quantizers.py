@@ -13,19 +13,19 @@ from torch import Tensor
 from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS
 from onnxopt.quantization.formats import INTEGERS
-from onnxopt.training.hooks import Hook
+from onnxopt.training.interpreter.module import GraphModule, to_torch
+from onnxopt.training.interpreter.quantized import integers_of, reading
+from onnxopt.training.interpreter.state import constants
+from onnxopt.training.interpreter.values import tensor_of
 from onnxopt.training.kinds import QatRecipe
-from onnxopt.training.module import GraphModule, to_torch
-from onnxopt.training.optimizers import role_of
-from onnxopt.training.quantized import integers_of, reading
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.optimizers import role_of
+from onnxopt.training.loop.schedules import parse_schedule
+from onnxopt.training.samples.sizes import parse_sizes
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
-from onnxopt.training.schedules import parse_schedule
-from onnxopt.training.sizes import parse_sizes
-from onnxopt.training.state import constants
-from onnxopt.training.values import tensor_of
 
 if TYPE_CHECKING:
-    from onnxopt.training.loop import Trainer
+    from onnxopt.training.loop.trainer import Trainer
 
 __all__ = ["Quantizers"]
 

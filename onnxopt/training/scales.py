@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from onnxopt.graph import constant_array, walk
 from onnxopt.quantization.units import MOVES
-from onnxopt.training.module import GraphModule
-from onnxopt.training.state import constants
+from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.interpreter.state import constants
 
 __all__ = ["LogScale", "activations_of", "learn_scales", "scale_groups"]
 

@@ -30,10 +30,10 @@ from onnxopt.recipe import parse_pass
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.training.distillation import train_taught
-from onnxopt.training.hooks import Hook
+from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.kinds import PruneRecipe
-from onnxopt.training.loop import Trainer
-from onnxopt.training.module import GraphModule
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.recipe import read_recipe
 
 __all__ = ["Masks", "prune", "ramp", "recover"]

@@ -16,9 +16,9 @@ from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import FLOATS
 from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import open_session
-from onnxopt.training.dataset import Dataset
-from onnxopt.training.module import to_torch
-from onnxopt.training.scoring import final_activations
+from onnxopt.training.interpreter.module import to_torch
+from onnxopt.training.loop.scoring import final_activations
+from onnxopt.training.samples.dataset import Dataset
 
 __all__ = ["Teacher", "fitting", "looks_random", "paired", "pairs"]
 

@@ -27,19 +27,19 @@ from onnxopt.model import ModelLike, fingerprint, load, reusable
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.training import Score, TrainingReport
 from onnxopt.result import Result
-from onnxopt.training.dataset import Dataset
-from onnxopt.training.hooks import Hook
 from onnxopt.training.initialization import initialize
-from onnxopt.training.loop import Trainer
-from onnxopt.training.losses import Objective, parse_loss
-from onnxopt.training.module import GraphModule, to_torch
+from onnxopt.training.interpreter.module import GraphModule, to_torch
+from onnxopt.training.interpreter.writing import write_back
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.losses import Objective, parse_loss
+from onnxopt.training.loop.parallel import World, world
+from onnxopt.training.loop.scoring import FileJudge, final_activations, find_metric, score
+from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
-from onnxopt.training.parallel import World, world
 from onnxopt.training.recipe import Recipe
-from onnxopt.training.scoring import FileJudge, final_activations, find_metric, score
-from onnxopt.training.sources import open_source
-from onnxopt.training.transforms import parse_transforms
-from onnxopt.training.writing import write_back
+from onnxopt.training.samples.dataset import Dataset
+from onnxopt.training.samples.sources import open_source
+from onnxopt.training.samples.transforms import parse_transforms
 
 __all__ = ["datasets_of", "train"]
 

@@ -23,13 +23,13 @@ from models.digits_cnn import digits, digits_cnn
 from onnxopt.data.contract import Contract, contract_of
 from onnxopt.model import load
 from onnxopt.training import GraphModule, to_torch
-from onnxopt.training.dataset import Dataset
-from onnxopt.training.loop import Trainer
-from onnxopt.training.losses import parse_loss
-from onnxopt.training.parallel import World
+from onnxopt.training.loop.losses import parse_loss
+from onnxopt.training.loop.parallel import World
+from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.recipe import Recipe
-from onnxopt.training.sources import open_source
-from onnxopt.training.transforms import parse_transforms
+from onnxopt.training.samples.dataset import Dataset
+from onnxopt.training.samples.sources import open_source
+from onnxopt.training.samples.transforms import parse_transforms
 from tests.support import text_model
 
 torch.set_num_threads(1)

@@ -15,10 +15,10 @@ import torch
 from onnxopt.data.contract import Contract, contract_of
 from onnxopt.errors import UsageError
 from onnxopt.model import load
-from onnxopt.training.schedules import parse_schedule
-from onnxopt.training.sizes import Sizes, parse_sizes
-from onnxopt.training.sources import Stream, Table, open_source
-from onnxopt.training.transforms import parse_transforms
+from onnxopt.training.loop.schedules import parse_schedule
+from onnxopt.training.samples.sizes import Sizes, parse_sizes
+from onnxopt.training.samples.sources import Stream, Table, open_source
+from onnxopt.training.samples.transforms import parse_transforms
 from tests.support import text_model
 from tests.training.support import dataset, line_data
 

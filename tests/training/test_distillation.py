@@ -23,7 +23,7 @@ from onnxopt.errors import ModelError, OnnxoptError, UsageError
 from onnxopt.model import load
 from onnxopt.training import DistillRecipe, distill, to_torch
 from onnxopt.training.distillation import Distiller
-from onnxopt.training.parallel import World
+from onnxopt.training.loop.parallel import World
 from onnxopt.training.teachers import Teacher, looks_random
 from tests.support import execute, text_model
 from tests.training.support import dataset

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onnxopt.runtimes import open_session
 from onnxopt.training import GraphModule, to_torch
-from onnxopt.training.registry import find
+from onnxopt.training.interpreter.registry import find
 from tests.support import random_feeds, text_model
 from tests.training.node_cases import Case, array_of, cases, listed
 

@@ -15,9 +15,9 @@ import pytest
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import DivergedError, UsageError
 from onnxopt.model import load
-from onnxopt.training.checkpoints import read_checkpoint
-from onnxopt.training.hooks import Hook
-from onnxopt.training.loop import Trainer
+from onnxopt.training.loop.checkpoints import read_checkpoint
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.trainer import Trainer
 from tests.support import text_model
 from tests.training.support import Linear, LossJudge, line_data, text_module, trainer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onnxopt.errors import UsageError
-from onnxopt.training.losses import LOSSES, parse_loss
+from onnxopt.training.loop.losses import LOSSES, parse_loss
 
 
 def one(spec: str, y: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from onnxopt.errors import UsageError
 from onnxopt.training.initialization import initialize
-from onnxopt.training.optimizers import frozen, make_optimizer, penalize
+from onnxopt.training.loop.optimizers import frozen, make_optimizer, penalize
 from tests.training.support import Linear, text_module
 
 _GROUPS = ("b.*{lr=3}", "scales{lr=0.1}", "norm-bias{weight_decay=2}")

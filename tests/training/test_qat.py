@@ -23,7 +23,7 @@ from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.units import survey
 from onnxopt.targets import PLACEMENTS
 from onnxopt.training import finetune, to_torch, train_qat, write_back
-from onnxopt.training.ops.quantize import fake_quantize
+from onnxopt.training.interpreter.ops.quantize import fake_quantize
 from onnxopt.training.scales import learn_scales, scale_groups
 from tests.support import execute
 

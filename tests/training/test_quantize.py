@@ -13,7 +13,7 @@ from onnx import TensorProto as T
 
 from onnxopt.runtimes import open_session
 from onnxopt.training import to_torch
-from onnxopt.training.ops.quantize import fake_quantize
+from onnxopt.training.interpreter.ops.quantize import fake_quantize
 
 INTEGERS = ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4", "INT2", "UINT2")
 FLOATS = ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")

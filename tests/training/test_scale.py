@@ -20,12 +20,12 @@ from onnxopt.graph import constant_array
 from onnxopt.model import load
 from onnxopt.protobuf import dump
 from onnxopt.training import distill, finetune, prune, to_torch, train_qat, write_back
-from onnxopt.training.hooks import Hook
-from onnxopt.training.loop import Trainer
-from onnxopt.training.parallel import World, world
-from onnxopt.training.sharding import shard
-from onnxopt.training.stages import cuts
-from onnxopt.training.values import whole as unsharded
+from onnxopt.training.interpreter.stages import cuts
+from onnxopt.training.interpreter.values import whole as unsharded
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.parallel import World, world
+from onnxopt.training.loop.sharding import shard
+from onnxopt.training.loop.trainer import Trainer
 from tests.support import text_model
 from tests.training.nets import HEAD, build, feeds, net
 from tests.training.support import TOGETHER, LossJudge, Pair, line_data, trainer, write_digits

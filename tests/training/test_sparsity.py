@@ -23,9 +23,9 @@ from onnxopt.errors import UsageError
 from onnxopt.model import load
 from onnxopt.pruning.weights import kept_elements, sparsity
 from onnxopt.training import PruneRecipe, prune, to_torch
-from onnxopt.training.loop import Trainer
-from onnxopt.training.losses import parse_loss
-from onnxopt.training.parallel import World
+from onnxopt.training.loop.losses import parse_loss
+from onnxopt.training.loop.parallel import World
+from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.sparsity import Masks, ramp
 from tests.support import execute, text_model
 from tests.training.support import LossJudge, dataset

@@ -1,0 +1,1 @@
+"""The graph as a torch module, and its weights back in the graph."""
