@@ -227,7 +227,7 @@ def fitted_and_not(proto: onnx.ModelProto) -> list[list[np.ndarray]]:
         run_pass(proto, PruneChannels(ratio=0.5, multiple=1, score="l2", samples=known)).model
         for known in (samples, None)
     )
-    return [execute(one, samples[0]) for one in (proto, *cut)]
+    return [execute(proto, samples[0]), *(execute(one, samples[0]) for one in cut)]
 
 
 def test_all_layers_that_are_fitted_are_checked() -> None:
