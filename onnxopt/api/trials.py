@@ -19,6 +19,7 @@ from onnxopt.job import Job
 from onnxopt.metric import Budget, Metric, NoRowsError
 from onnxopt.model import clone
 from onnxopt.pipeline import Outcome, Pipeline
+from onnxopt.pruning.outcome import channel_cut
 from onnxopt.pruning.search import Candidate, Passes, Searched, fast_enough, strongest
 from onnxopt.quantization.judge import Judge
 from onnxopt.quantization.sensitivity import noise_between
@@ -102,7 +103,8 @@ class Trials:
         """Run passes on a copy, and judge it."""
         outcome = self._run(passes)
         self.job.progress("judging the result", None)
-        return Candidate(passes, outcome.model, outcome.steps, self.judge(outcome.model))
+        judgement = self.judge(outcome.model)
+        return Candidate(passes, outcome.model, outcome.steps, judgement, cut=channel_cut(outcome.model))
 
     def noise(self, passes: Passes) -> float:
         """Of the outputs, over the signal, on a few samples."""

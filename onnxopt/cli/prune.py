@@ -95,7 +95,7 @@ def _amounts_of(flag: str) -> Callable[[Callable[..., int]], Callable[..., int]]
 @seed_option
 @click.option("--no-bench", is_flag=True, help="Do not measure speed.")
 @click.option("--no-metadata", is_flag=True, help="Record nothing in the model's metadata.")
-@click.option("--list-layers", is_flag=True, help="Name each weight and its share of zeros.")
+@click.option("--list-layers", is_flag=True, help="Name groups of channels, weights, and what parts cost.")
 @json_option
 def command(
     model: Path,

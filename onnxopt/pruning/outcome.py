@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxopt.pruning.elements import Pin
 from onnxopt.pruning.structure import Structure
 
-__all__ = ["ChannelCut", "TrimmedGroup", "outcome_of"]
+__all__ = ["CUT", "ChannelCut", "TrimmedGroup", "channel_cut", "outcome_of"]
+
+CUT = "prune-channels"
+"""Where a model in memory says what was cut."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,9 @@ def outcome_of(structure: Structure, gone: np.ndarray) -> ChannelCut:
         structure.parameters(),
         structure.parameters(gone),
     )
+
+
+def channel_cut(model: ir.Model) -> ChannelCut | None:
+    """What prune-channels did to a model, which is still the one it worked on."""
+    found: ChannelCut | None = model.meta.get(CUT)
+    return found

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.claims import options_of, spelling
 from onnxopt.pipeline import Step
+from onnxopt.pruning.outcome import ChannelCut
 from onnxopt.quantization.judge import Judgement
 
 __all__ = [
@@ -73,6 +74,7 @@ class Candidate:
     """What passes make of the prepared model. steps: what each did. judgement: what that keeps.
 
     time: the share of the original's time that it takes at most, as measured; None where it was not.
+    cut: what went of each group of channels; None where none were looked at.
     """
 
     passes: Passes
@@ -80,6 +82,7 @@ class Candidate:
     steps: tuple[Step, ...]
     judgement: Judgement
     time: float | None = None
+    cut: ChannelCut | None = None
 
     @property
     def changes(self) -> int:

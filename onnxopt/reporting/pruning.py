@@ -123,6 +123,7 @@ class PruningReport(WithSettings):
             ],
             "trials": [asdict(trial) for trial in self.searched.trials],
             "sensitivity": self.sensitivity,
+            "groups": [asdict(one) for one in best.cut.groups] if best.cut else [],
             "layers": [asdict(one) for one in self.layers],
             "zeros": self.zeros,
             "savings": list(self.savings),

@@ -64,7 +64,14 @@ def print_pruning(
 
 
 def _print_layers(report: PruningReport, console: Console) -> None:
-    """The share of zeros of each weight, and what each part of the model costs alone, as far as measured."""
+    """Channels by group, zeros by weight, and what each part of the model costs alone, as far as measured."""
+    cut = report.searched.best.cut
+    groups = plain_table("channels of", ">before", ">after", ">MACs")
+    for group in cut.groups if cut else ():
+        share = f"{group.macs_after / group.macs:.0%}" if group.macs else ""
+        groups.add_row(Text(group.name), str(group.channels), str(group.channels_after), share)
+    if groups.row_count:
+        console.print(groups)
     layers = plain_table("weight", ">elements", ">zeros")
     for layer in report.layers:
         layers.add_row(Text(layer.weight), amount(layer.elements), f"{layer.share:.1%}")

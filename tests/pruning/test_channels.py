@@ -16,7 +16,8 @@ from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array, nodes, static_shape
 from onnxopt.ledger import Ledger
-from onnxopt.passes.prune.prune_channels import PruneChannels, channel_cut
+from onnxopt.passes.prune.prune_channels import PruneChannels
+from onnxopt.pruning.outcome import channel_cut
 from tests.pruning.nets import Net, assert_cut_is_exact, surveyed
 from tests.support import execute, random_feeds, run_pass, sqnr, text_model
 

@@ -24,7 +24,7 @@ from onnxopt.data import Feeds
 from onnxopt.ledger import Ledger
 from onnxopt.model import clone
 from onnxopt.pruning.cut import cut
-from onnxopt.pruning.outcome import ChannelCut, outcome_of
+from onnxopt.pruning.outcome import CUT, channel_cut, outcome_of
 from onnxopt.pruning.reconstruct import reconstruct
 from onnxopt.pruning.scores import Score, score_channels
 from onnxopt.pruning.select import Budget, select
@@ -32,7 +32,7 @@ from onnxopt.pruning.structure import Structure, survey
 from onnxopt.quantization.keep import kept_sites
 from onnxopt.rewrite import Declined
 
-__all__ = ["PruneChannels", "channel_cut"]
+__all__ = ["PruneChannels"]
 
 _RULE = "channels"
 
@@ -110,7 +110,7 @@ class PruneChannels(Pass):
         for group in structure.groups:
             if gone[group.channels].any() and not ledger.claim(_RULE, group.name):
                 gone[group.channels] = False
-        model.meta[_CUT], model.meta[_SPELLED] = outcome_of(structure, gone), str(self)
+        model.meta[CUT], model.meta[_SPELLED] = outcome_of(structure, gone), str(self)
         whole = clone(model) if self.samples and gone.any() else None
         ledger.touch(cut(structure, gone))
         if whole is not None and self.samples:
@@ -156,11 +156,5 @@ def _kept(structure: Structure, gone: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-_CUT, _SPELLED = "prune-channels", "prune-channels as spelled"
-"""Where a model in memory says what was cut, and by which pass: one that runs again finds its work done."""
-
-
-def channel_cut(model: ir.Model) -> ChannelCut | None:
-    """What prune-channels did to a model, which is still the one it worked on."""
-    found: ChannelCut | None = model.meta.get(_CUT)
-    return found
+_SPELLED = "prune-channels as spelled"
+"""Where a model in memory says by which pass it was cut: one that runs again finds its work done."""
