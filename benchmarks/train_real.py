@@ -46,7 +46,7 @@ KEYWORDS: dict[str, Any] = {
     "transforms": ("shift{by=2,axes=-2}", "mixup{alpha=0.4}"),
 }
 PHOTOS: dict[str, Any] = {
-    "epochs": 8,
+    "epochs": 32,
     "batch_size": "8",
     "warmup": 10,
     "match": ("*/Add_output_0", "/_swish_1/*"),

@@ -27,6 +27,7 @@ __all__ = [
     "nbytes",
     "nested",
     "nodes",
+    "read_once",
     "rename_nodes_apart",
     "roots",
     "sizes_of",
@@ -222,9 +223,14 @@ def use_count(value: ir.Value) -> int:
     return len(getattr(value, "_uses", None) or value.uses())
 
 
+def read_once(value: ir.Value) -> bool:
+    """Whether nodes read a value once in all, and nobody else does: it is no graph output."""
+    return use_count(value) == 1 and not value.is_graph_output()
+
+
 def sole_user(value: ir.Value) -> ir.Node | None:
     """The one node, in the value's own graph, that reads it, once; None if shared or a graph output."""
-    if use_count(value) != 1 or value.is_graph_output():
+    if not read_once(value):
         return None
     user = next(iter(value.uses())).node
     producer = value.producer()

@@ -67,7 +67,9 @@ def _amounts_of(flag: str) -> Callable[[Callable[..., int]], Callable[..., int]]
 @click.option("--latency", type=float, help="Share of the time to keep, as measured, by the least pruning.")
 @click.option("--weights", is_flag=True, help="Set weights to zero: smaller once packed, not faster.")
 @_amounts_of("weights")
-@click.option("--score", help="What goes first: l1, l2, random, wanda, obs; channels: bn-gamma, energy, ...")
+@click.option(
+    "--score", help="What goes first: l1, l2, random (by --seed), wanda, obs; channels: bn-gamma, energy."
+)
 @click.option(
     "--layers", type=click.IntRange(1), metavar="N", help="Drop the N residual blocks that matter least."
 )
@@ -153,13 +155,14 @@ def command(
     if amounts["protect"] is not None:
         amounts["protect"] = amounts["protect"].replace(",", "+").replace("none", "")
     of_channels, of_weights = ({name: amounts[name] for name in names} for names in _AMOUNTS.values())
+    drawn = seed if score == "random" else None
     asked = spelled(
         {
             "drop-layers": _options(number=layers) if layers else None,
-            "prune-channels": _options(**of_channels, score=score) if channels else None,
+            "prune-channels": _options(**of_channels, score=score, seed=drawn) if channels else None,
             "factorize-weights": rank,
             "shrink-kernels": kernels,
-            "prune-weights": _options(**of_weights, score=score) if weights else None,
+            "prune-weights": _options(**of_weights, score=score, seed=drawn) if weights else None,
             "cluster-weights": cluster,
         }
     )

@@ -45,7 +45,8 @@ BLOCK = 1 << 23
 START = MAGIC + struct.pack("<I", VERSION)
 _FOOT = struct.Struct("<QQI")
 _KINDS = ("f2", "f4", "f8", "u1", "u2", "u4", "u8")
-_LARGEST_INDEX = 1 << 26
+_LARGEST_INDEX = 1 << 24
+_MOST_PIECES = 1 << 20
 _UNSUSPICIOUS = 1 << 34
 """Bytes that any pack may hold. Beyond them, it may hold so many times its own size:"""
 _RATIO = 1000
@@ -79,7 +80,7 @@ class Block:
     crc: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """Bytes of a file, numbered as in the index."""
 
@@ -223,6 +224,8 @@ def _parse(fields: Mapping[str, Any]) -> Index:
     )
     if not files:
         raise ValueError("there is no file in it")
+    if sum(len(member.pieces) for member in files) > 3 * _MOST_PIECES:
+        raise ValueError(f"its weights are in more than {_MOST_PIECES} pieces")
     complaint = name_complaint([member.name for member in files])
     if complaint:
         raise ValueError(complaint)

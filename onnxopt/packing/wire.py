@@ -89,7 +89,7 @@ def tensors_of(file: BinaryIO, who: str) -> Iterator[Stored]:
     size = os.fstat(file.fileno()).st_size
     try:
         seen = yield from _walk(file, "model", 0, size, 0)
-    except (EOFError, ValueError, UnicodeDecodeError) as error:
+    except (EOFError, TypeError, ValueError) as error:
         raise ModelError(f"{who}: not an ONNX model, or cut off: {error}") from None
     if 7 not in seen:
         raise ModelError(f"{who}: not an ONNX model: it has no graph")

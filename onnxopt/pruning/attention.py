@@ -19,14 +19,14 @@ from onnxopt.pruning.movement import Rule, UnrelatedError, axes_of
 __all__ = ["ATTENTION"]
 
 _PORTS = {
-    "Attention": ("q_num_heads", "kv_num_heads", "qkkmkk", "qkk"),
+    "Attention": ("q_num_heads", "kv_num_heads", "qkkmkk", "qkkm"),
     "com.microsoft::Attention": ("num_heads", "num_heads", "-wb-pm", "qp"),
-    "com.microsoft::MultiHeadAttention": ("num_heads", "num_heads", "qkkb-mkk", "qkk"),
+    "com.microsoft::MultiHeadAttention": ("num_heads", "num_heads", "qkkb-mkk", "qkkm"),
 }
 """What says how many heads queries and keys have; what inputs and outputs are.
 
-q: queries. k: keys or values. p: both, stacked. m: a mask. w, b: a weight, a bias for all three side by side.
--: something whose elements all stay.
+q: queries. k: keys or values. p: both, stacked. m: a mask, or products of queries and keys. w, b: a weight,
+a bias for all three side by side. -: something whose elements all stay.
 """
 _REASON = "are parts of heads"
 

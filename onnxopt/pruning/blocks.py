@@ -190,9 +190,9 @@ class Influence:
         kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([self._count])
         keep = ir.Value(name=self._switch, type=kind, shape=shape)
         gated.graph.inputs.append(keep)
-        ends = {node.outputs[0].name: node for node in walk(gated.graph) if node.op_type == "Add"}
+        twins = dict(zip(walk(model.graph), walk(gated.graph), strict=True))
         for number, block in enumerate(blocks):
-            _gate(ends[block.output.name], block, keep, number)
+            _gate(twins[block.add], block, keep, number)
         self._session = open_session(gated)
         self._expected = [self._run(feeds, ()) for feeds in samples]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, int_attr, use_count, walk
+from onnxopt.graph import constant_of, int_attr, ints_attr, use_count, walk
 from onnxopt.index import operator_of
 from onnxopt.pruning.attention import ATTENTION
 from onnxopt.pruning.elements import Ids
@@ -249,8 +249,9 @@ def _pad(at: _Cut, node: ir.Node) -> None:
 def _resize(at: _Cut, node: ir.Node) -> None:
     target = at.axes(node.outputs[0])
     sizes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
-    if sizes is not None and len(sizes.numpy()) == len(target):
-        pairs = zip(sizes.numpy().tolist(), target, strict=True)
+    axes = ints_attr(node, "axes") or range(len(target))
+    if sizes is not None and sizes.size == len(axes):
+        pairs = zip(sizes.numpy().tolist(), (target[axis] for axis in axes), strict=True)
         at.write(node, "sizes", 3, [at.count(ids) if at.is_shorter(ids) else size for size, ids in pairs])
 
 

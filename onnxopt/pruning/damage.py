@@ -99,21 +99,19 @@ def readers_of(model: ir.Model, structure: Structure, samples: Sequence[Feeds]) 
         unsure = len(spread) / (len(spread) + int(layer.positions))
         shrunk = (1 - unsure) * covariance + np.diag(unsure * spread + _DAMPING * spread.mean())
         inverse = np.linalg.inv(shrunk)
-        for group in structure.groups:
-            blocks = _blocks(group, channels, len(covariance) // len(channels))
-            if blocks is not None:
-                found.setdefault(group.name, []).append(
-                    Reader(layer.weight[0].copy(), inverse.copy(), energy, blocks)
-                )
+        for number in np.unique(structure.group_of[channels]).tolist():
+            if number >= 0:
+                group = structure.groups[number]
+                blocks = _blocks(group, channels, len(covariance) // len(channels))
+                reader = Reader(layer.weight[0].copy(), inverse.copy(), energy, blocks)
+                found.setdefault(group.name, []).append(reader)
     return found
 
 
-def _blocks(group: Group, channels: np.ndarray, places: int) -> np.ndarray | None:
-    """The summands of each channel of a group in a layer that reads these channels; None: it has none."""
+def _blocks(group: Group, channels: np.ndarray, places: int) -> np.ndarray:
+    """The summands of each channel of a group in a layer that reads these channels."""
     order = np.argsort(channels, kind="stable")
     first = np.searchsorted(channels[order], group.channels)
-    if first[0] == len(channels) or channels[order[first[0]]] != group.channels[0]:
-        return None
     width = int((channels == group.channels[0]).sum())
     elements = order[first[:, None] + np.arange(width)]
     return np.asarray((elements[:, :, None] * places + np.arange(places)).reshape(len(elements), -1))

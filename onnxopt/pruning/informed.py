@@ -12,14 +12,15 @@ import onnx_ir as ir
 from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
 from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, int_attr
-from onnxopt.pruning.cut import set_constant
+from onnxopt.graph import constant_array, int_attr, read_once
+from onnxopt.pruning.cut import new_constant, set_constant
 from onnxopt.pruning.levels import Reader
 from onnxopt.pruning.oneshot import prune_rows
 from onnxopt.pruning.saliency import Score
 from onnxopt.pruning.successive import in_turn
 from onnxopt.pruning.weights import StoredWeight
 from onnxopt.quantization.branches import branches_of, samples_of, take_out
+from onnxopt.scope import scopes
 
 __all__ = ["Part", "among", "by_input_norm", "make_up_for", "parts_of", "why_unseen"]
 
@@ -101,19 +102,24 @@ def make_up_for(
     chosen: bool, the elements that go by magnitude.
     """
     for part, by_node in among(parts, {one.readers[0].node: one for one in chosen}):
-        changed: list[ir.Value | None] = []
+        changed = set[ir.Value | None]()
         for turn in in_turn(part.model, list(by_node), part.samples):
             weight = by_node[turn.node]
             places = None if pattern is None else _stretches(turn.rows.shape[2], weight.shape, pattern[1])
             gone = weight_rows(turn.node, chosen[weight])
             target = np.where(turn.rows == 0, 0, turn.target)
             rows = prune_rows(target, turn.moments, gone, places, pattern[0] if pattern else 0)
-            changed += turn.store(rows)
+            changed.update(turn.store(rows))
         for node, twin in part.twins.items():
-            for old, new in zip(node.inputs, twin.inputs, strict=True):
+            for place, (old, new) in enumerate(zip(node.inputs, twin.inputs, strict=True)):
                 array = constant_array(new) if new in changed else None
-                if old is not None and old is not new and array is not None:
+                if old is None or old is new or array is None:
+                    continue
+                if read_once(old):
                     set_constant(old, array)
+                else:  # of the graph outside, where others read it
+                    scope = next(iter(scopes(parts[0].model)))
+                    node.replace_input_with(place, new_constant(scope, node, array, old.name or ""))
 
 
 def among(parts: Sequence[Part], found: Mapping[ir.Node, _T]) -> Iterator[tuple[Part, dict[ir.Node, _T]]]:

@@ -61,13 +61,18 @@ class Levels(NamedTuple):
             return self.book is other.book and np.array_equal(self.zero, other.zero)
         return np.array_equal(self.book == self.zero, other.book == other.zero)
 
-    @property
-    def stored_zero(self) -> np.ndarray | None:
-        """What is stored for zero; None where nothing can be."""
-        if self.book is None:
-            return self.zero if np.array_equal(self.zero, np.rint(self.zero)) else None
-        places = np.flatnonzero(self.book == self.zero) if self.zero.ndim == 0 else np.zeros(0, np.int64)
-        return places[:1].reshape(()) if len(places) else None
+    def stored_zero(self, dtype: np.dtype) -> np.ndarray | None:
+        """What is stored for zero, of the type of the elements; None where nothing can be."""
+        zero = self.zero
+        if self.book is not None:
+            places = np.flatnonzero(self.book == zero) if zero.ndim == 0 else np.zeros(0, np.int64)
+            if not len(places):
+                return None
+            zero = places[0]
+        zero = np.asarray(zero, np.float64)
+        with np.errstate(invalid="ignore"):
+            stored = zero.astype(dtype)
+        return stored if np.array_equal(stored.astype(np.float64), zero) else None
 
 
 def passes_on(node: ir.Node, position: int, size: int, dtype: ir.DataType) -> bool:
@@ -92,9 +97,13 @@ def levels_of(reader: Reader, tensor: ir.TensorProtocol) -> Levels | str | None:
     node, position, between = reader
     ports = INTEGERS.get(operator_of(node), {}).get(position)
     shape = sizes_of(tensor)
-    if ports is not None:
+    if ports is not None and tensor.dtype not in FLOATS:
+        if any(one.op_type not in MOVES | {"Cast"} for one in between):
+            return "is scaled more than once"
         axis = 0 if "Conv" in node.op_type or "LSTM" in node.op_type else -1
-        return _levels(node, ports, shape, axis)
+        levels = _levels(node, ports, shape, axis)
+        apart = isinstance(levels, Levels) and any(one is not None and one.ndim for one in levels)
+        return "is moved before it is scaled" if between and apart else levels
     found, moved, scaled = Levels(np.ones((), np.float32), np.zeros(())), False, False
     for one in between:
         moved = moved or one.op_type in MOVES

@@ -45,13 +45,10 @@ def outcome_of(structure: Structure, gone: np.ndarray) -> ChannelCut:
     """What is left of each group, and of the whole, without the channels that are gone."""
     channel = structure.solution.channel
     kept = ~gone[channel]
-    group_of = np.full(len(gone), -1)
-    for number, group in enumerate(structure.groups):
-        group_of[group.channels] = number
     before, after = np.zeros(len(structure.groups)), np.zeros(len(structure.groups))
     for term in structure.layers:
         share = float(np.prod([kept[ids].mean() for ids in term.axes if len(ids)]))
-        touched = np.unique(np.concatenate([group_of[channel[ids]] for ids in term.axes]))
+        touched = np.unique(np.concatenate([structure.group_of[channel[ids]] for ids in term.axes]))
         for number in touched[touched >= 0]:
             before[number] += term.amount
             after[number] += term.amount * share

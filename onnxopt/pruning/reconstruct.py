@@ -16,9 +16,9 @@ import onnx_ir as ir
 from onnxopt.calibration.exposing import Slices
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, sizes_of, sole_user, use_count
+from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, read_once, sizes_of, sole_user
 from onnxopt.pruning.cut import new_constant, set_constant
-from onnxopt.pruning.successive import Front, beside_of, positions_of
+from onnxopt.pruning.successive import Front, beside_of, is_plain, positions_of
 from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]
@@ -87,11 +87,11 @@ def _add_biases(model: ir.Model, kept: Mapping[str, np.ndarray]) -> None:
 
 
 def _can_learn(node: ir.Node, kept: Mapping[str, np.ndarray]) -> bool:
-    """Whether a weight of the layer's own, in floating point, is summed up over all channels."""
+    """Whether a weight of the layer's own, in floating point, is summed up over all channels, and no more."""
     if not has_rows(node) or int_attr(node, "transA", 0) or int_attr(node, "group", 1) != 1:
         return False
     weight = node.inputs[1]
-    if weight is None or use_count(weight) > 1 or weight.dtype not in FLOATS:
+    if weight is None or not read_once(weight) or weight.dtype not in FLOATS or not is_plain(node):
         return False
     return (node.outputs[0].name or "") in kept
 
@@ -137,7 +137,7 @@ def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: S
         y = y - np.concatenate([result_rows(node, one[layer.beside], layer.most) for one in states])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     held = constant_of(bias)
-    own = bias is not None and use_count(bias) == 1
+    own = bias is not None and read_once(bias)
     has_bias = own and held is not None and held.size == y.shape[1]
     mean, goal = (has_bias * rows.mean(0, dtype=np.float64) for rows in (x, y))
     x = x - mean.astype(x.dtype)

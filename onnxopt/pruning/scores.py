@@ -31,8 +31,9 @@ def score_channels(
     seed: int = 0,
     model: ir.Model | None = None,
     samples: Sequence[Feeds] = (),
+    fixed: Sequence[bool] | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """The scores of each group's channels, float64; all groups are compared by them.
+    """The scores of each group's channels, float64; all groups are compared by them but those that are fixed.
 
     Norms of weights, and scales, are divided by their mean in the group: weights of a layer can be scaled at
     will where a normalisation or the next layer scales back, so that they only say what channels are to
@@ -45,8 +46,8 @@ def score_channels(
     """
     of = _prepared(structure, score, seed, model, samples)
     found = []
-    for group in structure.groups:
-        numbers = np.asarray(of(group), np.float64)
+    for group, stays in zip(structure.groups, fixed or [False] * len(structure.groups), strict=True):
+        numbers = np.zeros(len(group.channels)) if stays else np.asarray(of(group), np.float64)
         if numbers.shape != group.channels.shape or not np.isfinite(numbers).all():
             raise UsageError(
                 f"prune-channels: group {group.name!r}: expected {len(group.channels)} finite scores, "
@@ -113,7 +114,7 @@ def _by_gamma(structure: Structure, _: int) -> Callable[[Group], np.ndarray]:
         if not found.any():
             raise UsageError(
                 f"prune-channels: group {group.name!r} has no BatchNormalization to score by; "
-                "take another score, or prune before they are folded"
+                "take another score, keep its layers, or prune before they are folded"
             )
         return _relative(found)
 

@@ -35,9 +35,8 @@ _MOST = 8.0
 """What a part's scores are multiplied with, or divided by, at most: scores go with the noise's root."""
 
 _STRENGTH: Mapping[str, Callable[[Any, Any, float], float]] = {
-    **dict.fromkeys(
-        ("sparsity", "ratio", "percentile", "threshold"), lambda _, value, share: round(value * share, 6)
-    ),
+    **dict.fromkeys(("sparsity", "ratio", "percentile"), lambda _, value, share: round(value * share, 6)),
+    "threshold": lambda _, value, share: float(f"{value * share:.6g}"),
     **dict.fromkeys(
         ("macs", "parameters", "energy"), lambda _, value, share: round(1 - (1 - value) * share, 6)
     ),

@@ -14,6 +14,9 @@ from onnxopt.rewrite import Declined
 
 __all__ = ["Budget", "select"]
 
+_ROUNDING = 1e-9
+"""What shares may be off by: 1 - 0.9 is less than one tenth."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -129,7 +132,7 @@ class _Line:
         """Up to the multiple of elements, of which a channel has one or more along an axis."""
         size = len(self._orders[n])
         step = multiple // math.gcd(multiple, self._groups[n].width)
-        return min(-(-max(kept, math.ceil(size * self._budget.least), 1) // step) * step, size)
+        return min(-(-max(kept, math.ceil(size * self._budget.least - _ROUNDING), 1) // step) * step, size)
 
     def gone(self, kept: Sequence[int]) -> np.ndarray:
         """The channels that go where groups keep so many."""
@@ -150,7 +153,7 @@ class _Line:
 
     def _is_met(self, kept: Sequence[int]) -> bool:
         share, limit = self._share(kept)
-        return share <= limit
+        return share <= limit + _ROUNDING
 
     def complaint(self) -> str:
         """Why there is no choice."""

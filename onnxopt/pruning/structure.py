@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -68,6 +69,14 @@ class Structure:
     layers: tuple[Term, ...]
     constants: tuple[Term, ...]
     fixed: float
+
+    @cached_property
+    def group_of(self) -> np.ndarray:
+        """The number of the group that each channel is of, -1 where it is of none; int64 [channels]."""
+        found = np.full(len(self.solution.pinned), -1)
+        for number, group in enumerate(self.groups):
+            found[group.channels] = number
+        return found
 
     def channels_of(self, value: ir.Value | None, axis: int) -> np.ndarray:
         """The channel that each element of an axis belongs to; none where the axis is not known."""

@@ -17,13 +17,13 @@ import onnx_ir as ir
 from onnxopt.calibration.compensation import damped
 from onnxopt.calibration.windows import from_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, constant_of, float_attr, sizes_of, sole_user, use_count
+from onnxopt.graph import constant_array, constant_of, float_attr, read_once, sizes_of, sole_user
 from onnxopt.model import clone
 from onnxopt.pruning.cut import set_constant
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 
-__all__ = ["Front", "Turn", "beside_of", "in_turn", "positions_of"]
+__all__ = ["Front", "Turn", "beside_of", "in_turn", "is_plain", "positions_of"]
 
 _SAMPLES = 128
 _MEMORY = 1 << 30
@@ -169,7 +169,7 @@ def _turn(
     return Turn(node, bias, rows, squares + _DAMPING * own, products, mean, shift)
 
 
-def _is_plain(node: ir.Node) -> bool:
+def is_plain(node: ir.Node) -> bool:
     """Whether what a layer writes is what it adds up, and its bias."""
     return node.op_type != "Gemm" or float_attr(node, "alpha", 1.0) == float_attr(node, "beta", 1.0) == 1
 
@@ -185,14 +185,14 @@ def _bias(node: ir.Node, size: int) -> ir.Value | None:
     tensor = constant_of(found)
     if found is None or tensor is None or tensor.size != size or sizes_of(tensor)[-1:] != (size,):
         return None
-    return found if use_count(found) == 1 and _is_plain(node) else None
+    return found if read_once(found) and is_plain(node) else None
 
 
 def beside_of(node: ir.Node, place: Mapping[ir.Node, int]) -> str:
     """The name of what is added to all that a layer writes, where that is known before; or nothing."""
     output = node.outputs[0]
     reader = sole_user(output)
-    if reader is None or reader.op_type != "Add" or reader.domain or not _is_plain(node):
+    if reader is None or reader.op_type != "Add" or reader.domain or not is_plain(node):
         return ""
     other = next((value for value in reader.inputs if value is not output), None)
     maker = other.producer() if other is not None else None

@@ -36,7 +36,6 @@ from onnxopt.streamed import Streamed, is_on_disk, pieces, read, sources
 
 __all__ = ["LayerSparsity", "StoredWeight", "convolves_alone", "find_weights", "kept_elements", "sparsity"]
 
-
 _PART = 1 << 22
 """Bytes that are looked at together."""
 
@@ -137,11 +136,9 @@ class StoredWeight:
 
             return Streamed(dtype, self.shape, box, sources(tensor) or frozenset())
         array = self.stored()
-        zero = np.zeros(()) if self.levels is None else self.levels.stored_zero
+        zero = np.zeros((), array.dtype) if self.levels is None else self.levels.stored_zero(array.dtype)
         assert zero is not None  # else there is a reason
-        return ir.Tensor(
-            np.where(mask.array(), array, zero.astype(array.dtype)), dtype=dtype, name=tensor.name
-        )
+        return ir.Tensor(np.where(mask.array(), array, zero), dtype=dtype, name=tensor.name)
 
     def write(self, tensor: ir.TensorProtocol) -> None:
         """Let the constant be this tensor, of the same type and shape."""
@@ -240,10 +237,12 @@ def _weight(value: ir.Value, opset: int) -> StoredWeight | None:
         return replace(one, reason="has several zero points")
     name = one.name.removesuffix(CODES) if first.book is not None else one.name
     one = replace(one, name=name, levels=first)
-    if first.stored_zero is not None:
+    if first.stored_zero(tensor.dtype.numpy()) is not None:
         return one
     shared = "shares numbers of which none is zero"
-    return replace(one, reason="has a zero point between integers" if first.book is None else shared)
+    return replace(
+        one, reason="has a zero point that is no number of its type" if first.book is None else shared
+    )
 
 
 def _read_by(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[list[Reader], list[str]]:

@@ -173,6 +173,18 @@ def test_amounts_and_protection_of_weights(arguments: Sequence[str], shares: Seq
 
 
 @pytest.mark.usefixtures("inputs")
+@pytest.mark.parametrize("flag", ["--weights", "--channels"])
+def test_random_choices_take_the_seed(flag: str) -> None:
+    made = []
+    for seed in ("0", "1", "1"):
+        options = ["--no-bench", "--no-metadata", "--score", "random", "--seed", seed]
+        main_quietly(["prune", "net.onnx", "-o", "out.onnx", flag, *options])
+        made.append(Path("out.onnx").read_bytes())
+    assert made[0] != made[1]
+    assert made[1] == made[2]
+
+
+@pytest.mark.usefixtures("inputs")
 @pytest.mark.parametrize("budget", ["parameters", "ratio"])
 def test_budgets_of_channels(budget: str) -> None:
     main_quietly(["prune", "net.onnx", "-o", "out.onnx", "--no-bench", "--channels", f"--{budget}", "0.5"])

@@ -269,6 +269,7 @@ HOSTILE: dict[str, tuple[Callable[[Index], Index], str]] = {
     "true": (file_of(size=True), "makes no sense"),
     "huge piece": (file_of(size=1 + (1 << 33), pieces=(1, 1 << 33, 0)), "a block is too large"),
     "two numbers": (file_of(pieces=(0, 1)), "shorter"),
+    "endless pieces": (file_of(pieces=(0, 0, 0) * (1 + (1 << 20))), "in more than 1048576 pieces"),
     "a block that is not there": (file_of(pieces=(0, 16, 1 << 40)), "its blocks are not those"),
     "a block more": (lambda index: replace(index, blocks=(*index.blocks, index.blocks[0])), "not those"),
     "a block less": (lambda index: replace(index, blocks=index.blocks[:1]), "its blocks are not those"),
@@ -410,6 +411,16 @@ def test_external_data_elsewhere_missing_or_short_is_refused(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="lies outside the model's folder"):
         onnxopt.pack(path, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_external_data_of_no_known_size_is_refused(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", data_type=TensorProto.STRING, dims=[2])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.bin")
+    (tmp_path / "w.bin").write_bytes(b"words")
+    path = written(model_of(tensor), tmp_path)
+    with pytest.raises(ModelError, match="not an ONNX model, or cut off: Bitwidth not available"):
+        onnxopt.pack(path, tmp_path / "p")
 
 
 def test_without_zstandard_it_says_what_to_install(

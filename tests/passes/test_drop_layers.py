@@ -313,3 +313,15 @@ def test_sizes_that_nobody_named_are_followed_or_seen() -> None:
         size.Clear()
         size.dim_value = 6
     assert drop(proto, DropLayers())[1] == ["a"]
+
+
+def test_blocks_of_one_name_in_two_branches_are_told_apart() -> None:
+    """The first one is missed more."""
+    text = BRANCHES.replace("a = Add(h, f)", "f2 = Add(f, f)\n a = Add(h, f2)").replace("Relu(b)", "Relu(a)")
+    proto = text_model(text.replace("b = Add(e1, g2)", "a = Add(e1, g)").replace("g2 = Add(g, g)\n", ""))
+    feeds = [{**random_feeds(proto, seed), "c": np.array(seed % 2 > 0)} for seed in range(4)]
+    model, dropped, _ = drop(proto, DropLayers(samples=feeds))
+    assert dropped == ["a"]
+    for one in feeds:
+        want = execute(proto, one)[0] if one["c"] else np.abs(one["x"])
+        np.testing.assert_array_equal(execute(model, one)[0], want)

@@ -337,6 +337,55 @@ def test_integers_that_a_cast_and_a_product_unpack() -> None:
     assert np.abs((array - 5.0) * scale)[after == 5].max() <= np.abs((array - 5.0) * scale)[after != 5].min()
 
 
+def by_columns(front: str) -> onnx.ModelProto:
+    """A product of integers whose second operand q is made of w, with the zero points p of its columns."""
+    model = text_model(
+        f"""agraph (float[3, 8] x) => (float[3, 8] y) <float one = {{0.1}}, uint8 seven = {{7}}> {{
+            {front}  a, s, z = DynamicQuantizeLinear(x)  i = MatMulInteger(a, q, z, p)  y = Cast<to = 1>(i)
+        }}"""
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.full(8, 7, np.uint8), "p"))
+    return model
+
+
+def test_floats_that_are_quantized_at_run_time_become_zero() -> None:
+    model = by_columns("q = QuantizeLinear(w, one, seven)")
+    model.graph.initializer.append(numpy_helper.from_array(weight_of((8, 8)), "w"))
+    after = only(run_pass(model, PruneWeights(0.5, scope="global")).model).stored()
+    assert np.count_nonzero(after == 0) == 32
+    np.testing.assert_array_equal(after[after != 0], weight_of((8, 8))[after != 0])
+
+
+@pytest.mark.parametrize(
+    ("front", "reason"),
+    [
+        ("q = Transpose(w)", "is moved before it is scaled"),
+        (
+            "f = DequantizeLinear(w, one, seven)  q = QuantizeLinear(f, one, seven)",
+            "is scaled more than once",
+        ),
+    ],
+)
+def test_integers_whose_zero_points_lie_along_another_axis_stay(front: str, reason: str) -> None:
+    model = by_columns(front)
+    array = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    model.graph.initializer.append(numpy_helper.from_array(array, "w"))
+    assert run_pass(model, PruneWeights(0.5, scope="row")).declined == (f"the weight {reason}",)
+
+
+@pytest.mark.parametrize("point", [0.5, 300.0, -1.0])
+def test_integers_none_of_which_stands_for_zero_stay(point: float) -> None:
+    model = text_model(
+        f"""agraph (float[3, 8] x) => (float[3, 8] y) <float p = {{{point}}}> {{
+            f = Cast<to = 1>(w)  c = Sub(f, p)  y = MatMul(x, c)
+        }}"""
+    )
+    array = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    model.graph.initializer.append(numpy_helper.from_array(array, "w"))
+    reason = "the weight has a zero point that is no number of its type"
+    assert run_pass(model, PruneWeights(0.5)).declined == (reason,)
+
+
 def test_a_dynamic_lstm_of_integers() -> None:
     model = run_pass(layer("LSTM"), QuantizeDynamic()).model
     names = {one.name: one.shape for one in find_weights(model)}
@@ -393,6 +442,29 @@ def test_branches_that_samples_run_are_looked_at(score: Any) -> None:
     both = [*samples, {"x": samples[0]["x"], "b": np.array(False)}]
     done = run_pass(model, PruneWeights(0.5, score=score, samples=both, **SMALL))
     assert [one.zeros for one in sparsity(done.model)] == [32, 32]
+
+
+def test_a_bias_that_another_branch_reads_stays_there() -> None:
+    """obs gives the bias of the first branch, whose weight loses elements, other numbers."""
+    model = text_model(
+        """agraph (float[3, 8] x, bool b) => (float[3, 8] y) {
+            y = If (b) <
+                then_branch = yes () => (float[3, 8] p) { p = Gemm(x, w, c) },
+                else_branch = no () => (float[3, 8] q) { q = Gemm(x, v, c) }
+            >
+        }"""
+    )
+    for name, shape in {"w": (8, 8), "v": (8, 8), "c": (8,)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(weight_of(shape), name))
+    samples = [{"x": 1 + feeds["x"], "b": np.array(True)} for feeds in samples_of(model, 40)]
+    done = run_pass(model, PruneWeights(0.5, score="obs", samples=samples))
+    assert done.changes == 1
+    other = {**samples[0], "b": np.array(False)}
+    np.testing.assert_array_equal(execute(done.model, other)[0], execute(model, other)[0])
+    want, have = (
+        np.mean([execute(one, feeds)[0].mean(0) for feeds in samples], 0) for one in (model, done.model)
+    )
+    np.testing.assert_allclose(have, want, atol=1e-5)
 
 
 def test_a_shared_weight_is_pruned_once() -> None:

@@ -63,6 +63,19 @@ def test_heads_of_attention(apart: bool, shared: int, mask: tuple[int, ...] | No
     assert left == ([] if apart else [2, shared // 2])
 
 
+def test_products_of_queries_and_keys_go_with_their_heads() -> None:
+    net = Net(0)
+    q, k, v = (projected(net, *of, False) for of in ((4, 8), (4, 8), (4, 3)))
+    y = net.op("Attention", q, k, v, outputs=4, q_num_heads=4, kv_num_heads=4)
+    added = net.op("ReduceSum", net.nodes[-1].output[3], net.constant(np.array([1])), keepdims=0)
+    for unused in (1, 2):
+        net.nodes[-2].output[unused] = ""
+    both = net.op("Add", joined(net, y, 12, False), net.op("MatMul", added, net.weight(6, 5)))
+    proto = net.model(both, ("N", 6, 12), ("N", 6, 5), 23)
+    assert groups_of(proto) == [(4, 3)]
+    assert_cut_is_exact(proto)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_heads_of_the_runtimes_attention(bias: bool) -> None:
     net = Net(0)

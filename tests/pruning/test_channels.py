@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
@@ -199,3 +200,55 @@ def test_layers_make_up_for_channels_that_others_can_tell() -> None:
     before, after = reconstructed(proto, samples)
     assert before < 10
     assert after > 60
+
+
+def test_products_that_are_scaled_are_not_fitted() -> None:
+    net = Net(0)
+    hidden = net.op("MatMul", "x", net.weight(6, 16))
+    y = net.op("Gemm", hidden, net.weight(16, 5), net.weight(5), alpha=0.25)
+    found = fitted_and_not(net.model(y, ("N", 6), ("N", 5)))
+    np.testing.assert_array_equal(found[1][0], found[2][0])
+
+
+def test_a_bias_that_is_an_output_stays() -> None:
+    net = Net(0)
+    hidden, bias = net.op("MatMul", "x", net.weight(6, 16)), net.weight(5)
+    proto = net.model(net.op("Gemm", hidden, net.weight(16, 5), bias), ("N", 6), ("N", 5))
+    proto.graph.output.append(helper.make_tensor_value_info(bias, TensorProto.FLOAT, [5]))
+    whole, fitted, plain = fitted_and_not(proto)
+    np.testing.assert_array_equal(whole[1], fitted[1])
+    assert sqnr(whole[0], fitted[0]) > sqnr(whole[0], plain[0])
+
+
+def fitted_and_not(proto: onnx.ModelProto) -> list[list[np.ndarray]]:
+    """What a model gives, and what it gives without half its channels, fitted to samples and not."""
+    samples = [random_feeds(proto, seed, {"N": 64}) for seed in range(2)]
+    cut = (
+        run_pass(proto, PruneChannels(ratio=0.5, multiple=1, score="l2", samples=known)).model
+        for known in (samples, None)
+    )
+    return [execute(proto, samples[0]), *(execute(one, samples[0]) for one in cut)]
+
+
+def test_all_layers_that_are_fitted_are_checked() -> None:
+    """The last one is, though it reads and writes no channels that go."""
+    net = Net(0)
+    x = net.op("Relu", net.op("Conv", "x", net.weight(16, 3, 1, 1)))
+    x = net.op("Softmax", net.op("Conv", x, net.weight(8, 16, 1, 1)), axis=1)
+    y = net.op("Conv", x, net.weight(4, 8, 1, 1))
+    proto = net.model(y, ("N", 3, 8, 8), ("N", 4, 8, 8))
+    model, ledger = ir.from_proto(proto), Ledger(pass_name=PruneChannels.name)
+    PruneChannels(ratio=0.5, samples=[random_feeds(proto)]).apply(model, ledger)
+    last = next(node for node in model.graph if node.outputs[0].name == y)
+    assert len(last.inputs) == 3
+    assert last in ledger.touched
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.9, 1), (0.7, 3), (0.3, 7)])
+def test_shares_that_binary_fractions_only_come_near_are_met(ratio: float, left: int) -> None:
+    net = Net(0)
+    hidden = net.op("Relu", net.op("MatMul", "x", net.weight(6, 10)))
+    proto = net.model(net.op("MatMul", hidden, net.weight(10, 5)), ("N", 6), ("N", 5))
+    found = channel_cut(run_pass(proto, PruneChannels(ratio=ratio, multiple=1)).model)
+    assert found is not None
+    assert [group.channels_after for group in found.groups] == [left]

@@ -137,3 +137,15 @@ def test_layers_that_are_fitted_get_a_bias_where_they_have_none() -> None:
     (want,) = execute(proto, samples[0])
     (fitted,), (cut,) = (execute(one.model, samples[0]) for one in (done, plain))
     assert sqnr(want, fitted) > sqnr(want, cut) + 6
+
+
+def test_groups_without_a_scale_are_in_the_way_of_bn_gamma_unless_they_are_kept() -> None:
+    net = Net(0)
+    x = net.op("Relu", net.batchnorm(net.op("Conv", "x", net.weight(16, 3, 1, 1)), 16))
+    inner = net.op("Conv", x, net.weight(12, 16, 1, 1))
+    proto = net.model(net.conv(inner, 12, 5), ("N", 3, 8, 8), ("N", 5, 8, 8))
+    with pytest.raises(UsageError, match="has no BatchNormalization to score by; take another score, keep"):
+        run_pass(proto, PruneChannels(ratio=0.5, score="bn-gamma"))
+    done = run_pass(proto, PruneChannels(ratio=0.5, score="bn-gamma", keep=(inner,)))
+    sizes = [node.inputs[1].shape[0] for node in nodes(done.model) if node.op_type == "Conv"]  # type: ignore[union-attr,index]
+    assert sizes == [8, 12, 5]

@@ -69,6 +69,7 @@ def onnxopt_run(model: onnx.ModelProto, feeds: Feeds) -> np.ndarray:
     [
         ("prune-weights{sparsity=0.8}", 0.5, "prune-weights{sparsity=0.4}"),
         ("prune-weights{threshold=0.5}", 0.5, "prune-weights{threshold=0.25}"),
+        ("prune-weights{threshold=1e-7}", 0.5, "prune-weights{threshold=5e-08}"),
         ("prune-weights{nm=2:4}", 0.5, "prune-weights{nm=2:4}"),
         ("prune-channels{macs=0.5}", 0.5, "prune-channels{macs=0.75}"),
         ("prune-channels{ratio=0.5}", 0.5, "prune-channels{ratio=0.25}"),

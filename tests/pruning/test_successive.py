@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.pruning import successive
 from onnxopt.pruning.successive import in_turn
@@ -59,6 +59,14 @@ def test_the_bias_keeps_the_mean() -> None:
     bias = model.graph.initializers["b"].const_value
     assert bias is not None
     np.testing.assert_allclose(bias.numpy(), want, rtol=1e-5)
+
+
+def test_a_bias_that_is_an_output_stays() -> None:
+    proto = net()
+    proto.graph.output.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [8]))
+    model = ir.from_proto(proto)
+    (turn,) = in_turn(model, layers(model)[:1], samples(4))
+    assert turn.bias is None
 
 
 def test_nothing_is_missing_where_nothing_changed() -> None:

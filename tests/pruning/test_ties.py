@@ -101,6 +101,14 @@ def test_places_that_are_looked_up() -> None:
     assert_cut_is_exact(proto)
 
 
+def test_sizes_that_images_are_resized_to_name_their_axes() -> None:
+    net = Net(0)
+    sizes = net.constant(np.array([16, 12, 16], np.int64))
+    proto = images(net, net.op("Resize", net.conv("x", 3, 12), "", "", sizes, axes=[2, 1, 3]), 12)
+    assert sizes_of_groups(proto) == [12]
+    assert_cut_is_exact(proto)
+
+
 @pytest.mark.parametrize("opset", [11, 18])
 def test_the_last_channel_is_not_squeezed_away(opset: int) -> None:
     net = Net(0)

@@ -114,7 +114,7 @@ class PruneChannels(Pass):
         whole = clone(model) if self.samples and gone.any() else None
         ledger.touch(cut(structure, gone))
         if whole is not None and self.samples:
-            reconstruct(model, whole, _kept(structure, gone), self.samples)
+            ledger.touch(reconstruct(model, whole, _kept(structure, gone), self.samples))
 
     def parts(self, model: ir.Model) -> Mapping[str, PruneChannels]:
         """Name of a group -> a pass that prunes it alone, by as much as all would have to lose on average."""
@@ -131,19 +131,19 @@ class PruneChannels(Pass):
     def _selected(self, structure: Structure, model: ir.Model) -> np.ndarray:
         """The channels that go."""
         kept = kept_sites(model, self.keep)
-        weights = self.importance or {}
-        score = self.score if self.score != "auto" else "obs" if self.samples else "l2"
-        scores = score_channels(
-            structure, self.scored or score, seed=self.seed, model=model, samples=self.samples or ()
-        )
-        scores = tuple(
-            one * weights.get(g.name, 1.0) for one, g in zip(scores, structure.groups, strict=True)
-        )
         fixed = [
             any(site in kept for site in group.layers)
             or (self.only is not None and group.name not in self.only)
             for group in structure.groups
         ]
+        score = self.scored or (self.score if self.score != "auto" else "obs" if self.samples else "l2")
+        scores = score_channels(
+            structure, score, seed=self.seed, model=model, samples=self.samples or (), fixed=fixed
+        )
+        weights = self.importance or {}
+        scores = tuple(
+            one * weights.get(g.name, 1.0) for one, g in zip(scores, structure.groups, strict=True)
+        )
         return select(structure, scores, self._budget, fixed)
 
 

@@ -5,9 +5,10 @@ After:  y = MatMul(x, w), where so many elements of w are zero
 Declines: the weight is a graph input, a graph output, or read by something that does not multiply with it; it
     is not finite; it is an embedding, depthwise, small, or one of the first or last layers, as options say;
     it has fewer input channels than a pattern N:M is long; its integers are compared with other weights and
-    have no scale; what it is multiplied with is not known (wanda and obs take float Conv, ConvTranspose,
-    Gemm and MatMul of the main graph, and of branches of its If that samples run); obs would add up more
-    than 2048 summands, or serve several readers.
+    have no scale, or none of them stands for zero, or they are moved before they are scaled; what it is
+    multiplied with is not known (wanda and obs take float Conv, ConvTranspose, Gemm and MatMul of the main
+    graph, and of branches of its If that samples run); obs would add up more than 2048 summands, or serve
+    several readers.
 
 Names, types and shapes stay. Biases and all else of one dimension are no weights. ONNX Runtime computes with
 zeros as with any other number: nothing becomes faster, and the file is smaller only once it is packed.

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.evaluation import CannotEvaluateError
-from onnxopt.graph import FLOATS, has_reference, use_count
+from onnxopt.graph import FLOATS, has_reference, read_once
 from onnxopt.index import operator_of
 from onnxopt.quantization.operands import COMPUTED, MOVES, QUANTIZED, Weight, find_weight
 from onnxopt.quantization.weights import OPERANDS
@@ -93,7 +93,7 @@ class Stored:
     def of(cls, weight: Weight, scope: Scope) -> Stored:
         """Raises Declined: something else reads it too, or an element is not finite."""
         chain = [weight.source, *(move.outputs[0] for move in weight.moves)]
-        alone = all(use_count(value) == 1 and not value.is_graph_output() for value in chain[:-1])
+        alone = all(map(read_once, chain[:-1]))
         alone = alone and not any(_moves(*use) for use in weight.value.uses())
         value = weight.value if alone else weight.source
         readers = _readers(value)
