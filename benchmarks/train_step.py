@@ -4,7 +4,7 @@
 
 step: CPU time of one training step (forward, backward, SGD) of the graph against the torch module that it was
 exported from, eager on one thread, in turns; the median of the rounds' ratios. Likewise of the graph
-quantized to int8; and with --compile of both under torch.compile.
+quantized to int8, its scales learned; and with --compile of both under torch.compile.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from onnxopt import quantize
 from onnxopt.training import to_torch
+from onnxopt.training.scales import learn_scales, scale_groups
 
 
 class Block(nn.Module):
@@ -128,6 +129,7 @@ def steps_of(native: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callable
     graph = to_torch(proto, batch_statistics=True).train()
     written = quantize(proto, data=[{"x": x.numpy()}], bench=False).graph
     qat = to_torch(written, batch_statistics=True).train()
+    learn_scales(qat, scale_groups(written))
     native.train()
     runs: dict[str, tuple[Callable[[], Tensor], nn.Module]] = {
         "torch": (lambda: native(x), native),

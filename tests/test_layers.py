@@ -52,13 +52,13 @@ FORBIDDEN_IN_PASSES = {
 }
 
 
-def imports_of(file: Path) -> set[str]:
+def imports_of(file: Path, below: str = "onnxopt.") -> set[str]:
     """First names below `onnxopt.` of all that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] for name in names if name and name.startswith("onnxopt.")}
+        found |= {name.removeprefix(below).split(".")[0] for name in names if name and name.startswith(below)}
     return found
 
 
@@ -90,6 +90,17 @@ def test_the_trainer_has_one_door() -> None:
         file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py") if "training" in imports_of(file)
     }
     assert {name for name in users if not name.startswith("training/")} == {"cli/train.py"}
+
+
+def test_the_rooms_of_the_trainer_stand_on_one_another() -> None:
+    below = {
+        "interpreter": set[str](),
+        "samples": {"schedules"},
+        "loop": {"interpreter", "recipe", "samples", "schedules", "seeds"},
+    }
+    for room, allowed in below.items():
+        for file in sorted((ROOT / "training" / room).rglob("*.py")):
+            assert imports_of(file, below="onnxopt.training.") <= allowed | {room}, file
 
 
 def test_without_torch_the_trainer_says_what_it_needs() -> None:

@@ -47,7 +47,8 @@ def training_options(kind: type[Recipe]) -> Callable[[Command], Command]:
             if f.type == "bool":
                 flag = f"{flag}/--no-{flag[2:]}"
             elif isinstance(f.default, tuple):
-                option |= {"help": f"{option['help']} Repeatable.", "multiple": True}
+                shown = f"  [default: {' '.join(f.default)}]" if f.default else ""
+                option |= {"help": f"{option['help']} Repeatable.{shown}", "multiple": True}
             elif f.default not in (None, "", "0", 0):
                 option["help"] += f"  [default: {f.default}]"
             decorated = click.option(flag, f.name, **option)(decorated)

@@ -131,7 +131,7 @@ class Distiller(Hook):
         for number, told in enumerate(teacher(arrays) for teacher in self.teachers):
             parts += [weight * one for one in self._distances(number, outputs, told)]
             parts += [self.recipe.match_weight * one(outputs, told) for one in self._matches[number]]
-        return torch.stack(parts).sum(0) / len(self.teachers)
+        return _sum(parts) / len(self.teachers)
 
     def metric(self, data: Dataset, test: Dataset | None) -> Metric | None:
         """The distance to the teachers' outputs, negated; None where there are labels."""
@@ -152,7 +152,7 @@ class Distiller(Hook):
                     for number, teacher in enumerate(self.teachers)
                     for part in self._distances(number, given, teacher(arrays))
                 ]
-                found.append(-float(torch.stack(parts).sum(0).mean()) / len(self.teachers))
+                found.append(-float(_sum(parts).mean()) / len(self.teachers))
                 sizes.append(batch.size)
             return float(np.average(found, weights=sizes))
 
@@ -263,3 +263,9 @@ class Distiller(Hook):
             return outputs
 
         module.register_forward_hook(mapped)  # in the forward, so that parallel training sees the maps
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Of losses of each sample, or of their means where outputs, such as states, have other first axes."""
+    alike = len({one.shape for one in parts}) == 1
+    return torch.stack([one if alike else one.mean() for one in parts]).sum(0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onnxopt.errors import UsageError
 from onnxopt.graph import int_attr, walk
 from onnxopt.recipe import parse_spelled
+from onnxopt.training.seeds import seed_of
 
 __all__ = ["SCHEMES", "initialize"]
 
@@ -109,7 +110,7 @@ def initialize(module: nn.Module, model: ir.Model, specs: Sequence[str], seed: i
         fitting = [scheme for pattern, scheme in rules if fnmatch.fnmatchcase(name, pattern)]
         if not fitting:
             continue
-        random = torch.Generator(parameter.device).manual_seed((seed << 32) + number)
+        random = torch.Generator(parameter.device).manual_seed(seed_of(seed, number))
         weight = parameter.detach()
         try:
             fitting[-1].fill(weight.transpose(0, 1) if name in turned else weight, random)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
+from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array, constant_of, value_names
 from onnxopt.model import clone
 from onnxopt.runtimes import open_session
@@ -28,10 +29,15 @@ def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model,
     Mean and variance are those of the samples; scale and bias undo them, so that the model computes what it
     did before. A Conv of the main graph counts if its weights are its own initializers and its output no
     graph output.
+
+    Raises:
+        UsageError: there are no samples.
     """
     model = clone(model)
     graph, taken = model.graph, value_names(model)
     convs = [node for node in graph if _lacks(node)]
+    if convs and not len(samples):
+        raise UsageError("batchnorm: statistics are taken from samples by number, which a stream has not")
     sites = tuple(node.outputs[0].name or "" for node in convs)
     moments = _moments(model, sites, samples)
     for node, site, (mean, variance) in zip(convs, sites, moments, strict=True):

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS
+from onnxopt.passes.shared.quantized import quantized_kind
 from onnxopt.quantization.formats import INTEGERS
+from onnxopt.training.interpreter.minifloat import LARGEST
 from onnxopt.training.interpreter.module import GraphModule, to_torch
 from onnxopt.training.interpreter.quantized import integers_of, reading
 from onnxopt.training.interpreter.state import constants
@@ -20,9 +22,9 @@ from onnxopt.training.interpreter.values import tensor_of
 from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.optimizers import role_of
-from onnxopt.training.loop.schedules import parse_schedule
 from onnxopt.training.samples.sizes import parse_sizes
 from onnxopt.training.scales import LogScale, activations_of, learn_scales, scale_groups
+from onnxopt.training.schedules import parse_schedule
 
 if TYPE_CHECKING:
     from onnxopt.training.loop.trainer import Trainer
@@ -108,12 +110,12 @@ def _source(node: ir.Node) -> str:
 
 
 def _covering(quantizer: ir.Node, low: float, high: float) -> float:
-    """The scale with which integers reach from low to high, the zero point being as it is."""
+    """The scale with which integers, or small floats, reach from low to high; the zero point is as it is."""
     value = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
-    dtype = quantizer.outputs[0].dtype or ir.DataType.UINT8
+    dtype = quantized_kind(quantizer) or ir.DataType.UINT8
     tensor = value.const_value if value is not None else None
     zero = float(tensor.numpy().reshape(-1)[0]) if tensor is not None else 0.0
-    least, most = INTEGERS[dtype]
+    least, most = INTEGERS[dtype] if dtype in INTEGERS else (-LARGEST[dtype], LARGEST[dtype])
     return max(
         high / (most - zero) if most > zero else 0.0,
         low / (least - zero) if least < zero else 0.0,

@@ -140,6 +140,8 @@ class Recipe:
         return {f.name: _shown(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
+_PATHS = ("data", "validation", "test", "preprocess", "metric", "loss", "teacher")
+"""Options that may be paths."""
 _LEAST = {
     **dict.fromkeys(("epochs", "accumulate", "interval"), 1),
     **dict.fromkeys(("steps", "warmup", "patience", "workers", "seed", "evaluate", "shuffle"), 0),
@@ -180,7 +182,7 @@ def _beside(recipe: Path, name: str, value: Any) -> Any:
     """A path that a recipe names lies beside it, unless it is no path there."""
     if isinstance(value, list):
         return [_beside(recipe, name, one) for one in value]
-    if name not in ("data", "validation", "test", "metric", "loss", "teacher") or not isinstance(value, str):
+    if name not in _PATHS or not isinstance(value, str):
         return value
     beside = recipe.parent / value
     return str(beside) if (recipe.parent / value.partition(":")[0]).exists() else value

@@ -206,8 +206,10 @@ class Masks(Hook):
         return {"kept": self.kept, "final": self.final, "heard": self._heard, "early": self._early}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kept, self.final, self._heard, self._early = (
-            state[name] for name in ("kept", "final", "heard", "early")
+        self.final, self._early = state["final"], state["early"]
+        self.kept, self._heard = (
+            {name: one.to(self._weights[name].device) for name, one in state[part].items()}
+            for part in ("kept", "heard")
         )
 
     def _pass(self, share: float, score: Score | None) -> PruneWeights:

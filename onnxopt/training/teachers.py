@@ -116,20 +116,21 @@ class Teacher:
                 found = self._module({name: one.to(self._device) for name, one in fed.items()})
             return {name: one.to(device) for name, one in found.items()}
         feeds = {name: one.cpu().numpy().astype(self.inputs[name].dtype) for name, one in fed.items()}
-        count = len(next(iter(feeds.values())))
+        lengths = {len(one) for one in feeds.values() if one.ndim}
+        count = lengths.pop() if len(lengths) == 1 else 0
         rows = self._recalled(feeds, count) if self._free or self._kept else self._run(feeds, count)
         return {name: torch.from_numpy(one).to(device) for name, one in rows.items()}
 
     def _recalled(self, feeds: Arrays, count: int) -> Arrays:
+        """What was said before, or now, to each sample."""
         rows = []
-        for number in range(count):
-            one = {name: array[number : number + 1] for name, array in feeds.items()}
+        for one in [_part(feeds, number, 1) for number in range(count)] or [feeds]:
             key = hashlib.blake2b(
                 b"".join(array.tobytes() for array in one.values()), digest_size=16
             ).digest()
             row = self._kept.get(key)
             if row is None:
-                row = self._run(one, 1)
+                row = self._run(one, min(count, 1))
                 size = sum(array.nbytes for array in row.values())
                 if size <= self._free:
                     self._free -= size
@@ -138,15 +139,31 @@ class Teacher:
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def _run(self, feeds: Arrays, count: int) -> Arrays:
-        """In batches of the size that the model is made for, filled up; else all at once."""
+        """In batches of the size that the model is made for, filled up; else all at once.
+
+        count: of samples; 0: the arrays differ along axis 0, as with a state: they are one feed as they are.
+        """
+        if not count:
+            return _floats(self._session.run(feeds))
         size = self._fixed or count
         parts = []
         for first in range(0, count, size):
-            piece = {name: array[first : first + size] for name, array in feeds.items()}
-            filled = {name: np.resize(array, (size, *array.shape[1:])) for name, array in piece.items()}
-            parts.append(self._session.run(filled))
-        names = [name for name, one in parts[0].items() if np.ndim(one) and np.asarray(one).dtype.kind == "f"]
-        return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
+            piece = _part(feeds, first, size)
+            filled = {
+                name: np.resize(array, (size, *array.shape[1:])) if array.ndim else array
+                for name, array in piece.items()
+            }
+            parts.append(_floats(self._session.run(filled)))
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+
+def _part(feeds: Arrays, first: int, size: int) -> Arrays:
+    """Some samples; a scalar is of all of them."""
+    return {name: array[first : first + size] if array.ndim else array for name, array in feeds.items()}
+
+
+def _floats(found: Mapping[str, np.ndarray]) -> Arrays:
+    return {name: one for name, one in found.items() if np.ndim(one) and np.asarray(one).dtype.kind == "f"}
 
 
 def _exposed(model: ir.Model, names: Sequence[str]) -> ir.Model:

@@ -100,7 +100,7 @@ def train(
             prepared, sites = with_batchnorm(begun, data.samples()[:_PROBED])
         module = to_torch(prepared, batch_statistics=recipe.batchnorm)
         initialize(module, prepared, recipe.init, recipe.seed)
-        objective = _objective(recipe, original, data) if share else None
+        objective = _objective(recipe, original, data) if share or recipe.labels else None
         activations = final_activations(original)
         own = (one.metric(validation, test) for one in hooks if recipe.metric is None)
         metric = next(filter(None, own), None) or find_metric(
@@ -120,7 +120,7 @@ def train(
         judge = FileJudge(metric, finish, place, writes=where.first)
         trainer = Trainer(
             module,
-            _through(objective, module, share),
+            _through(objective, module, share) if share else None,
             data,
             recipe,
             judge,

@@ -15,10 +15,10 @@ import torch
 from onnxopt.data.contract import Contract, contract_of
 from onnxopt.errors import UsageError
 from onnxopt.model import load
-from onnxopt.training.loop.schedules import parse_schedule
 from onnxopt.training.samples.sizes import Sizes, parse_sizes
 from onnxopt.training.samples.sources import Stream, Table, open_source
 from onnxopt.training.samples.transforms import parse_transforms
+from onnxopt.training.schedules import parse_schedule
 from tests.support import text_model
 from tests.training.support import dataset, line_data
 
@@ -151,6 +151,21 @@ def test_the_order_is_of_the_seed_and_the_epoch_and_a_start_skips() -> None:
     found = [one for step in zip(*both, strict=True) for _, some in step for one in some]
     assert [int(y) for one in found if one.size for y in one.arrays["y"]] == order(0)
     assert [one.size for one in found][-2:] == [1, 0]  # the second process has nothing to count in the last
+
+
+@pytest.mark.parametrize(("count", "pieces"), [(5, 4), (3, 2), (1, 3), (7, 1)])
+def test_all_processes_have_as_many_pieces(count: int, pieces: int) -> None:
+    """Weights in parts are put together in each piece, by all processes."""
+    data = dataset({"x": X, "y": Y}, PAIR, labels=("y",), workers=0)
+    parts = [
+        [
+            [one.size for one in some]
+            for _, some in data.batches(sizes(str(count)), 0, 1, part=(rank, 3), pieces=pieces)
+        ]
+        for rank in range(3)
+    ]
+    assert all(len({len(some) for some in step}) == 1 for step in zip(*parts, strict=True))
+    assert sum(size for steps in parts for some in steps for size in some) == len(X)
 
 
 def test_sizes_are_fixed_random_grown_or_full() -> None:

@@ -148,6 +148,34 @@ def test_a_teacher_of_a_fixed_batch_size_serves_any() -> None:
     torch.testing.assert_close(Teacher(model)({"x": torch.from_numpy(X[:7])})["y"], free)
 
 
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_a_teacher_gets_a_state_and_a_scalar_whole(memory: int) -> None:
+    proto = text_model(
+        "agraph (float[1, 4] x, float[2, 1, 3] h) => (float[1, 4] y, float[2, 1, 3] k) "
+        "{ y = Tanh(x) k = Tanh(h) }"
+    )
+    arrays = {"x": torch.ones(1, 4), "h": torch.arange(6.0).reshape(2, 1, 3)}
+    one = Teacher(proto, memory=memory)
+    for told in (one(arrays), one(arrays)):
+        torch.testing.assert_close(told, {"y": arrays["x"].tanh(), "k": arrays["h"].tanh()})
+    proto = text_model("agraph (float[n, 4] x, float s) => (float[n, 4] y) { y = Mul(x, s) }")
+    arrays = {"x": torch.arange(8.0).reshape(2, 4), "s": torch.tensor(3.0)}
+    torch.testing.assert_close(Teacher(proto, memory=memory)(arrays), {"y": 3 * arrays["x"]})
+
+
+def test_a_state_that_is_given_on_is_learned_too() -> None:
+    text = (
+        "agraph (float[1, 4] x, float[2, 1, 3] h) => (float[1, 4] y, float[2, 1, 3] k) "
+        "<float[4, 4] w, float[3, 3] v> { y = MatMul(x, w) k = MatMul(h, v) }"
+    )
+    student, teacher = (filled(text_model(text), seed) for seed in (1, 2))
+    rng = np.random.default_rng(0)
+    sizes = {"x": (32, 1, 4), "h": (32, 2, 1, 3)}
+    data = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    final = distill(student, data, teacher=teacher, epochs=20, lr=0.1, batch_size="8").report.final
+    assert final.before < 0.1 * final.before < final.after < 0
+
+
 def test_hidden_tensors_are_matched_through_a_map_that_leaves_no_trace() -> None:
     student, teacher = net(1, 5), net(2, 8)
     x = np.random.default_rng(1).normal(size=(1024, 6)).astype(np.float32)
@@ -224,6 +252,15 @@ def test_labels_and_teachers_are_mixed(half: ir.Model) -> None:
     result = distill(half, given, teacher=digits_cnn(), labels="y", epochs=12, lr=5e-3, metric="accuracy")
     assert result.report.ok
     assert accuracy(result.graph) > accuracy(half) + 0.2
+
+
+def test_labels_only_judge_where_the_teachers_have_all_of_the_loss(half: ir.Model) -> None:
+    given = {"image": IMAGES[:64], "y": LABELS[:64]}
+    same: dict[str, Any] = {"teacher": digits_cnn(), "soft": "kl", "epochs": 1, "max_drop": "1000"}
+    judged, alone = distill(half, given, labels="y", mix=1.0, **same), distill(half, given, **same)
+    assert (judged.report.final.metric, alone.report.final.metric) == ("accuracy", "likeness")
+    assert ir.to_proto(judged.graph).graph.initializer == ir.to_proto(alone.graph).graph.initializer
+    assert ir.to_proto(judged.graph).graph.initializer != ir.to_proto(half).graph.initializer
 
 
 def test_a_result_that_is_worse_is_not_kept() -> None:

@@ -124,6 +124,8 @@ def test_batchnorm_is_put_in_as_identity_and_folded_back_under_the_old_names() -
     assert_equivalent(changed, ir.to_proto(inner), kind="reorder")
     assert [node.op_type for node in inner.graph] == [node.op_type for node in model.graph]
     assert list(inner.graph.initializers) == [*model.graph.initializers, "d_bias"]
+    with pytest.raises(UsageError, match="batchnorm: statistics are taken from samples"):
+        with_batchnorm(model, [])
 
 
 def test_training_with_batchnorm_gives_the_graph_without(place: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import DivergedError, UsageError
@@ -79,6 +80,20 @@ def test_stochastic_mini_and_streamed_batches_descend() -> None:
         trainer(source=lambda: [DATA])
     with pytest.raises(UsageError, match="epoch 1 gives no samples"):
         trainer(source=list, steps=3).fit()
+
+
+def test_the_order_of_a_loader_of_torch_is_of_the_seed() -> None:
+    """Not of what the process drew before: a resumed run and other processes see the same batches."""
+    rows = [{name: array[i] for name, array in DATA.items()} for i in range(len(DATA["t"]))]
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)  # type: ignore[arg-type]
+
+    def run(drawn: int, **options: Any) -> Any:
+        torch.manual_seed(drawn)
+        one = trainer(source=loader, batch_size="4", steps=7, epochs=9, **options)
+        one.fit()
+        return weights(one).tolist()
+
+    assert run(1) == run(2) != run(1, seed=1)
 
 
 def test_the_schedule_sets_the_rate_of_each_group() -> None:

@@ -128,6 +128,28 @@ def test_it_compiles_as_one_graph(backend: str) -> None:
         torch.testing.assert_close(one.grad, grads[name])
 
 
+def test_arrays_and_results_of_shapes_go_where_the_module_is() -> None:
+    """The meta device tells tensors of the CPU apart. What is past `HOST_LIMIT` elements is a tensor."""
+    module = to_torch(
+        build(
+            """g (float[2, 2000] x) => (float[2, 2000] y, int64[n] r) {
+                s = Shape(x)
+                z = ConstantOfShape(s)
+                a = Add(x, w)
+                y = Add(a, z)
+                i = Constant<value_int = 0>()
+                j = Constant<value_int = 1>()
+                e = ReduceMax<keepdims = 0>(s)
+                r = Range(i, e, j)
+            }""",
+            {"w": np.ones(2000, np.float32)},
+        )
+    ).to("meta")
+    found = module({"x": np.ones((2, 2000), np.float32)})
+    assert {name: one.device.type for name, one in found.items()} == {"y": "meta", "r": "meta"}
+    assert found["r"].shape == (2000,)
+
+
 def test_what_nobody_reads_any_more_is_freed() -> None:
     text = "".join(f"t{i + 1} = Relu(t{i}) " for i in range(20))
     module = to_torch(text_model(f"{HEAD} g (float[8] t0) => (float[8] y) {{ {text} y = Relu(t20) }}"))

@@ -66,10 +66,17 @@ def test_relative_rates_are_times_the_size_of_each_tensor() -> None:
 def test_penalties_are_on_weights_alone() -> None:
     weight, bias = torch.nn.Parameter(torch.tensor([[3.0, -4.0]])), torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.tensor([[0.5, 0.0]])
-    assert penalize([weight, bias], l1=1, l2=2) == 7 + 25
+    assert float(penalize([weight, bias], 1, 2, weight.device)) == 7 + 25
     assert weight.grad.tolist() == [[0.5 + 1 + 6, -1 - 8]]
     assert bias.grad is None
-    assert penalize([weight], 0, 0) == 0
+    assert float(penalize([weight], 0, 0, weight.device)) == 0
+
+
+def test_a_role_may_have_no_parameter_left() -> None:
+    """As scales that are frozen, which the recipe of quantization has a group for."""
+    named = dict(Linear().named_parameters())
+    optimizer = make_optimizer(named, "sgd", lr=1, weight_decay=0, groups=("scales{lr=10}",))
+    assert [group["factor"] for group in optimizer.param_groups] == [1]
 
 
 def test_what_fits_nothing_or_is_unknown_is_told() -> None:
@@ -109,6 +116,10 @@ def test_fresh_weights_have_the_variance_of_their_scheme_in_either_layout() -> N
     again = found["a"].copy()
     initialize(module, model, ["*=normal", "a=kaiming", "c=zeros"], seed=1)
     np.testing.assert_array_equal(dict(module.named_parameters())["a"].detach().numpy(), again)
+    initialize(module, model, ["a=kaiming"], seed=2)
+    assert (
+        np.corrcoef(dict(module.named_parameters())["a"].detach().numpy().ravel(), again.ravel())[0, 1] < 0.1
+    )
     for spec, told in {
         "a": "expected PATTERN=SCHEME",
         "q=zeros": "no parameter is called 'q'",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -24,8 +25,10 @@ from onnxopt.quantization.units import survey
 from onnxopt.targets import PLACEMENTS
 from onnxopt.training import finetune, to_torch, train_qat, write_back
 from onnxopt.training.interpreter.ops.quantize import fake_quantize
+from onnxopt.training.quantizers import _covering
 from onnxopt.training.scales import learn_scales, scale_groups
 from tests.support import execute
+from tests.training.nets import build
 
 torch.set_num_threads(1)
 _T = TensorProto
@@ -224,6 +227,15 @@ def test_observed_scales_cover_what_activations_reach() -> None:
     after = tensors(load(found.model))
     x = data["x"]
     np.testing.assert_allclose(after["x_scale"], max(x.max() / 127, -x.min() / 128), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("float8_e4m3fn", -448, 448), ("int8", -128, 127)])
+def test_observed_scales_are_of_the_type_of_the_zero_point(kind: str, low: int, high: int) -> None:
+    text = "g (float[4] x) => (float[4] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"
+    zero = np.zeros((), getattr(ml_dtypes, kind, kind))
+    node = load(build(text, {"s": np.ones((), np.float32), "z": zero})).graph.node(0)
+    node.outputs[0].type = None  # files say nothing of types in between
+    assert (_covering(node, 2.0 * low, high), _covering(node, low, 3.0 * high)) == (2, 3)
 
 
 def test_scales_stay_after_their_epochs() -> None:

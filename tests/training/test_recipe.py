@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from onnxopt.cli.train import command
 from onnxopt.errors import UsageError
 from onnxopt.training.recipe import Recipe, read_recipe
 
@@ -47,8 +49,12 @@ def test_every_option_is_documented_and_has_a_json_type() -> None:
 def test_what_a_file_names_lies_beside_it(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(b"")
     (tmp_path / "f.py").write_text("")
-    (tmp_path / "r.toml").write_text('data = "d.npz"\nloss = "f.py:focal"\ntest = "hf:digits:test"\n')
+    (tmp_path / "p.toml").write_text("")
+    (tmp_path / "r.toml").write_text(
+        'data = "d.npz"\nloss = "f.py:focal"\ntest = "hf:digits:test"\npreprocess = "p.toml"\n'
+    )
     found = read_recipe(Recipe, tmp_path / "r.toml", {})
+    assert found.preprocess == str(tmp_path / "p.toml")
     assert found.data == str(tmp_path / "d.npz")
     assert found.loss == f"{tmp_path / 'f.py'}:focal"
     assert found.test == "hf:digits:test"
@@ -72,6 +78,11 @@ def test_what_a_file_names_lies_beside_it(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_told(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         read_recipe(Recipe, None, given)
+
+
+def test_help_shows_the_defaults_of_lists() -> None:
+    shown = " ".join(CliRunner().invoke(command, ["qat", "--help"]).output.split())
+    assert "Repeatable. [default: scales{lr=10}]" in shown
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from onnxopt.errors import UsageError
-from onnxopt.training.loop.schedules import SCHEDULES, Clock, parse_schedule
+from onnxopt.training.schedules import SCHEDULES, Clock, parse_schedule
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,14 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, at: int) -> N
     assert again.report.curves == whole.report.curves
 
 
+def test_masks_of_a_checkpoint_go_to_where_the_weights_are() -> None:
+    masks, _, _ = trained(score="taylor", sparsity=0.5, options="small=0")
+    state = {**masks.state_dict(), "heard": {"w": torch.ones(8, 8)}}
+    masks._weights["w"] = torch.nn.Parameter(torch.empty(8, 8, device="meta"))
+    masks.load_state_dict(state)
+    assert (masks.kept["w"].device.type, masks._heard["w"].device.type) == ("meta", "meta")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

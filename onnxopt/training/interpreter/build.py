@@ -238,11 +238,10 @@ class Builder:
             for i, value in enumerate(node.inputs)
         ]
         outputs = [self._new(value) if value.name else -1 for value in node.outputs]
-        if all_host and self._folded(operator, options, ctx, inputs, outputs):
-            self._host.update(node.outputs)
-            return
         if all_host or operator.raw:
             self._host.update(node.outputs)
+        if all_host and self._folded(operator, options, ctx, inputs, outputs):
+            return
         computed = any(
             m and value is not None and value in self._host
             for m, value in zip(maybe, node.inputs, strict=True)

@@ -65,26 +65,33 @@ class Step:
             return self.run(*args)
         operator, static = self.operator, self.operator.static
         if operator.host and all(one is None or isinstance(one, Host) for one in args):
-            return self.run_on_host(*args)
+            return _brought(self.run_on_host(*args), anchor.device)
         device = next((one.device for one in args if isinstance(one, torch.Tensor)), anchor.device)
-        return self.run(
-            *[
-                numbers_of(one)
-                if i in static
-                else to_device(one, device)
-                if isinstance(one, Host) and i not in operator.either
-                else one
-                for i, one in enumerate(args)
-            ]
-        )
+        given = [
+            numbers_of(one)
+            if i in static
+            else to_device(one, device)
+            if isinstance(one, Host) and i not in operator.either
+            else one
+            for i, one in enumerate(args)
+        ]
+        found = self.run(*given)
+        return found if any(isinstance(one, torch.Tensor) for one in given) else _brought(found, device)
+
+
+def _brought(found: Any, device: torch.device) -> Any:
+    """Results of numbers alone, which are computed on the CPU, on a device."""
+    if type(found) is tuple:  # a `Host` is one, too
+        return tuple([_brought(one, device) for one in found])
+    return found.to(device) if isinstance(found, torch.Tensor) else found
 
 
 @dataclass
 class Plan:
     """The steps of a graph. All numbers are positions in the list of values.
 
-    constants: host values to start with. states: position -> state name. inputs, outputs: of the graph.
-    captured: what a body reads of the graphs around it, in the order of its node's captures.
+    constants: host values to start with. inputs, outputs: of the graph. captured: what a body reads of the
+    graphs around it, in the order of its node's captures.
     """
 
     size: int = 0

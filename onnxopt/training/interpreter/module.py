@@ -155,7 +155,8 @@ class GraphModule(nn.Module):
         for slot, (name, dtype) in zip(self._plan.inputs, self._inputs, strict=True):
             if name not in given:
                 raise UsageError(f"training: input {name!r} is not fed{did_you_mean(name, given)}")
-            values[slot] = receive(given[name], dtype)
+            value = receive(given[name], dtype)
+            values[slot] = value if isinstance(given[name], torch.Tensor) else moved(value, self.device)
         return values
 
     def split(self, devices: Sequence[torch.device], feeds: Mapping[str, Any]) -> None:

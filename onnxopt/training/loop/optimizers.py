@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from onnxopt.errors import UsageError
@@ -98,6 +98,9 @@ class Group:
             raise UsageError("groups: lr and weight_decay are at least 0")
 
 
+_ROLES = ("weights", "norm-bias", "scales")
+
+
 def role_of(parameter: nn.Parameter) -> str:
     """The group a parameter is in by itself: scales (which say so in `role`), weights, or norm-bias."""
     return str(getattr(parameter, "role", "weights" if parameter.ndim > 1 else "norm-bias"))
@@ -140,14 +143,12 @@ def make_optimizer(
         used.add(who)
         own = dict(asked).get(who or "", Group())
         decay = own.weight_decay if own.weight_decay is not None else weight_decay * (role == "weights")
-        size = float(parameter.detach().square().mean().sqrt()) if own.relative else 0.0
+        size = float(whole(parameter.detach()).square().mean().sqrt()) if own.relative else 0.0
         rate = own.lr * (size or getattr(parameter, "rate", 1.0))
         found.setdefault(Group(rate, decay), []).append(parameter)
     for who, _ in asked:
-        if who not in used:
-            raise UsageError(
-                f"groups: {who!r} is neither a role (weights, norm-bias, scales) nor fits a name"
-            )
+        if who not in used and who not in _ROLES:
+            raise UsageError(f"groups: {who!r} is neither a role ({', '.join(_ROLES)}) nor fits a name")
     if not found:
         raise UsageError("train: nothing is left to train: every parameter is frozen, or there is none")
     try:
@@ -184,14 +185,14 @@ def averaged(parameters: Iterable[nn.Parameter], ema: AveragedModel | None) -> I
 
 
 @torch.no_grad()
-def penalize(parameters: Iterable[nn.Parameter], l1: float, l2: float) -> float:
-    """l1 sum |w| + l2/2 sum w^2 over the weights, whose gradients are added to theirs."""
-    total = 0.0
+def penalize(parameters: Iterable[nn.Parameter], l1: float, l2: float, device: torch.device) -> Tensor:
+    """l1 sum |w| + l2/2 sum w^2 over the weights, on a device; its gradients are added to theirs."""
+    total = torch.zeros((), device=device)
     for weight in parameters if l1 or l2 else ():
         if role_of(weight) != "weights":
             continue
         slope = l1 * weight.sign() + l2 * weight
         weight.grad = slope if weight.grad is None else weight.grad.add_(slope)
         value = l1 * weight.abs().sum() + l2 / 2 * weight.square().sum()
-        total += float(whole(value))
+        total = total + whole(value).to(device)
     return total

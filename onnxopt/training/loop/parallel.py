@@ -16,6 +16,7 @@ from torch import nn
 from onnxopt.errors import UsageError, one_line
 from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.loop.sharding import shard
+from onnxopt.training.seeds import seed_of
 
 __all__ = ["World", "world"]
 
@@ -67,8 +68,9 @@ class World:
         alone = self.size == 1 or self.sharded or last
         return contextlib.nullcontext() if alone else forward.no_sync()
 
-    def seed(self, seed: int) -> None:
+    def seed(self, *numbers: int) -> None:
         """Set the generators that operators draw from; `torch.manual_seed` costs a millisecond."""
+        seed = seed_of(*numbers)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed_all(seed)

@@ -7,6 +7,7 @@ step, so that a checkpoint needs no state of generators and a resumed run is the
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,11 @@ from onnxopt.training.loop.logs import Curves, Log
 from onnxopt.training.loop.losses import Objective
 from onnxopt.training.loop.optimizers import averaged, frozen, make_optimizer, penalize
 from onnxopt.training.loop.parallel import World
-from onnxopt.training.loop.schedules import Clock, parse_schedule
 from onnxopt.training.loop.sharding import like_parts
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.samples.dataset import Batch, Dataset
 from onnxopt.training.samples.sizes import parse_sizes
+from onnxopt.training.schedules import Clock, parse_schedule
 
 __all__ = ["Trainer"]
 
@@ -137,6 +138,7 @@ class Trainer:
         for hook in self.hooks:
             hook.epoch(self, self.epoch)
         self.module.train()
+        self.world.seed(recipe.seed, 0, self.epoch)  # for loaders of torch: alike in all processes
         batches = self.data.batches(
             self._sizes, self.epoch, recipe.epochs, start=self.batch, part=part, pieces=recipe.accumulate
         )
@@ -170,7 +172,7 @@ class Trainer:
 
     def _train_on(self, size: int, pieces: Sequence[Batch]) -> tuple[float, float]:
         """One step of the optimizer; the mean loss over all processes, and the learning rate."""
-        self.world.seed((self.recipe.seed << 32) + self.step * self.world.size + self.world.rank)
+        self.world.seed(self.recipe.seed, 1, self.step, self.world.rank)
         rate = self.recipe.lr * self._schedule(self.clock)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
@@ -187,9 +189,10 @@ class Trainer:
         self.world.share(self.trained.values())
         self._scaler.unscale_(self.optimizer)
         total = self.world.mean(total)
-        total += penalize(self.trained.values(), self.recipe.l1, self.recipe.l2)
-        if not (total + self._clip()).isfinite().item():
-            raise diverged(self.module, self._forward, self.step + 1, float(total), self.trained, arrays)
+        total = total + penalize(self.trained.values(), self.recipe.l1, self.recipe.l2, self.world.device)
+        found, norm = torch.stack((total, self._clip())).tolist()  # all that a step waits for
+        if not math.isfinite(found + norm):
+            raise diverged(self.module, self._forward, self.step + 1, found, self.trained, arrays)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         with torch.no_grad():
@@ -197,7 +200,7 @@ class Trainer:
                 hook.stepped(self)
         if self.ema is not None:
             self.ema.update_parameters(self._parameters)
-        return float(total), rate
+        return found, rate
 
     def _loss(self, piece: Batch, arrays: dict[str, Tensor]) -> Tensor:
         """The mean loss of one piece."""

@@ -226,11 +226,12 @@ class Dataset:
     def _parts(self, index: np.ndarray, part: tuple[int, int], pieces: int) -> list[tuple[np.ndarray, int]]:
         """What a process has of a batch, in pieces, and how many samples of each count.
 
-        One that has none runs a sample that does not count: all processes take part in a step.
+        All processes have as many pieces, since they wait for each other in each; one that has no samples
+        for a piece runs one that does not count.
         """
-        own = np.array_split(index, part[1])[part[0]]
-        found = np.array_split(own, pieces if self.stacks else max(len(own), 1))
-        return [(one, len(one)) for one in found if len(one)] or [(index[:1], 0)]
+        own, most = np.array_split(index, part[1])[part[0]], -(-len(index) // part[1])
+        found = np.array_split(own, min(pieces, most) if self.stacks else most)
+        return [(one, len(one)) if len(one) else (index[:1], 0) for one in found]
 
     def _recut(
         self, sizes: Iterator[int], random: np.random.Generator | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxopt.errors import UsageError
-from onnxopt.training.loop.schedules import Clock, Schedule
+from onnxopt.training.schedules import Clock, Schedule
 
 __all__ = ["Sizes", "parse_sizes"]
 

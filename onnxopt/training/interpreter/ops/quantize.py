@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onnxopt.quantization.formats import INTEGERS
 from onnxopt.training.interpreter.minifloat import passed, round_to
+from onnxopt.training.interpreter.ops.nn import conv
 from onnxopt.training.interpreter.registry import Context, Table, op
 from onnxopt.training.interpreter.values import CARRIERS, Host, to_device
 
@@ -215,8 +216,6 @@ def _matmul_integer(a: Tensor, b: Tensor, zero_a: Zero = None, zero_b: Zero = No
 def _conv_integer(
     x: Tensor, w: Tensor, zero_x: Zero = None, zero_w: Zero = None, **attributes: Any
 ) -> Tensor:
-    from onnxopt.training.interpreter.ops.nn import conv
-
     return conv(_centred(x, zero_x, 1), _centred(w, zero_w, 0), **attributes).to(torch.int32)
 
 
