@@ -7,8 +7,8 @@ EVALS holds a score.py whose `load(NAME)` gives `calib` (complete feeds), `run(s
 
 - channels: half the multiply-adds, 0.65 of the time, 30 % of the channels, by plain scores of weights and
   with samples;
-- weights: 80 % and 90 % zeros, and 90 % with 5 bits a weight; packed bytes are those of `onnxopt pack`, for
-  all tools, over the bytes of the float32 file;
+- weights: 50 %, 80 % and 90 % zeros, and 90 % with 5 bits a weight; packed bytes are those of `onnxopt pack`,
+  for all tools, over the bytes of the float32 file;
 - ranks: products and convolutions of lower rank;
 - exactness: half the channels of each group cut at random, against zeros in their place in the whole model;
 - packs: every model as it is, and a fully connected net behind the passes of weights; all come back the same.
@@ -79,11 +79,15 @@ CHANNELS = {
 _ALL = "protect=,small=0"
 """Depthwise and small layers too, as of the other tools."""
 WEIGHTS = {
+    "onnxopt 50 %, obs": ours(f"prune-weights{{sparsity=0.5,score=obs,{_ALL}}}", data=True),
     "onnxopt 80 %": ours(f"prune-weights{{sparsity=0.8,{_ALL}}}", data=False),
     "onnxopt 80 %, obs": ours(f"prune-weights{{sparsity=0.8,score=obs,{_ALL}}}", data=True),
     "onnxopt 90 %": ours(f"prune-weights{{sparsity=0.9,{_ALL}}}", data=False),
     "onnxopt 90 %, 5 bits": ours(
         f"prune-weights{{sparsity=0.9,{_ALL}}},cluster-weights{{bits=5,depthwise=true}}", data=False
+    ),
+    "onnxsim 50 %, sparsegpt": onnxsim(
+        "apply_sparsegpt_pruning(model, calibration_data=feeds, sparsity=0.5)"
     ),
     "onnxsim 80 %": onnxsim("apply_magnitude_pruning(model, sparsity=0.8, global_sparsity=True)"),
     "onnxsim 80 %, sparsegpt": onnxsim(
