@@ -19,22 +19,13 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from sklearn.datasets import load_digits
 
 import onnxopt
 import onnxopt.training as training
 from benchmarks.rewrite import row, table
+from models.digits_depthwise import handwritten
 
-TESTED = 600
 WIDTH = 32
-
-
-def digits(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Handwritten digits to train on and to test, 8 x 8, from 0 to 1."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    x, y = (images[order] / 16).astype(np.float32).reshape(-1, 1, 8, 8), labels[order].astype(np.int64)
-    return {"x": x[TESTED:], "y": y[TESTED:]}, {"x": x[:TESTED], "y": y[:TESTED]}
 
 
 def cnn(width: int) -> onnx.ModelProto:
@@ -82,7 +73,7 @@ def accuracy(model: ir.Model, test: Mapping[str, np.ndarray]) -> float:
     """In per cent, in ONNX Runtime."""
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     (logits,) = session.run(None, {"x": test["x"]})
-    return float((logits.argmax(1) == test["y"]).mean()) * 100
+    return float((logits.argmax(1) == test["label"]).mean()) * 100
 
 
 def report(name: str, runs: list[float], against: list[float] | None = None) -> None:
@@ -104,21 +95,21 @@ def distill(options: argparse.Namespace) -> None:
     """A teacher; students of half its width with all labels, with 100, and with none."""
 
     def one(seed: int) -> dict[str, float]:
-        train, test = digits(seed)
+        train, test = handwritten(seed)
         scratch: dict[str, Any] = {**SCRATCH, "seed": seed}
-        teacher = training.finetune(cnn(WIDTH), train, labels="y", **scratch).graph
+        teacher = training.finetune(cnn(WIDTH), train, labels="label", **scratch).graph
         half, few = cnn(WIDTH // 2), {name: array[:FEW] for name, array in train.items()}
         of_few: dict[str, Any] = {**scratch, "epochs": 100, "batch_size": "25"}
         hard, soft = ({**of_few, "lr": RATES[name]} for name in ("finetune", "distill"))
         taught: dict[str, Any] = {"teacher": teacher, "temperature": 4.0}
         students = {
-            "half width, all labels": training.finetune(half, train, labels="y", **scratch),
+            "half width, all labels": training.finetune(half, train, labels="label", **scratch),
             "half width, distilled without labels": training.distill(
                 half, {"x": train["x"]}, **taught, **scratch
             ),
-            "half width, 100 labels": training.finetune(half, few, labels="y", **hard),
+            "half width, 100 labels": training.finetune(half, few, labels="label", **hard),
             "half width, distilled on the same 100": training.distill(
-                half, few, labels="y", **taught, **soft
+                half, few, labels="label", **taught, **soft
             ),
         }
         return {"teacher": accuracy(teacher, test)} | {
@@ -134,26 +125,24 @@ def distill(options: argparse.Namespace) -> None:
 
 def prune(options: argparse.Namespace) -> None:
     """The dense model, and with 80 % and 90 % zeros: at once, trained, with the dense one, on a ramp."""
-    labels = {"labels": "y"}
     kinds: dict[str, dict[str, Any]] = {
-        "80% trained": {"sparsity": 0.8, **labels},
-        "90% trained": {"sparsity": 0.9, **labels},
-        "90% trained, labels and the dense model": {"sparsity": 0.9, **labels, "temperature": 4.0},
-        "90% on a cubic ramp": {"sparsity": 0.9, **labels, "ramp": "cubic"},
+        "80% trained": {"sparsity": 0.8},
+        "90% trained": {"sparsity": 0.9},
+        "90% trained, labels and the dense model": {"sparsity": 0.9, "temperature": 4.0},
+        "90% on a cubic ramp": {"sparsity": 0.9, "ramp": "cubic"},
     }
     tuned: dict[str, Any] = {"epochs": 20, "lr": 3e-3, "holdout": 0.0, "metric": last}
 
     def one(seed: int) -> dict[str, float]:
-        train, test = digits(seed)
-        dense = training.finetune(cnn(WIDTH), train, labels="y", seed=seed, **SCRATCH).graph
+        train, test = handwritten(seed)
+        dense = training.finetune(cnn(WIDTH), train, labels="label", seed=seed, **SCRATCH).graph
         found = {"dense": accuracy(dense, test)}
         for share in (0.8, 0.9):
             at_once = onnxopt.prune(dense, f"prune-weights{{sparsity={share},scope=global}}", bench=False)
             found[f"{share:.0%} at once"] = accuracy(at_once.graph, test)
         for name, more in kinds.items():
-            data = train if "labels" in more else {"x": train["x"]}
             taught: dict[str, Any] = {"teacher": dense} if "temperature" in more else {}
-            result = training.prune(dense, data, seed=seed, **tuned, **more, **taught)
+            result = training.prune(dense, train, labels="label", seed=seed, **tuned, **more, **taught)
             found[name] = accuracy(result.graph, test)
         return found
 

@@ -14,7 +14,7 @@ from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, sizes_of
 from onnxopt.model import reusable
 
-__all__ = ["MOST_SUMMANDS", "Layer", "layers_with_moments"]
+__all__ = ["MOST_SUMMANDS", "Layer", "layers_with_moments", "positions_of"]
 
 MOST_SUMMANDS = 2048
 """Layers that add up more have no moments: solving with them takes time by the third power."""
@@ -96,6 +96,11 @@ def layers_with_moments(
         yield from layers
 
 
+def positions_of(summands: int, samples: int) -> int:
+    """How many positions of each sample are looked at for a layer with so many summands."""
+    return -(-max(_LEAST, _PER_SUMMAND * summands) // samples)
+
+
 def _batches(nodes: Sequence[ir.Node], diagonal: bool) -> list[list[ir.Node]]:
     """The layers in batches whose moments fit the memory."""
     batches: list[list[ir.Node]] = [[]]
@@ -138,7 +143,7 @@ def _add_moments(
             for feeds in samples:
                 for name, array in run(feeds):
                     for layer in readers[name]:
-                        most = -(-max(_LEAST, _PER_SUMMAND * layer.weight.shape[2]) // len(samples))
+                        most = positions_of(layer.weight.shape[2], len(samples))
                         rows = operand_rows(layer.node, array, layer.shape[2:], most)
                         _add(layer, seen(name, rows) if seen else rows)
     for layer in layers:

@@ -150,10 +150,11 @@ def new_constant(scope: Scope, node: ir.Node, array: np.ndarray, like: str) -> i
 
 
 def set_constant(value: ir.Value, array: np.ndarray) -> None:
-    """Give a constant, in an initializer or a Constant node, other elements of the same type."""
+    """Give a constant, in an initializer or a Constant node, other elements, which are cast to its type."""
     old = constant_of(value)
     assert old is not None  # it is a constant
-    tensor, producer = ir.Tensor(array, dtype=old.dtype, name=old.name), value.producer()
+    cast = array.astype(old.dtype.numpy(), copy=False)
+    tensor, producer = ir.Tensor(cast, dtype=old.dtype, name=old.name), value.producer()
     if producer is None:
         value.const_value = tensor
     else:

@@ -14,11 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.calibration.exposing import Slices
+from onnxopt.calibration.moments import positions_of
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, read_once, sizes_of, sole_user
 from onnxopt.pruning.cut import new_constant, set_constant
-from onnxopt.pruning.successive import Front, beside_of, is_plain, positions_of
+from onnxopt.pruning.successive import Front, beside_of, is_plain
 from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]
@@ -128,8 +129,10 @@ def _targets(
 def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: Sequence[np.ndarray]) -> None:
     """Give a layer the weight, and the bias if it has one, that fit the targets best."""
     node, name = layer.node, layer.source
-    array = constant_array(node.inputs[1])
-    assert array is not None  # it has rows
+    value = node.inputs[1]
+    array = constant_array(value)
+    assert value is not None  # it has rows
+    assert array is not None
     weight = weight_rows(node, array)[0].astype(np.float64)
     read = [operand_rows(node, one[name], array.shape[2:], layer.most)[:, 0] for one in states]
     x, y = np.concatenate(read), np.concatenate(targets[: len(states)])
@@ -143,16 +146,9 @@ def _learn(layer: _Layer, states: Sequence[Mapping[str, np.ndarray]], targets: S
     x = x - mean.astype(x.dtype)
     missing = y - goal.astype(y.dtype) - x @ weight.T.astype(x.dtype)
     new = weight + _ridge(x, missing).T
-    _store(node.inputs[1], from_rows(node, new[None], array.shape))
-    if has_bias:
-        _store(bias, goal - new @ mean)
-
-
-def _store(value: ir.Value | None, array: np.ndarray) -> None:
-    """Give a constant other numbers."""
-    tensor = constant_of(value)
-    if value is not None and tensor is not None:
-        set_constant(value, array.reshape(sizes_of(tensor)).astype(tensor.dtype.numpy()))
+    set_constant(value, from_rows(node, new[None], array.shape))
+    if bias is not None and held is not None and has_bias:
+        set_constant(bias, (goal - new @ mean).reshape(sizes_of(held)))
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:

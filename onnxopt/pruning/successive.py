@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.calibration.compensation import damped
+from onnxopt.calibration.moments import positions_of
 from onnxopt.calibration.windows import from_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_array, constant_of, float_attr, read_once, sizes_of, sole_user
@@ -23,13 +24,11 @@ from onnxopt.pruning.cut import set_constant
 from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 
-__all__ = ["Front", "Turn", "beside_of", "in_turn", "is_plain", "positions_of"]
+__all__ = ["Front", "Turn", "beside_of", "in_turn", "is_plain"]
 
 _SAMPLES = 128
 _MEMORY = 1 << 30
 """Bytes that all samples together may need next; where they need more, fewer are looked at from there on."""
-_PER_SUMMAND, _LEAST = 4, 4096
-"""Positions of a layer that are looked at, in all samples together."""
 _DAMPING = 0.2
 """Share of its own second moment, and of the mean one, that each summand has in more."""
 
@@ -66,11 +65,11 @@ class Turn:
         old = constant_array(value)
         assert value is not None  # it has rows
         assert old is not None
-        set_constant(value, from_rows(self.node, rows, old.shape).astype(old.dtype))
+        set_constant(value, from_rows(self.node, rows, old.shape))
         bias = constant_array(self.bias)
         if self.bias is not None and bias is not None:
             more = self.shift + (self.rows - rows) @ self.mean
-            set_constant(self.bias, (bias + more.reshape(bias.shape)).astype(bias.dtype))
+            set_constant(self.bias, bias + more.reshape(bias.shape))
         return [value, self.bias]
 
 
@@ -88,11 +87,6 @@ def in_turn(model: ir.Model, nodes: Collection[ir.Node], samples: Sequence[Feeds
     for node in sorted(nodes, key=place.__getitem__):
         now, was = (front.at(place[node]) for front in fronts)
         yield _turn(node, place, now, was)
-
-
-def positions_of(summands: int, samples: int) -> int:
-    """How many positions of each sample are looked at for a layer with so many summands."""
-    return -(-max(_LEAST, _PER_SUMMAND * summands) // samples)
 
 
 @dataclass

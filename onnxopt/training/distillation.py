@@ -218,8 +218,9 @@ class Distiller(Hook):
 
     def _seen(self, one: Answer, module: GraphModule) -> Answer:
         """The answer, of what its final activation is computed from where the loss takes that."""
-        found = module.logits_of(one.name) if one.loss.looks_through else None
-        if found is None or found.activation.removeprefix("Log") != one.loss.looks_through:
+        through = one.loss.looks_through
+        found = module.logits_of(one.name, through) if through else None
+        if found is None:
             return one
         axis = found.axis if isinstance(one.loss, Kl) else -1
         return Answer(one.name, found.name, one.loss, found.activation, axis)

@@ -130,13 +130,17 @@ def train(
             made_for=_identity(command, sha256, recipe, where),
             progress=show,
         )
+
+        def scores(one: ModelLike) -> tuple[float, float]:
+            found: tuple[float, float] = where.agreed(_both(metric, one) if where.first else None)
+            return found
+
         show("scoring the original", None)
-        before = where.agreed(_both(metric, model) if where.first else None)
-        begin = where.agreed(_both(metric, begun) if where.first else None) if start is not None else None
+        before, begin = scores(model), scores(begun) if start is not None else None
         curves = trainer.fit(resume=resume)
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
-        after = where.agreed(_both(metric, best) if where.first else None)
+        after = scores(best)
         choice, final = (
             Score(metric.name, before[i], after[i], metric.has_split and i == 1, begin[i] if begin else None)
             for i in range(2)
@@ -146,7 +150,7 @@ def train(
         notes += [one.summary for one in module.stages if where.stages]
         notes += [note for hook in hooks for note in hook.notes]
         if floor is not None:
-            least = where.agreed(_both(metric, floor)[1] if where.first else None)
+            least = scores(floor)[1]
             notes.append(f"without training: {metric.name} {least:.6g}")
             reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")
         parameters = list(module.parameters())
@@ -213,9 +217,9 @@ def _through(objective: Objective | None, module: GraphModule, share: float) -> 
         return None
     terms = []
     for term in objective.terms:
-        found = module.logits_of(term.output) if term.loss.looks_through else None
-        fits = found is not None and found.activation.removeprefix("Log") == term.loss.looks_through
-        output = found.name if found is not None and fits else term.output
+        through = term.loss.looks_through
+        found = module.logits_of(term.output, through) if through else None
+        output = found.name if found is not None else term.output
         terms.append(dataclasses.replace(term, output=output, weight=share * term.weight))
     function = objective.function
     scaled = None if function is None else (lambda outputs, arrays: share * function(outputs, arrays))

@@ -203,11 +203,15 @@ class GraphModule(nn.Module):
         for stage in self.stages:
             stage.connect(self._plan)
 
-    def logits_of(self, output: str) -> Logits | None:
-        """What the Softmax, LogSoftmax or Sigmoid that gives an output reads, exposed; None without one."""
+    def logits_of(self, output: str, operator: str = "") -> Logits | None:
+        """What the Softmax, LogSoftmax or Sigmoid that gives an output reads, exposed; None without one.
+
+        operator: Softmax, of which LogSoftmax is one, or Sigmoid; empty: any.
+        """
         found = self._logits.get(output)
-        if found is not None:
-            self.expose(found.name)
+        if found is None or operator not in ("", found.activation.removeprefix("Log")):
+            return None
+        self.expose(found.name)
         return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
