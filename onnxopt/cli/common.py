@@ -124,7 +124,7 @@ def keep_apart(json_file: str | None, *others: Path | None, option: str = "--jso
     place = Path(json_file).resolve()
     if any(other is not None and other.resolve() == place for other in others):
         raise UsageError(
-            f"{option} {json_file}: this is a file of a model or of another report; give it one of its own"
+            f"{option} {json_file}: this is a file that is read, or of another result; give it one of its own"
         )
 
 

@@ -80,14 +80,15 @@ def run_training(
     from onnxopt.reporting.training_tables import print_training
     from onnxopt.storage import check_target
 
-    keep_apart(json_file, model, output, recipe)
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
     asked = {name: value for name, value in given.items() if value not in (None, ())}
-    read = (model, recipe, *(asked.get(name) for name in ("data", "validation", "test")))
-    for one in (*read, *_all_of(asked.get("teacher"))):
-        if one is not None and Path(one).resolve() == output.resolve():
+    names = [model, recipe, *(asked.get(name) for name in ("data", "validation", "test"))]
+    read = [Path(one) for one in (*names, *_all_of(asked.get("teacher"))) if one is not None]
+    keep_apart(json_file, output, *read)
+    for one in read:
+        if one.resolve() == output.resolve():
             raise click.UsageError(f"-o {output}: the training reads this file: give another one")
     folder = output.with_name(f"{output.name}.train")
     with progress() as show:

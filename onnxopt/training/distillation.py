@@ -8,6 +8,7 @@ attention as in Zagoruyko & Komodakis, "Paying More Attention to Attention", 201
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.recipe import read_recipe
 from onnxopt.training.samples.dataset import Dataset
 from onnxopt.training.samples.transforms import Normalize, parse_transforms
-from onnxopt.training.teachers import Teacher, fitting, looks_random, paired, pairs
+from onnxopt.training.teachers import Teacher, fitting, known, looks_random, paired, pairs
 from onnxopt.training.work import train
 
 __all__ = ["Distiller", "distill", "train_taught"]
@@ -163,6 +164,12 @@ class Distiller(Hook):
     ) -> Iterator[Tensor]:
         for one, theirs in self.answers:
             activation = self.teachers[number].activations.get(theirs[number], "")
+            sizes = [tuple(found.shape) for found in (outputs[one.seen], told[theirs[number]])]
+            if math.prod(sizes[0]) != math.prod(sizes[1]):
+                raise UsageError(
+                    f"distill: {one.name!r} is of shape {sizes[0]}, the teacher's {theirs[number]!r} of "
+                    f"{sizes[1]}: give a teacher of the same task, or outputs=STUDENT=TEACHER"
+                )
             yield one(outputs[one.seen], told[theirs[number]], activation)
 
     def _open(self, device: torch.device) -> None:
@@ -191,8 +198,12 @@ class Distiller(Hook):
                 )
             )
             self._matches.append([Match(*one) for one in hidden])
+        known("inputs", (mine for mine, _ in pairs(recipe.inputs)), inputs)
+        taken = [name for one in self.teachers for name in one.inputs]
+        known("inputs", (theirs for _, theirs in pairs(recipe.inputs)), taken)
         floats = [one.name or "" for one in self.student.graph.outputs if one.dtype in FLOATS]
         renamed = dict(pairs(recipe.outputs))
+        known("outputs", renamed, floats)
         names = [
             paired("output", list(renamed) or floats, teacher.outputs, renamed) for teacher in self.teachers
         ]

@@ -49,7 +49,8 @@ class DistillRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mix <= 1 or min(self.temperature, self.match_weight, self.cache) < 0:
+        least = (self.temperature, self.match_weight, self.cache)
+        if not 0 <= self.mix <= 1 or not all(one >= 0 for one in least):
             raise UsageError("mix is from 0 to 1; temperature, match_weight and cache are at least 0")
 
     @property

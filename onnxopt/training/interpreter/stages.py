@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onnxopt.training.interpreter.graph import Plan, Step
 
-__all__ = ["Stage", "cuts", "moved", "run_stages", "staged"]
+__all__ = ["Stage", "cuts", "hold_at", "moved", "run_stages", "staged"]
 
 _SLACK = 1.1
 """How much more than necessary the largest stage may hold where fewer bytes cross then."""
@@ -81,6 +81,18 @@ def run_stages(stages: Sequence[Stage], values: list[Any]) -> None:
             values[i] = None
         for i, one in found.items():
             values[i] = one
+
+
+def hold_at(owner: nn.Module, name: str, device: torch.device) -> None:
+    """Bring a parameter, a buffer or what is computed in a module to a device."""
+    if name in owner._parameters:
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        owner._parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+    elif name in owner._buffers:
+        owner._buffers[name] = getattr(owner, name).to(device)
+    else:
+        owner.to(device)
 
 
 def moved(value: Any, device: torch.device) -> Any:

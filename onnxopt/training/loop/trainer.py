@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from onnxopt.errors import OnnxoptError, UsageError, one_line
 from onnxopt.training.interpreter.values import whole
+from onnxopt.training.loop.batching import takes_batches
 from onnxopt.training.loop.checkpoints import read_checkpoint, write_checkpoint
 from onnxopt.training.loop.divergence import diverged
 from onnxopt.training.loop.hooks import Hook, Judge
@@ -69,7 +70,8 @@ class Trainer:
     """Sum of the losses since the last evaluation, and how many samples they are of."""
 
     def __post_init__(self) -> None:
-        recipe, module, data, world = self.recipe, self.module, self.data, self.world
+        recipe, module, world = self.recipe, self.module, self.world
+        data = self.data = replace(self.data, apart=not takes_batches(module, self.data))
         self._schedule = parse_schedule(recipe.schedule, recipe.warmup)
         self._sizes = parse_sizes(recipe.batch_size, parse_schedule(recipe.batch_schedule), recipe.seed)
         steps = data.steps(self._sizes, recipe.epochs)
@@ -221,12 +223,15 @@ class Trainer:
                 other = self.objective(outputs, mirrored)  # type: ignore[misc]
                 parts = [shares * parts[0] + (1 - shares) * other]
             parts += [one for hook in self.hooks if (one := hook.loss(self, outputs, arrays)) is not None]
-            return torch.stack([part.mean() for part in parts]).sum()
+            loss = torch.stack([part.mean() for part in parts]).sum()
         except OnnxoptError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             shown = ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in arrays.items())
             raise UsageError(f"train: step {self.step + 1} on {shown} failed: {one_line(error)}") from error
+        if not loss.requires_grad:
+            raise UsageError("train: the loss depends on nothing that is trained: look at loss and freeze")
+        return loss
 
     def _tensor(self, array: np.ndarray, device: str | torch.device | None = None) -> Tensor:
         own = array if array.flags.writeable and array.flags.c_contiguous else array.copy()

@@ -55,6 +55,8 @@ class Dataset:
     """Of a stream, samples that are held to draw the next one of a batch from; 0: as they come."""
     chosen: np.ndarray | None = None
     """Rows that belong to it; None: all."""
+    apart: bool = False
+    """The model takes one sample at once, whatever its inputs say."""
     _inputs: dict[str, Input] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Dataset:
         A state of shape [layers, batch, features] beside an input [batch, time] does not stack.
         """
         sizes = [item.dims[0] if item.dims else "" for item in self.contract.required if item.dims != ()]
-        return len({size if isinstance(size, int) else "" for size in sizes}) < 2
+        return not self.apart and len({size if isinstance(size, int) else "" for size in sizes}) < 2
 
     @property
     def length(self) -> int | None:
@@ -87,7 +89,9 @@ class Dataset:
             )
         held = max(round(self.length * share), 1)
         if not 0 < share < 1 or held >= self.length:
-            raise UsageError(f"holdout {share:g}: expected a share of the {self.length} samples, such as 0.1")
+            raise UsageError(
+                f"holdout {share:g}: of {self.length} samples some have to be left: give more, or holdout=0"
+            )
         order = np.random.default_rng((self.seed, 0, 2)).permutation(self.length)
         first, second = np.sort(order[held:]), np.sort(order[:held])
         return dataclasses.replace(self, chosen=first), dataclasses.replace(self, chosen=second)

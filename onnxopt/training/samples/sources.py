@@ -209,8 +209,11 @@ def _load(path: Path) -> np.ndarray:
 def _read_csv(path: Path, labels: Sequence[str]) -> Arrays:
     """Labels by their column; all other columns, in their order, are the row of the model's one input."""
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            head, *rows = list(csv.reader(stream))
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            head, *rows = [row for row in csv.reader(stream) if row] or [[]]
+        odd = next((row for row in rows if len(row) != len(head)), head)
+        if len(odd) != len(head):
+            raise ValueError(f"{len(odd)} fields in {','.join(odd)!r}, {len(head)} in the first line")
         table = np.array(rows, np.float64)
     except (OSError, ValueError) as error:
         raise UsageError(f"--data: {path}: expected a line of names, then numbers: {told(error)}") from None

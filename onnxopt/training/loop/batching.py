@@ -1,0 +1,41 @@
+"""Whether a graph takes samples together: what was traced with one has that size in its Reshapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from onnxopt.errors import OnnxoptError
+from onnxopt.training.samples.dataset import Dataset
+
+__all__ = ["takes_batches"]
+
+
+def takes_batches(module: nn.Module, data: Dataset) -> bool:
+    """Whether two samples at once give what they give one by one; asked of graphs made for one alone."""
+    sizes = [item.dims[0] for item in data.contract.required if item.dims]
+    if not data.stacks or 1 not in sizes or (data.length or 2) < 2:
+        return True
+    arrays = next(data.evaluated(2)).arrays
+    feeds = {name: torch.from_numpy(arrays[name].copy()) for name in module.input_names}  # type: ignore[union-attr]
+    mode = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            both = module(feeds)
+            each = [
+                module({name: one[i : i + 1] if one.ndim else one for name, one in feeds.items()})
+                for i in range(2)
+            ]
+    except (OnnxoptError, RuntimeError, IndexError, ValueError):
+        return False
+    finally:
+        module.train(mode)
+    return all(_alike(one, [other[name] for other in each]) for name, one in both.items())
+
+
+def _alike(both: Tensor, each: list[Tensor]) -> bool:
+    """Up to the rounding of other orders of sums; integers may flip with that."""
+    if both.ndim == 0 or both.shape != (wanted := torch.cat(each)).shape:
+        return False
+    return not both.is_floating_point() or bool((both - wanted).norm() <= 1e-2 * wanted.norm() + 1e-6)
