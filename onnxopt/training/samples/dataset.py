@@ -73,6 +73,12 @@ class Dataset:
         return not self.apart and len({size if isinstance(size, int) else "" for size in sizes}) < 2
 
     @property
+    def fixed(self) -> int:
+        """How many samples the model takes at once; 0: any number."""
+        sizes = [item.dims[0] for item in self.contract.required if item.dims]
+        return next((size for size in sizes if isinstance(size, int)), 0) if self.stacks else 0
+
+    @property
     def length(self) -> int | None:
         """How many samples there are; None: as many as the stream gives."""
         if isinstance(self.source, Stream):
@@ -153,14 +159,15 @@ class Dataset:
             yield self._batch(rows, None, len(rows))
 
     def samples(self) -> Samples:
-        """Complete feeds of one sample each, as calibration takes them."""
-        names = self._inputs
+        """Complete feeds, as calibration takes them: of one sample each, or as many as the model takes."""
+        names, size, length = self._inputs, self.fixed or 1, self.length or 0
 
         def read(number: int) -> Feeds:
-            arrays = self._batch(np.array([number]), None, 1).arrays
+            rows = np.arange(number * size, (number + 1) * size) % length
+            arrays = self._batch(rows, None, size).arrays
             return {name: array for name, array in arrays.items() if name in names}
 
-        return Samples(self.length or 0, read)
+        return Samples(-(-length // size), read)
 
     def _batch(self, index: np.ndarray, epoch: int | None, size: int) -> Batch:
         assert isinstance(self.source, Table)
