@@ -40,7 +40,7 @@ from onnxopt.training.interpreter.quantized import WITHIN
 from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import read_recipe
-from onnxopt.training.work import datasets_of
+from onnxopt.training.samples.opening import datasets_of
 
 __all__ = ["train_qat"]
 
