@@ -35,12 +35,12 @@ from onnxopt.quantization.units import survey
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.targets import find_target
+from onnxopt.training.datasets import datasets_of
 from onnxopt.training.distillation import train_taught
 from onnxopt.training.interpreter.quantized import WITHIN
 from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import read_recipe
-from onnxopt.training.samples.opening import datasets_of
 
 __all__ = ["train_qat"]
 

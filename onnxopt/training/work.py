@@ -28,6 +28,7 @@ from onnxopt.model import ModelLike, fingerprint, load, reusable
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.training import Score, TrainingReport
 from onnxopt.result import Result
+from onnxopt.training.datasets import datasets_of
 from onnxopt.training.initialization import initialize
 from onnxopt.training.interpreter.module import GraphModule, to_torch
 from onnxopt.training.interpreter.writing import write_back
@@ -39,7 +40,6 @@ from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.samples.dataset import Dataset
-from onnxopt.training.samples.opening import datasets_of
 
 __all__ = ["train"]
 
