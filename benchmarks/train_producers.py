@@ -39,6 +39,7 @@ from benchmarks.quantizers import QUANTIZERS
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
 from benchmarks.train_real import judge_of
+from onnxopt.calibration import spread
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import walk
 from onnxopt.model import load
@@ -139,7 +140,7 @@ Outputs = list[list[np.ndarray]]
 def _told(bench: Bench, file: Path, epochs: int) -> Iterator[str]:
     """The cells of a file."""
     begun, ev = time.perf_counter(), bench.evaluation
-    seen = [ev.calib[i] for i in range(0, len(ev.calib), max(1, len(ev.calib) // SEEN))]
+    seen = [*spread(ev.calib, SEEN)]
     module = to_torch(file)
     back = serialize(dump(write_back(module, file)))
     yield "same" if _content(back) == _content(file.read_bytes()) else "differ"

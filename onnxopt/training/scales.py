@@ -14,12 +14,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from onnxopt.graph import constant_array, walk
+from onnxopt.graph import constant_array, constant_of, walk
 from onnxopt.quantization.units import MOVES
+from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
-from onnxopt.training.interpreter.state import constants
+from onnxopt.training.interpreter.state import constants, is_constant_node
 
-__all__ = ["LogScale", "activations_of", "learn_scales", "scale_groups"]
+__all__ = ["LogScale", "activations_of", "learn_scales", "scale_groups", "untie_scales"]
 
 
 class LogScale(nn.Module):
@@ -70,7 +71,9 @@ def scale_groups(model: ir.Model) -> dict[str, str]:
         if quantizer is not None and quantizer.op_type == "QuantizeLinear":
             own = quantizer.inputs[1]
             if own in names and own is not None and _equal(own, scale):
-                first.setdefault(own, _moved(quantizer, first) or own)
+                before = _moved(quantizer)
+                source = before.inputs[1] if before is not None else None
+                first.setdefault(own, first.get(source, own) if source is not None else own)
                 first.setdefault(scale, first[own])
         elif data in names and data.dtype != ir.DataType.INT32:
             first.setdefault(scale, scale)
@@ -90,19 +93,61 @@ def activations_of(model: ir.Model, groups: Mapping[str, str]) -> dict[str, list
     return found
 
 
-def _moved(quantizer: ir.Node, first: Mapping[ir.Value, ir.Value]) -> ir.Value | None:
-    """The scale of what is moved to this QuantizeLinear, if it has the same one."""
+def untie_scales(model: ir.Model) -> None:
+    """Give each quantized tensor a scale of its own, in place, where several read one constant.
+
+    Tools that merge equal constants share scales that are equal before training. Those that have to stay so
+    do, see `scale_groups`. Biases of int32 that are one number all over are drawn apart, too: each has the
+    scale of its own layer.
+    """
+    names = Names(model)
+    held = [node.outputs[0] for node in model.graph if is_constant_node(node)]
+    held += model.graph.initializers.values()
+    for value in sorted(held, key=lambda one: one.dtype != ir.DataType.INT32):  # biases before their scales
+        tensor = constant_of(value)
+        if tensor is None or value.is_graph_output() or len(value.uses()) < 2:
+            continue
+        numbers = constant_array(value) if value.dtype == ir.DataType.INT32 else None
+        alike = numbers is not None and numbers.size > 0 and bool((numbers == numbers.flat[0]).all())
+        groups: dict[ir.Node | ir.Value | None, list[tuple[ir.Node, int]]] = {}
+        for node, place in tuple(value.uses()):
+            quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+            key = _origin(node) if quantizes and place == 1 else node if quantizes and alike else None
+            groups.setdefault(key, []).append((node, place))
+        for uses in list(groups.values())[1:]:
+            name = names.fresh(value.name or "scale")
+            same = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+            own = ir.Value(name=name, type=value.type, shape=value.shape, const_value=same)
+            model.graph.register_initializer(own)
+            for node, place in uses:
+                node.replace_input_with(place, own)
+
+
+def _origin(node: ir.Node) -> ir.Value | None:
+    """The tensor that a node quantizes or dequantizes, before it was quantized and moved by others."""
+    while True:
+        data = node.inputs[0]
+        before = data.producer() if data is not None else None
+        if node.op_type == "QuantizeLinear":
+            before = _moved(node)
+        if before is None or before.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            return data
+        node = before
+
+
+def _moved(quantizer: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear of what is moved to this QuantizeLinear, if it has the same scale and zero."""
     data = quantizer.inputs[0]
     move = data.producer() if data is not None else None
     if move is None or move.op_type not in MOVES or move.inputs[0] is None:
         return None
     before = move.inputs[0].producer()
-    if before is None or before.op_type != "DequantizeLinear" or before.inputs[1] not in first:
+    if before is None or before.op_type != "DequantizeLinear":
         return None
     same = all(
         _equal(one, other) for one, other in zip(before.inputs[1:], quantizer.inputs[1:], strict=False)
     )
-    return first[before.inputs[1]] if same and before.inputs[1] is not None else None
+    return before if same else None
 
 
 def _equal(one: ir.Value | None, other: ir.Value | None) -> bool:

@@ -1,0 +1,137 @@
+"""Which scales stay equal: those that the graph needs so, not those that a tool merged for being equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import numpy_helper
+
+from onnxopt.model import load
+from onnxopt.training import to_torch, train_qat, write_back
+from onnxopt.training.scales import learn_scales, scale_groups, untie_scales
+from tests.support import execute, text_model
+from tests.training.test_qat import qdq_net, tensors
+
+torch.set_num_threads(1)
+
+
+def merged(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same, one initializer for all that are equal: as exporters do that merge them."""
+    first: dict[bytes, str] = {}
+    renamed = {}
+    for one in model.graph.initializer:
+        content = numpy_helper.to_array(one).tobytes() + bytes([one.data_type]) + repr(one.dims).encode()
+        renamed[one.name] = first.setdefault(content, one.name)
+    kept = [one for one in model.graph.initializer if renamed[one.name] == one.name]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    return model
+
+
+def two_layers(*, bias: tuple[int, int] = (0, 0)) -> onnx.ModelProto:
+    """x, a Conv, MaxPool, another Conv: all activations in steps of 1/16, all weights of 1/64."""
+    rng = np.random.default_rng(0)
+    model = text_model(
+        """<ir_version: 10, opset_import: ["": 21]> net (float[n, 2, 6, 6] x) => (float[n, 2, 2, 2] y) {
+            xq = QuantizeLinear(x, s, z)
+            xd = DequantizeLinear(xq, s2, z)
+            w1 = DequantizeLinear(w1q, t1)
+            b1 = DequantizeLinear(b1q, u1)
+            c1 = Conv<pads = [1, 1, 1, 1]>(xd, w1, b1)
+            cq = QuantizeLinear(c1, s3, z)
+            cd = DequantizeLinear(cq, s4, z)
+            p = MaxPool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]>(cd)
+            pq = QuantizeLinear(p, s5, z)
+            pd = DequantizeLinear(pq, s6, z)
+            w2 = DequantizeLinear(w2q, t2)
+            b2 = DequantizeLinear(b2q, u2)
+            y0 = Conv<strides = [2, 2], pads = [1, 1, 1, 1]>(pd, w2, b2)
+            yq = QuantizeLinear(y0, s7, z)
+            y = DequantizeLinear(yq, s8, z)
+        }"""
+    )
+    held: dict[str, Any] = {f"s{n}" if n > 1 else "s": np.float32(2**-4) for n in range(1, 9)}
+    held |= {"t1": np.float32(2**-6), "t2": np.float32(2**-6), "z": np.int8(3)}
+    held |= {"u1": np.float32(2**-10), "u2": np.float32(2**-10)}
+    held |= {f"b{n}q": np.full(2, bias[n - 1], np.int32) for n in (1, 2)}
+    held |= {f"w{n}q": rng.integers(-100, 100, (2, 2, 3, 3)).astype(np.int8) for n in (1, 2)}
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in held.items())
+    return model
+
+
+def by_output(model: ir.Model) -> dict[str, np.ndarray]:
+    """The scale of each QuantizeLinear and DequantizeLinear."""
+    return {
+        node.outputs[0].name or "": node.inputs[1].const_value.numpy()  # type: ignore[union-attr]
+        for node in model.graph
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    }
+
+
+def test_merged_scales_are_drawn_apart_where_the_graph_does_not_need_them_equal() -> None:
+    plain, shared = load(two_layers()), load(merged(two_layers()))
+    assert len(shared.graph.initializers) == 7
+    untie_scales(shared)
+
+    def groups(model: ir.Model) -> list[set[str]]:
+        firsts = scale_groups(model)
+        found: dict[str, set[str]] = {}
+        for node in model.graph:
+            name = node.inputs[1].name if len(node.inputs) > 1 and node.inputs[1] is not None else None
+            if name in firsts and node.op_type.endswith("uantizeLinear"):
+                found.setdefault(firsts[name], set()).add(node.outputs[0].name or "")
+        return sorted(found.values(), key=sorted)
+
+    assert groups(shared) == groups(plain)
+    assert groups(shared) == sorted(
+        [{"xq", "xd"}, {"w1"}, {"cq", "cd", "pq", "pd"}, {"w2"}, {"yq", "y"}], key=sorted
+    )
+    x = {"x": np.random.default_rng(1).normal(size=(3, 2, 6, 6)).astype(np.float32)}
+    np.testing.assert_array_equal(execute(shared, x)[0], execute(two_layers(), x)[0])
+
+
+def test_nothing_is_drawn_apart_that_need_not_be() -> None:
+    model = load(qdq_net())
+    before = tensors(model)
+    untie_scales(model)
+    assert tensors(model).keys() == before.keys()
+
+
+@pytest.mark.parametrize("bias", [(0, 0), (40, -70)])
+def test_biases_of_merged_scales_follow_their_own_layers(bias: tuple[int, int]) -> None:
+    model = load(merged(two_layers(bias=bias)))
+    untie_scales(model)
+    module = to_torch(model)
+    learned = learn_scales(module, scale_groups(model))
+    assert len(learned) == 5
+    with torch.no_grad():
+        for factor, one in enumerate(learned.values(), 1):
+            one.log.fill_(0.1 * factor)
+    after = write_back(module, model)
+    scales = by_output(after)
+    for layer, source in (("1", "xd"), ("2", "pd")):
+        np.testing.assert_array_equal(scales[f"b{layer}"], scales[source] * scales[f"w{layer}"])
+    assert scales["b1"] != scales["b2"]
+    x = {"x": np.random.default_rng(1).normal(size=(3, 2, 6, 6)).astype(np.float32)}
+    with torch.no_grad():
+        np.testing.assert_allclose(module(x)["y"].numpy(), execute(after, x)[0], atol=0.3)
+
+
+def test_training_draws_merged_scales_apart() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(32, 2, 6, 6)).astype(np.float32)
+    (y,) = execute(two_layers(), {"x": x})
+    how: dict[str, Any] = {"labels": "t", "loss": "mse", "epochs": 2, "lr": 0.01, "holdout": 0}
+    found = train_qat(merged(two_layers()), {"x": x, "t": 1.5 * y}, batch_size="8", **how)
+    assert found.report.ok, found.report.reason
+    scales = by_output(found.graph)
+    assert scales["xq"] == scales["xd"] != scales["yq"]
+    assert scales["cq"] == scales["pd"] != scales["xq"]
+    assert scales["w1"] != scales["w2"]
