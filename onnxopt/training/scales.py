@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from onnxopt.graph import constant_array, constant_of, walk
+from onnxopt.passes.shared.quantized import carried
 from onnxopt.quantization.units import MOVES
 from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.interpreter.state import constants, is_constant_node
 
 __all__ = ["LogScale", "activations_of", "learn_scales", "scale_groups", "untie_scales"]
+
+
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 class LogScale(nn.Module):
@@ -62,22 +66,23 @@ def scale_groups(model: ir.Model) -> dict[str, str]:
     Scales of int32 are products of others, see `write_back`.
     """
     names = {value: name for name, value in constants(model)}
-    first: dict[ir.Value, ir.Value] = {}
-    for node in walk(model.graph):
-        data, scale = (*node.inputs, None, None)[:2]
-        if node.op_type != "DequantizeLinear" or data is None or scale not in names or scale is None:
+    found, heads = dict[ir.Value, ir.Value](), dict[ir.Node, ir.Value]()
+    for node, tied in _tied(model).items():
+        data, scale = node.inputs[0], node.inputs[1]
+        if node.op_type != "DequantizeLinear" or data is None or scale is None or scale not in names:
             continue
-        quantizer = data.producer()
+        quantizer, members = data.producer(), [scale]
         if quantizer is not None and quantizer.op_type == "QuantizeLinear":
             own = quantizer.inputs[1]
-            if own in names and own is not None and _equal(own, scale):
-                before = _moved(quantizer)
-                source = before.inputs[1] if before is not None else None
-                first.setdefault(own, first.get(source, own) if source is not None else own)
-                first.setdefault(scale, first[own])
-        elif data in names and data.dtype != ir.DataType.INT32:
-            first.setdefault(scale, scale)
-    return {names[value]: names[one] for value, one in first.items()}
+            if own is None or own not in names or not _equal(own, scale):
+                continue
+            members = [own, scale]
+        elif data not in names or data.dtype == ir.DataType.INT32:
+            continue
+        known = next((found[one] for one in members if one in found), members[0])
+        for one in members:
+            found.setdefault(one, heads.setdefault(tied, known))
+    return {names[value]: names[one] for value, one in found.items()}
 
 
 def activations_of(model: ir.Model, groups: Mapping[str, str]) -> dict[str, list[ir.Node]]:
@@ -94,60 +99,76 @@ def activations_of(model: ir.Model, groups: Mapping[str, str]) -> dict[str, list
 
 
 def untie_scales(model: ir.Model) -> None:
-    """Give each quantized tensor a scale of its own, in place, where several read one constant.
+    """Give quantized tensors scales of their own, in place, where several read one constant.
 
-    Tools that merge equal constants share scales that are equal before training. Those that have to stay so
-    do, see `scale_groups`. Biases of int32 that are one number all over are drawn apart, too: each has the
-    scale of its own layer.
+    Tools that merge equal constants share scales that are equal before training. Those that have to be equal,
+    see `scale_groups`, still share. Biases of int32 that are one number all over are drawn apart, too: each
+    has the scale of its own layer.
     """
     names = Names(model)
     held = [node.outputs[0] for node in model.graph if is_constant_node(node)]
     held += model.graph.initializers.values()
-    for value in sorted(held, key=lambda one: one.dtype != ir.DataType.INT32):  # biases before their scales
-        tensor = constant_of(value)
-        if tensor is None or value.is_graph_output() or len(value.uses()) < 2:
-            continue
+    for value in held:
         numbers = constant_array(value) if value.dtype == ir.DataType.INT32 else None
-        alike = numbers is not None and numbers.size > 0 and bool((numbers == numbers.flat[0]).all())
-        groups: dict[ir.Node | ir.Value | None, list[tuple[ir.Node, int]]] = {}
-        for node, place in tuple(value.uses()):
-            quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-            key = _origin(node) if quantizes and place == 1 else node if quantizes and alike else None
-            groups.setdefault(key, []).append((node, place))
-        for uses in list(groups.values())[1:]:
-            name = names.fresh(value.name or "scale")
-            same = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
-            own = ir.Value(name=name, type=value.type, shape=value.shape, const_value=same)
-            model.graph.register_initializer(own)
-            for node, place in uses:
-                node.replace_input_with(place, own)
+        if numbers is not None and numbers.size and (numbers == numbers.flat[0]).all():
+            _draw_apart(model, names, value, {use.node: use.node for use in value.uses()}, 0)
+    tied = _tied(model)
+    for value in held:
+        _draw_apart(model, names, value, tied, 1)
 
 
-def _origin(node: ir.Node) -> ir.Value | None:
-    """The tensor that a node quantizes or dequantizes, before it was quantized and moved by others."""
-    while True:
-        data = node.inputs[0]
-        before = data.producer() if data is not None else None
-        if node.op_type == "QuantizeLinear":
-            before = _moved(node)
-        if before is None or before.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            return data
-        node = before
+def _draw_apart(
+    model: ir.Model, names: Names, value: ir.Value, keys: Mapping[ir.Node, ir.Node], place: int
+) -> None:
+    """Let DequantizeLinear and QuantizeLinear of different keys, which read a constant there, read copies."""
+    tensor = constant_of(value)
+    if tensor is None or value.is_graph_output():
+        return
+    groups: dict[ir.Node | None, list[tuple[ir.Node, int]]] = {}
+    for node, position in tuple(value.uses()):
+        key = keys.get(node) if position == place and node.op_type in _PAIR else None
+        groups.setdefault(key, []).append((node, position))
+    for uses in list(groups.values())[1:]:
+        name = names.fresh(value.name or "scale")
+        same = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+        own = ir.Value(name=name, type=value.type, shape=value.shape, const_value=same)
+        model.graph.register_initializer(own)
+        for node, position in uses:
+            node.replace_input_with(position, own)
 
 
-def _moved(quantizer: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear of what is moved to this QuantizeLinear, if it has the same scale and zero."""
-    data = quantizer.inputs[0]
-    move = data.producer() if data is not None else None
-    if move is None or move.op_type not in MOVES or move.inputs[0] is None:
-        return None
-    before = move.inputs[0].producer()
-    if before is None or before.op_type != "DequantizeLinear":
-        return None
-    same = all(
-        _equal(one, other) for one, other in zip(before.inputs[1:], quantizer.inputs[1:], strict=False)
-    )
-    return before if same else None
+def _tied(model: ir.Model) -> dict[ir.Node, ir.Node]:
+    """QuantizeLinear and DequantizeLinear, each with one of those whose scale has to be that of its own."""
+    found: dict[ir.Node, ir.Node] = {}
+    readers: dict[tuple[ir.Value | None, ir.Value | None], ir.Node] = {}
+
+    def head(node: ir.Node) -> ir.Node:
+        while found[node] is not node:
+            node = found[node]
+        return node
+
+    for node in walk(model.graph):
+        if node.op_type in _PAIR:
+            others = (*_before(node), readers.setdefault((node.inputs[0], node.inputs[1]), node))
+            heads = [head(one) for one in others if one in found]
+            found[node] = heads[0] if heads else node
+            found.update(dict.fromkeys(heads, found[node]))
+    return {node: head(node) for node in found}
+
+
+def _before(node: ir.Node) -> list[ir.Node]:
+    """The QuantizeLinear in front of DequantizeLinear, or the DequantizeLinear of what is moved in front of a
+    QuantizeLinear, where they have the same scale (and zero point)."""
+    made = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if made is None:
+        return []
+    if node.op_type == "DequantizeLinear":
+        return [made] if made.op_type == "QuantizeLinear" and _equal(made.inputs[1], node.inputs[1]) else []
+    places, _ = carried(made) or ([0] if made.op_type in MOVES else [], [])
+    sources = [value.producer() for place in places if (value := made.inputs[place]) is not None]
+    found = [one for one in sources if one is not None and one.op_type == "DequantizeLinear"]
+    same = (map(_equal, one.inputs[1:], node.inputs[1:]) for one in found)
+    return found if len(found) == len(places) and all(map(all, same)) else []
 
 
 def _equal(one: ir.Value | None, other: ir.Value | None) -> bool:

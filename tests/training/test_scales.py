@@ -135,3 +135,39 @@ def test_training_draws_merged_scales_apart() -> None:
     assert scales["xq"] == scales["xd"] != scales["yq"]
     assert scales["cq"] == scales["pd"] != scales["xq"]
     assert scales["w1"] != scales["w2"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "apart"),
+    [
+        ("Concat<axis = 1>(xd, ad)", False),
+        ("Max(xd, ad)", False),
+        ("Pad(xd, pads)", False),
+        ("Transpose<perm = [0, 1, 3, 2]>(xd)", False),
+        ("GlobalAveragePool(xd)", True),
+        ("Add(xd, ad)", True),
+    ],
+)
+def test_what_moves_numbers_keeps_one_scale_and_what_computes_does_not(operator: str, apart: bool) -> None:
+    model = text_model(
+        f"""<ir_version: 10, opset_import: ["": 21]> net (float[n, 2, 6, 6] x) => (float[n, a, b, c] y)
+        <float s = {{0.0625}}, int8 z = {{3}}, int64[8] pads = {{0, 0, 1, 1, 0, 0, 1, 1}}> {{
+            xq = QuantizeLinear(x, s, z)
+            xd = DequantizeLinear(xq, s, z)
+            r = Relu(x)
+            aq = QuantizeLinear(r, s, z)
+            ad = DequantizeLinear(aq, s, z)
+            m = {operator}
+            yq = QuantizeLinear(m, s, z)
+            y = DequantizeLinear(yq, s, z)
+        }}"""
+    )
+    shared = load(model)
+    untie_scales(shared)
+    groups = scale_groups(shared)
+    both = "ad)" in operator
+    held = {node.outputs[0].name: node.inputs[1].name for node in shared.graph if len(node.inputs) > 2}
+    assert held["xq"] == held["xd"]
+    assert (held["yq"] != held["xq"]) == apart
+    assert (held["aq"] != held["xq"]) == (apart or not both)
+    assert len(set(groups.values())) == (1 if both else 2) + apart * (2 if both else 1)
