@@ -14,11 +14,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from onnxopt.errors import ModelError
 from onnxopt.graph import constant_array, constant_of, walk
 from onnxopt.passes.shared.quantized import carried
 from onnxopt.quantization.units import MOVES
 from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.interpreter.quantized import called
 from onnxopt.training.interpreter.state import constants, is_constant_node
 
 __all__ = ["LogScale", "activations_of", "learn_scales", "scale_groups", "untie_scales"]
@@ -64,12 +66,18 @@ def scale_groups(model: ir.Model) -> dict[str, str]:
     QuantizeLinear and its DequantizeLinear have one scale, whether or not one tensor holds it; so have both
     sides of an operator that only moves numbers, if they do at the start: the runtime then moves integers.
     Scales of int32 are products of others, see `write_back`.
+
+    Raises:
+        ModelError: a scale is not finite, or not more than 0.
     """
     names = {value: name for name, value in constants(model)}
     found, heads = dict[ir.Value, ir.Value](), dict[ir.Node, ir.Value]()
     for node, tied in _tied(model).items():
         data, scale = node.inputs[0], node.inputs[1]
-        if node.op_type != "DequantizeLinear" or data is None or scale is None or scale not in names:
+        if data is None or scale is None or scale not in names or data.dtype == ir.DataType.INT32:
+            continue
+        _require_positive(scale, node)
+        if node.op_type != "DequantizeLinear":
             continue
         quantizer, members = data.producer(), [scale]
         if quantizer is not None and quantizer.op_type == "QuantizeLinear":
@@ -77,7 +85,7 @@ def scale_groups(model: ir.Model) -> dict[str, str]:
             if own is None or own not in names or not _equal(own, scale):
                 continue
             members = [own, scale]
-        elif data not in names or data.dtype == ir.DataType.INT32:
+        elif data not in names:
             continue
         known = next((found[one] for one in members if one in found), members[0])
         for one in members:
@@ -169,6 +177,16 @@ def _before(node: ir.Node) -> list[ir.Node]:
     found = [one for one in sources if one is not None and one.op_type == "DequantizeLinear"]
     same = (map(_equal, one.inputs[1:], node.inputs[1:]) for one in found)
     return found if len(found) == len(places) and all(map(all, same)) else []
+
+
+def _require_positive(scale: ir.Value, node: ir.Node) -> None:
+    array = constant_array(scale)
+    assert array is not None
+    bad = array[~(np.isfinite(array) & (array > 0))]
+    if bad.size:
+        raise ModelError(
+            f"qat: {called(node)}: the scale {scale.name!r} is {bad[0]:g}; expected finite numbers above 0"
+        )
 
 
 def _equal(one: ir.Value | None, other: ir.Value | None) -> bool:

@@ -80,7 +80,7 @@ def test_text_is_told_in_one_line(tmp_path: object, capsys: pytest.CaptureFixtur
         finetune(text_model(TEXT), data, labels="t", loss="mse")
     assert str(error.value) == told
     onnx.save(text_model(TEXT), f"{tmp_path}/m.onnx")
-    np.savez(f"{tmp_path}/d.npz", **data)
+    np.savez(f"{tmp_path}/d.npz", x=data["x"], t=data["t"])
     arguments = f"train finetune {tmp_path}/m.onnx -o {tmp_path}/o.onnx --data {tmp_path}/d.npz --labels t"
     with pytest.raises(SystemExit) as code:
         main(f"{arguments} --loss mse".split())

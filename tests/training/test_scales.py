@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from onnxopt.errors import ModelError
 from onnxopt.model import load
 from onnxopt.training import to_torch, train_qat, write_back
 from onnxopt.training.scales import learn_scales, scale_groups, untie_scales
@@ -138,6 +139,52 @@ def test_training_draws_merged_scales_apart() -> None:
     assert scales["xq"] == scales["xd"] != scales["yq"]
     assert scales["cq"] == scales["pd"] != scales["xq"]
     assert scales["w1"] != scales["w2"]
+
+
+def with_scale(name: str, array: Any) -> onnx.ModelProto:
+    model = qdq_net()
+    held = next(one for one in model.graph.initializer if one.name == name)
+    held.CopyFrom(numpy_helper.from_array(np.asarray(array, np.float32), name))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "told"),
+    [
+        ("x_scale", 0, "qat: QuantizeLinear 'x_q': the scale 'x_scale' is 0"),
+        ("r_scale", -1, "qat: QuantizeLinear 'r_q': the scale 'r_scale' is -1"),
+        ("b_scale_dq", np.nan, "qat: DequantizeLinear 'b_dq': the scale 'b_scale_dq' is nan"),
+        ("a_w_scale", [1, 1, 0, 1], "qat: DequantizeLinear 'a_w_dq': the scale 'a_w_scale' is 0"),
+        ("p_scale", np.inf, "qat: QuantizeLinear 'p_q': the scale 'p_scale' is inf"),
+    ],
+)
+def test_scales_that_cannot_be_learned_are_told_with_their_node(name: str, array: Any, told: str) -> None:
+    data = {"x": np.ones((16, 2, 6, 6), np.float32), "t": np.ones((16, 3, 3, 3), np.float32)}
+    with pytest.raises(ModelError) as error:
+        train_qat(with_scale(name, array), data, labels="t", loss="mse", epochs=1)
+    assert str(error.value) == f"{told}; expected finite numbers above 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "told"),
+    [
+        ("x_scale", 3, "QuantizeLinear 'x_q': a scale of shape [3] does not fit [5, 2, 6, 6] along axis 1"),
+        (
+            "p_scale_dq",
+            3,
+            "DequantizeLinear 'p_dq': a scale of shape [3] does not fit [5, 4, 3, 3] along axis 1",
+        ),
+        (
+            "a_w_scale",
+            3,
+            "DequantizeLinear 'a_w_dq': a scale of shape [3] does not fit [4, 2, 3, 3] along axis 0",
+        ),
+    ],
+)
+def test_scales_of_a_wrong_size_are_told_with_their_node(name: str, size: int, told: str) -> None:
+    with pytest.raises(ModelError) as error:
+        to_torch(with_scale(name, np.ones(size)))(x=np.ones((5, 2, 6, 6), np.float32))
+    assert str(error.value) == f"training: {told}"
 
 
 @pytest.mark.parametrize(
