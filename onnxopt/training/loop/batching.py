@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxopt.errors import OnnxoptError
+from onnxopt.training.interpreter.values import array_tensor
 from onnxopt.training.samples.dataset import Dataset
 
 __all__ = ["takes_batches"]
@@ -17,7 +18,7 @@ def takes_batches(module: nn.Module, data: Dataset) -> bool:
     if not data.stacks or 1 not in sizes or (data.length or 2) < 2:
         return True
     arrays = next(data.evaluated(2)).arrays
-    feeds = {name: torch.from_numpy(arrays[name].copy()) for name in module.input_names}  # type: ignore[union-attr]
+    feeds = {name: array_tensor(arrays[name]) for name in module.input_names}  # type: ignore[union-attr]
     mode = module.training
     module.eval()
     try:

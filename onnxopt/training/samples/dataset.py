@@ -22,7 +22,7 @@ from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
 from onnxopt.training.samples.sizes import Sizes
 from onnxopt.training.samples.sources import Arrays, Source, Stream, Table, batches_of, shuffled
-from onnxopt.training.samples.transforms import Mixup, Transform
+from onnxopt.training.samples.transforms import Mixup, Transform, is_for
 
 __all__ = ["Batch", "Dataset"]
 
@@ -201,13 +201,16 @@ class Dataset:
             array = given[name]
             if item.dims is not None and array.ndim == len(item.dims) + 1:  # a sample axis in front of feeds
                 array = array[0] if not self.stacks else array[:, 0] if array.shape[1] == 1 else array
-            changes = [one for one in self.transforms if _is_for(one, item, array)]
+            changes = [one for one in self.transforms if is_for(one, item, array)]
             if changes:
                 array = array.astype(item.dtype) if array.dtype == np.uint8 else array
                 pairs = zip(array if self.stacks else array[None], rows, strict=True)
                 array = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
             given[name] = array if self.stacks or not changes else array[0]
         feeds = (_any_batch(self.contract) if self.stacks else self.contract).check(given, "data")
+        texts = [name for name, array in feeds.items() if array.dtype.kind in "OSU"]
+        if texts:
+            raise UsageError(f"data: input {texts[0]!r} is text: cut the graph where it has become numbers")
         labels = {name: given[name] for name in given if name in self.labels}
         for name, array in labels.items():
             if array.dtype.kind not in "fiub":
@@ -293,9 +296,3 @@ def _any_batch(contract: Contract) -> Contract:
         return dataclasses.replace(item, dims=("samples", *item.dims[1:])) if item.dims else item
 
     return Contract(tuple(map(freed, contract.required)), tuple(map(freed, contract.optional)))
-
-
-def _is_for(one: Transform, item: Input, array: np.ndarray) -> bool:
-    if one.input:
-        return one.input == item.name
-    return array.ndim > 2 and item.dtype.kind == "f" and (array.dtype.kind == "f" or array.dtype == np.uint8)
