@@ -184,6 +184,21 @@ def test_weights_of_16_bits_are_held_in_32() -> None:
     assert report.curves["loss"][-1] < 0.7 * report.curves["loss"][0]
 
 
+def test_a_stage_that_holds_weights_of_16_bits_rounds_them_too() -> None:
+    model = build(
+        "g (float16[N, 4] x) => (float16[N, 3] y) { h = Relu(x) y = MatMul(h, w) }",
+        {"w": random(4, 3).astype(np.float16)},
+    )
+    module, x = to_torch(model), torch.from_numpy(random(5, 4)).half()
+    expected = module(x=x)["y"]
+    module.split([torch.device("cpu")] * 2, {"x": x})
+    ((slot, owner, name),) = module.states
+    (stage,) = module.readers(slot)
+    stage.register_parameter("own", owner._parameters[name])
+    stage.held[slot], stage.halves = "own", module.halves
+    assert torch.equal(module(x=x)["y"], expected)
+
+
 ONE = """g (float[1, 2, 3] x) => (float[1, 2] y) {
     f = Reshape(x, shape)
     y = MatMul(f, w)

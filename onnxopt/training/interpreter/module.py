@@ -98,7 +98,7 @@ class GraphModule(nn.Module):
         self._logits = final_logits(graph.graph)
         self.keys: dict[str, str] = {}
         self._owners: list[tuple[int, nn.Module, str]] = []
-        self._halves: dict[int, torch.dtype] = {}
+        self.halves: dict[int, torch.dtype] = {}
         for state in states:
             if state.value in builder.needed:
                 self._hold(state, builder.needed[state.value])
@@ -152,7 +152,7 @@ class GraphModule(nn.Module):
             values[slot] = constant
         for slot, owner, attribute in self._owners:
             values[slot] = getattr(owner, attribute)
-        for slot, half in self._halves.items():
+        for slot, half in self.halves.items():
             values[slot] = values[slot].to(half)
         for slot, (name, dtype) in zip(self._plan.inputs, self._inputs, strict=True):
             if name not in given:
@@ -261,7 +261,7 @@ class GraphModule(nn.Module):
         last = _free(owner, last, inner=False)
         if state.trainable:
             if tensor.dtype in (torch.float16, torch.bfloat16):
-                self._halves[slot], tensor = tensor.dtype, tensor.float()
+                self.halves[slot], tensor = tensor.dtype, tensor.float()
             owner.register_parameter(last, nn.Parameter(tensor))
         else:
             owner.register_buffer(last, tensor, persistent=tensor.is_floating_point())
