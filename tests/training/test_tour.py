@@ -221,6 +221,21 @@ def test_a_graph_made_for_one_sample_gets_one_at_a_time(rows: int, together: boo
     np.testing.assert_allclose(report.curves["loss"], other.curves["loss"], rtol=1e-4)
 
 
+def test_batches_of_a_stream_are_taken_apart_for_a_graph_made_for_one_sample() -> None:
+    w, x = random(6, 2), random(8, 2, 3)
+    model = build(ONE, {"shape": np.array([1, 6]), "w": np.zeros_like(w)})
+    batches = [({"x": part}, part.reshape(4, 6) @ w) for part in (x[:4], x[4:])]
+    curves = [
+        finetune(
+            model, data, labels="t", loss="mse", steps=6, epochs=3, batch_size=4, validation=whole, workers=0
+        ).report.curves["loss"]
+        for whole in [{"x": x, "t": x.reshape(8, 6) @ w}]
+        for data in (batches, whole)
+    ]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0.2)  # in another order
+    assert curves[0][-1] < curves[0][0]
+
+
 def test_feeds_are_of_as_many_samples_as_the_model_takes() -> None:
     model = build("g (float[4, 3] x) => (float[4, 2] y) { y = MatMul(x, w) }", {"w": random(3, 2)})
     x = random(10, 3)

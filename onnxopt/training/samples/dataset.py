@@ -259,7 +259,7 @@ class Dataset:
         held: list[Arrays] = []
         size = next(sizes)
         given = batches_of(self.source, self.labels)
-        rows = (row for arrays in given for row in (_rows(arrays) if self.stacks else [arrays]))
+        rows = (row for arrays in given for row in (_rows(arrays) if self.stacks or self.apart else [arrays]))
         for row in rows if random is None else shuffled(rows, self.shuffle, random):
             if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
                 yield len(held), functools.partial(_joined, held)
