@@ -15,7 +15,7 @@ from onnxopt.data.contract import contract_of
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import FLOATS
 from onnxopt.model import ModelLike, load
-from onnxopt.runtimes import open_session
+from onnxopt.runtimes import RunError, open_session
 from onnxopt.training.interpreter.module import to_torch
 from onnxopt.training.loop.scoring import final_activations
 from onnxopt.training.samples.dataset import Dataset
@@ -152,7 +152,7 @@ class Teacher:
         count: of samples; 0: the arrays differ along axis 0, as with a state: they are one feed as they are.
         """
         if not count:
-            return _floats(self._session.run(feeds))
+            return self._said(feeds)
         size = self._fixed or count
         parts = []
         for first in range(0, count, size):
@@ -161,9 +161,15 @@ class Teacher:
                 name: np.resize(array, (size, *array.shape[1:])) if array.ndim else array
                 for name, array in piece.items()
             }
-            found = _floats(self._session.run(filled))
+            found = self._said(filled)
             parts.append(found if left >= size else _part(found, 0, left))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _said(self, feeds: Arrays) -> Arrays:
+        try:
+            return _floats(self._session.run(feeds))
+        except RunError as error:
+            raise UsageError(f"distill: the teacher does not take these inputs: {error}") from error
 
 
 def _part(feeds: Arrays, first: int, size: int) -> Arrays:

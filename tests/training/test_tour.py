@@ -309,10 +309,15 @@ def matrix(classes: int) -> onnx.ModelProto:
     return build("g (float[N, 4] x) => (float[N, C] y) { y = MatMul(x, w) }", {"w": random(4, classes)})
 
 
+def wide() -> onnx.ModelProto:
+    return build("g (float[N, 7] x) => (float[N, 3] y) { y = MatMul(x, w) }", {"w": random(7, 3)})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"teacher": matrix(5)}, r"'y' is of shape \(.*3\), the teacher's 'y' of \(.*5\): give a teacher"),
+        ({"teacher": wide()}, "the teacher does not take these inputs: .*the run on"),
         ({"teacher": matrix(3), "outputs": "z=y"}, "outputs: there is no 'z'"),
         ({"teacher": matrix(3), "inputs": "x=z"}, "inputs: there is no 'z'"),
         ({"teacher": matrix(3), "temperature": float("nan")}, "temperature, match_weight and cache are at"),
@@ -345,6 +350,23 @@ def test_a_checkpoint_of_other_things_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "checkpoint.pt")
     with pytest.raises(UsageError, match="of another model or recipe"):
         read_checkpoint(tmp_path / "checkpoint.pt", "this")
+
+
+def test_data_that_cannot_be_judged_or_read_is_told(tmp_path: Path) -> None:
+    x, y = random(20, 4), np.arange(20) % 3
+    given: dict[str, Any] = {"labels": "y", "epochs": 1}
+    with pytest.raises(UsageError, match="metric accuracy: it gives NaN"):
+        finetune(matrix(3), {"x": x, "y": y}, validation={"x": x * np.nan, "y": y}, **given)
+    with pytest.raises(UsageError, match="'NoneType' object is not iterable"):
+        finetune(matrix(3), lambda: None, validation={"x": x, "y": y}, steps=1, **given)
+    for number in range(8):
+        labels: dict[str, Any] = {} if number == 3 else {"y": y[:1]}
+        np.savez(tmp_path / f"{number}.npz", x=x[:1], **labels)
+    with pytest.raises(UsageError, match="there is a sample without the array 'y'"):
+        finetune(matrix(3), tmp_path, **given)
+    number = text_model("agraph (float[N, 4] x) => (int64[N] y) { y = ArgMax<axis = 1, keepdims = 0>(x) }")
+    with pytest.raises(UsageError, match="the model has no float output to learn with: cut"):
+        finetune(number, {"x": x, "y": y}, **given)
 
 
 def command(*arguments: str) -> int:

@@ -272,6 +272,8 @@ def parse_loss(spec: str | Callable[..., Any]) -> Objective:
 def _only(what: str, name: str, some: Sequence[str], known: Sequence[str], hint: str) -> str:
     if not name and len(some) == 1:
         return some[0]
+    if what == "output" and not some:
+        raise UsageError("loss: the model has no float output to learn with: cut what turns it into integers")
     if not name:
         raise UsageError(f"loss: {len(some)} possible {what}s ({', '.join(some) or 'none'}): {hint}")
     if name not in known:
