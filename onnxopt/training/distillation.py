@@ -8,7 +8,6 @@ attention as in Zagoruyko & Komodakis, "Paying More Attention to Attention", 201
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,13 +164,13 @@ class Distiller(Hook):
     ) -> Iterator[Tensor]:
         for one, theirs in self.answers:
             activation = self.teachers[number].activations.get(theirs[number], "")
-            sizes = [tuple(found.shape) for found in (outputs[one.seen], told[theirs[number]])]
-            if math.prod(sizes[0]) != math.prod(sizes[1]):
+            y, target = outputs[one.seen], told[theirs[number]]
+            if y.numel() != target.numel():
                 raise UsageError(
-                    f"distill: {one.name!r} is of shape {sizes[0]}, the teacher's {theirs[number]!r} of "
-                    f"{sizes[1]}: give a teacher of the same task, or outputs=STUDENT=TEACHER"
+                    f"distill: {one.name!r} is of shape {tuple(y.shape)}, a teacher's {theirs[number]!r} of "
+                    f"{tuple(target.shape)}: give one of the same task, or outputs=STUDENT=TEACHER"
                 )
-            yield one(outputs[one.seen], told[theirs[number]], activation)
+            yield one(y, target, activation)
 
     def _open(self, device: torch.device) -> None:
         """Open the teachers, and find what of them goes with which output."""

@@ -49,8 +49,7 @@ class DistillRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = (self.temperature, self.match_weight, self.cache)
-        if not 0 <= self.mix <= 1 or not all(one >= 0 for one in least):
+        if not (0 <= self.mix <= 1 and min(self.match_weight, self.cache) >= 0 and self.temperature >= 0):
             raise UsageError("mix is from 0 to 1; temperature, match_weight and cache are at least 0")
 
     @property

@@ -316,7 +316,7 @@ def wide() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"teacher": matrix(5)}, r"'y' is of shape \(.*3\), the teacher's 'y' of \(.*5\): give a teacher"),
+        ({"teacher": matrix(5)}, r"'y' is of shape \(.*3\), a teacher's 'y' of \(.*5\): give one"),
         ({"teacher": wide()}, "the teacher does not take these inputs: .*the run on"),
         ({"teacher": matrix(3), "outputs": "z=y"}, "outputs: there is no 'z'"),
         ({"teacher": matrix(3), "inputs": "x=z"}, "inputs: there is no 'z'"),

@@ -74,15 +74,11 @@ def unknown_nodes(graph: ir.Graph) -> list[tuple[ir.Node, str]]:
     for node in graph:
         for inner in (node, *(one for body in subgraphs_of(node) for one in walk(body))):
             version = graph.opset_imports.get(inner.domain, 1)
-            texts = any(map(_is_text, (*inner.inputs, *inner.outputs)))
-            if texts or (operator_of(inner) not in QUANTIZED and operator_for(inner, version) is None):
+            values = [one for one in (*inner.inputs, *inner.outputs) if one is not None]
+            text = any(getattr(constant_of(one), "dtype", one.dtype) == ir.DataType.STRING for one in values)
+            if text or (operator_of(inner) not in QUANTIZED and operator_for(inner, version) is None):
                 found.append((node, label(inner, version)))
     return found
-
-
-def _is_text(value: ir.Value | None) -> bool:
-    constant = None if value is None else constant_of(value)
-    return value is not None and ir.DataType.STRING in (value.dtype, constant and constant.dtype)
 
 
 def frozen_part(

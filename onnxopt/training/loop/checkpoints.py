@@ -46,5 +46,4 @@ def read_checkpoint(path: Path, made_for: str) -> dict[str, Any] | None:
         raise UsageError(f"--resume: {path} is no checkpoint, or damaged: remove it to start anew") from error
     if not isinstance(state, dict) or state.get("made_for") != made_for:
         raise UsageError(f"--resume: {path} is of another model or recipe: start anew without --resume")
-    found: dict[str, Any] = state
-    return found
+    return dict(state)

@@ -213,9 +213,9 @@ def _read_csv(path: Path, labels: Sequence[str]) -> Arrays:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             head, *rows = [row for row in csv.reader(stream) if row] or [[]]
-        odd = next((row for row in rows if len(row) != len(head)), head)
-        if len(odd) != len(head):
-            raise ValueError(f"{len(odd)} fields in {','.join(odd)!r}, {len(head)} in the first line")
+        for row in rows:
+            if len(row) != len(head):
+                raise ValueError(f"{len(row)} fields in {','.join(row)!r}, {len(head)} in the first line")
         table = np.array(rows, np.float64)
     except (OSError, ValueError) as error:
         raise UsageError(f"--data: {path}: expected a line of names, then numbers: {told(error)}") from None

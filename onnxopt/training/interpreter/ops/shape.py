@@ -159,7 +159,7 @@ def _uniform(x: Tensor, *, low: float = 0.0, high: float = 1.0, **_: Any) -> Ten
     return torch.rand_like(x) * (high - low) + low
 
 
-def _drawn(draw: Callable[..., Tensor]) -> tuple[Operator, Operator]:
+def _drawn(name: str, draw: Callable[..., Tensor]) -> dict[str, Operator]:
     """Of a shape, and like a tensor; torch's seed counts, the numbers of `seed` are the runtime's own."""
 
     def of_shape(*, shape: Sequence[int], dtype: int = _FLOAT, **how: Any) -> Tensor:
@@ -169,10 +169,8 @@ def _drawn(draw: Callable[..., Tensor]) -> tuple[Operator, Operator]:
         own = x.dtype if dtype is None else CARRIERS[ir.DataType(dtype)]
         return draw(torch.empty_like(x, dtype=own), **how)
 
-    return op(of_shape, host=False, either=(0,)), op(like, host=False)  # either: to be brought to the device
-
-
-_NORMAL, _UNIFORM = _drawn(_normal), _drawn(_uniform)
+    to_device = op(of_shape, host=False, either=(0,))
+    return {name: to_device, f"{name}Like": op(like, host=False)}
 
 
 def _range(start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any], *, ctx: Context) -> Tensor:
@@ -201,6 +199,8 @@ def _space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 
 TABLE: Table = {
+    **_drawn("RandomNormal", _normal),
+    **_drawn("RandomUniform", _uniform),
     "Concat": op(_concat),
     "Constant": op(_constant, raw=True),
     "ConstantOfShape": op(_constant_of_shape, 0),
@@ -209,10 +209,6 @@ TABLE: Table = {
     "Flatten": op(_flatten),
     "Identity": op(lambda x: x, raw=True),
     "Pad": op(_pad, 1, 3),
-    "RandomNormal": _NORMAL[0],
-    "RandomNormalLike": _NORMAL[1],
-    "RandomUniform": _UNIFORM[0],
-    "RandomUniformLike": _UNIFORM[1],
     "Range": op(_range, 0, 1, 2),
     "Reshape": op(_reshape, 1),
     "Shape": op(_shape, raw=True),
