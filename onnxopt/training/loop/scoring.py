@@ -141,10 +141,9 @@ def _accuracy(
     y, label = outputs[term.output], batch.arrays[term.label]
     axis = y.ndim - 1 if label.shape == y.shape[:-1] else 1
     found, counted = y.argmax(axis), label != getattr(term.loss, "ignore", -100)
-    shape = "x".join(map(str, label.shape)) or "one number"
     if found.shape != label.shape or not ((label >= 0) & (label < y.shape[axis]))[counted].all():
         raise UsageError(
-            f"labels {term.label!r}: {shape} from {label.min()} to {label.max()}; "
+            f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "
             f"expected {'x'.join(map(str, found.shape))} of the {y.shape[axis]} classes of {term.output!r}"
         )
     right = math.nan if np.isnan(y).any() else float((found == label)[counted].sum())

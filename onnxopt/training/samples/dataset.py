@@ -96,7 +96,7 @@ class Dataset:
         held = max(round(self.length * share), 1)
         if not 0 < share < 1 or held >= self.length:
             raise UsageError(
-                f"holdout {share:g}: of {self.length} samples some have to be left: give more, or holdout=0"
+                f"holdout {share:g}: of {self.length} samples some have to be left: give more, or 0"
             )
         order = np.random.default_rng((self.seed, 0, 2)).permutation(self.length)
         first, second = np.sort(order[held:]), np.sort(order[:held])
