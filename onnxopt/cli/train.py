@@ -77,19 +77,21 @@ def run_training(
 ) -> int:
     """Call the function of that name of `onnxopt.training`; print, and write what it gives."""
     import onnxopt.training
+    from onnxopt.model import load
     from onnxopt.reporting.training_tables import print_training
-    from onnxopt.storage import check_target
+    from onnxopt.storage import check_target, source_files
 
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
     check_target(output)
     asked = {name: value for name, value in given.items() if value not in (None, ())}
-    names = [model, recipe, *(asked.get(name) for name in ("data", "validation", "test"))]
-    read = [Path(one) for one in (*names, *_all_of(asked.get("teacher"))) if one is not None]
+    models = [model, *(Path(one) for one in _all_of(asked.get("teacher")) if one is not None)]
+    others = (recipe, *(asked.get(name) for name in ("data", "validation", "test")))
+    read = [*models, *(Path(one) for one in others if one is not None)]
     keep_apart(json_file, output, *read)
-    for one in read:
-        if one.resolve() == output.resolve():
-            raise click.UsageError(f"-o {output}: the training reads this file: give another one")
+    weights = (file for one in models for file in source_files(load(one)) or ())
+    if output.resolve() in (*(one.resolve() for one in read), *weights):
+        raise click.UsageError(f"-o {output}: the training reads this file: give another one")
     folder = output.with_name(f"{output.name}.train")
     with progress() as show:
         train = getattr(onnxopt.training, function)

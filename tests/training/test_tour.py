@@ -382,11 +382,18 @@ def test_a_report_is_not_written_over_what_is_read(
     onnx.save(matrix(3), "m.onnx")
     onnx.save(matrix(3), "t.onnx")
     np.savez("d.npz", x=random(20, 4))
-    for taken in ("d.npz", "t.onnx", "m.onnx", "o.onnx"):
-        before: Sequence[bytes] = [Path(name).read_bytes() for name in ("d.npz", "t.onnx", "m.onnx")]
+    onnx.save(matrix(3), "e.onnx", save_as_external_data=True, location="e.data", size_threshold=0)
+    files = ("d.npz", "t.onnx", "m.onnx", "e.data")
+    before: Sequence[bytes] = [Path(name).read_bytes() for name in files]
+    for taken in (*files, "o.onnx"):
         given = ["distill", "m.onnx", "-o", "o.onnx", "--data", "d.npz", "--teacher", "t.onnx"]
         assert command(*given, "--json", taken) == 2
-        assert f"--json {taken}: this is a file that is read" in capsys.readouterr().err
-        assert before == [Path(name).read_bytes() for name in ("d.npz", "t.onnx", "m.onnx")]
-    assert command(*given, "--epochs", "2", "--json", "r.json") in (0, 1)
+        assert f"--json {taken}: this is no report, but a file of something else" in capsys.readouterr().err
+        assert before == [Path(name).read_bytes() for name in files]
+    for one in (["e.onnx", "--teacher", "t.onnx"], ["m.onnx", "--teacher", "e.onnx"]):
+        assert command("distill", *one, "--data", "d.npz", "-o", "e.data", "--epochs", "1") == 2
+        assert "-o e.data: the training reads this file" in capsys.readouterr().err
+    assert before == [Path(name).read_bytes() for name in files]
+    for _ in range(2):
+        assert command(*given, "--epochs", "2", "--json", "r.json") in (0, 1)
     assert json.loads(Path("r.json").read_text())["command"] == "distill"
