@@ -141,7 +141,7 @@ def recover(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, Train
 
 
 def quantize(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, TrainingReport]:
-    """Fewer bits, trained to say what the float model says: the score as rounded to nearest, and the training.
+    """Fewer bits, trained to say what the float model says: the score of plain rounding, and the training.
 
     Weights are rounded to nearest where the samples are a stream.
     """
@@ -198,10 +198,8 @@ def main(arguments: list[str]) -> None:
                 lost, report = make(ev, data, {**COMMON, "metric": judge, "seed": seed, **how})
                 start, after = report.final.start or report.final.before, report.final.after
                 found.append((lost, start, after, 100 * (after - lost) / (whole - lost), report.seconds))
-            numbers = [
-                spread(each, digits) for each, digits in zip(zip(*found), (4, 4, 4, 0, 0), strict=True)
-            ]
-            row([name, what, f"{whole:.4f}", *numbers])
+            columns = zip(zip(*found, strict=True), (4, 4, 4, 0, 0), strict=True)
+            row([name, what, f"{whole:.4f}", *(spread(each, digits) for each, digits in columns)])
 
 
 def spread(each: Sequence[float], digits: int) -> str:
