@@ -83,6 +83,7 @@ def run_training(
 
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
+    train = getattr(onnxopt.training, function)
     check_target(output)
     asked = {name: value for name, value in given.items() if value not in (None, ())}
     models = [model, *(Path(one) for one in _all_of(asked.get("teacher")) if one is not None)]
@@ -94,7 +95,6 @@ def run_training(
         raise click.UsageError(f"-o {output}: the training reads this file: give another one")
     folder = output.with_name(f"{output.name}.train")
     with progress() as show:
-        train = getattr(onnxopt.training, function)
         result = train(model, recipe=recipe, folder=folder, resume=resume, progress=show, **asked)
         report = result.report
         if report.process[0]:
