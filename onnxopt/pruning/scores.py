@@ -15,10 +15,10 @@ from onnxopt.graph import constant_array, int_attr, walk
 from onnxopt.pruning.damage import damage, readers_of
 from onnxopt.pruning.structure import Group, Structure
 
-__all__ = ["SCORES", "Score", "score_channels"]
+__all__ = ["ON_SAMPLES", "SCORES", "Score", "score_channels"]
 
 Score = Callable[[Structure, Group], np.ndarray]
-"""A number for each channel of a group, in its order: float [channels]."""
+"""A number for each channel of a group, in its order: float [channels]; -inf: it goes before all others."""
 
 _LARGEST = 1 << 31
 """Bytes of a weight that is looked at."""
@@ -48,10 +48,10 @@ def score_channels(
     found = []
     for group, stays in zip(structure.groups, fixed or [False] * len(structure.groups), strict=True):
         numbers = np.zeros(len(group.channels)) if stays else np.asarray(of(group), np.float64)
-        if numbers.shape != group.channels.shape or not np.isfinite(numbers).all():
+        if numbers.shape != group.channels.shape or not (numbers < np.inf).all():
             raise UsageError(
                 f"prune-channels: group {group.name!r}: expected {len(group.channels)} finite scores, "
-                f"found shape {numbers.shape}, {int(np.isfinite(numbers).sum())} of them finite"
+                f"found shape {numbers.shape}, {int((numbers < np.inf).sum())} of them such"
             )
         found.append(numbers)
     return tuple(found)
@@ -65,12 +65,12 @@ def _prepared(
         return lambda group: score(structure, group)
     if score in SCORES:
         return SCORES[score](structure, seed)
-    every = (*SCORES, *_ON_SAMPLES)
-    if score not in _ON_SAMPLES:
+    every = (*SCORES, *ON_SAMPLES)
+    if score not in ON_SAMPLES:
         raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, every)}")
     if model is None or not len(samples):
         raise UsageError(f"prune-channels: {score} looks at what channels carry: give samples")
-    return _ON_SAMPLES[score](structure, model, samples)
+    return ON_SAMPLES[score](structure, model, samples)
 
 
 def _relative(numbers: np.ndarray) -> np.ndarray:
@@ -170,5 +170,5 @@ SCORES: dict[str, Callable[[Structure, int], Callable[[Group], np.ndarray]]] = {
 }
 """Name -> what scores the groups of a model, given a seed."""
 
-_ON_SAMPLES = {"energy": _by_energy, "obs": _by_damage}
+ON_SAMPLES = {"energy": _by_energy, "obs": _by_damage}
 """Name -> the same, given the model and samples of what it reads."""

@@ -59,7 +59,7 @@ def select(
 
     Args:
         structure: of a model.
-        scores: of each group's channels, float [channels].
+        scores: of each group's channels, float [channels]; those of -inf go first, and do not come back.
         budget: what is to be left.
         fixed: whether each group keeps all its channels.
 
@@ -106,6 +106,8 @@ class _Line:
         """Blocks come back, those that matter most first, as long as the budget holds."""
         best = sorted(range(len(kept)), key=lambda n: -self._next(n, kept[n]))
         for n in best:
+            if self._next(n, kept[n]) == -math.inf:
+                continue
             more = list(kept)
             more[n] = self._rounded_one(n, kept[n] + 1, multiple)
             if self._is_met(more):

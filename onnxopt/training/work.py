@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def train(
     hooks: Sequence[Hook] = (),
     share: float = 1.0,
     reference: ModelLike | None = None,
-    floor: ir.Model | None = None,
+    floor: Callable[[], ir.Model | None] = lambda: None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -75,7 +75,8 @@ def train(
         hooks: what they add to the loop.
         share: what the recipe's loss is multiplied with; 0: hooks give all of it.
         reference: what metrics such as agreement compare with, where it is another one than `model`.
-        floor: a model that the result has to be as good as, where it is another one than `model`.
+        floor: asked once hooks have started, for a model that the result has to be as good as; where there is
+            one, the result need not be better than `start`.
         folder: keeps log, checkpoint and the best model; None: nothing is kept.
         resume: go on from the checkpoint in the folder, if there is one.
         progress: called with what is being done.
@@ -136,7 +137,8 @@ def train(
             return found
 
         show("scoring the original", None)
-        before, begin = scores(model), scores(begun) if start is not None else None
+        least = floor()
+        before, begin = scores(model), scores(begun) if start is not None and least is None else None
         curves = trainer.fit(resume=resume)
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
@@ -149,10 +151,10 @@ def train(
         notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
         notes += [one.summary for one in module.stages if where.stages]
         notes += [note for hook in hooks for note in hook.notes]
-        if floor is not None:
-            least = scores(floor)[1]
-            notes.append(f"without training: {metric.name} {least:.6g}")
-            reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")
+        if least is not None:
+            untrained = scores(least)[1]
+            notes.append(f"without training: {metric.name} {untrained:.6g}")
+            reason = reason or ("" if final.after >= untrained else f"training made it worse: {notes[-1]}")
         parameters = list(module.parameters())
         report = TrainingReport(
             command=command,

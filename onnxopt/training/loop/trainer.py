@@ -188,6 +188,9 @@ class Trainer:
             total = total + loss.detach()
         self.world.share(self.trained.values())
         self._scaler.unscale_(self.optimizer)
+        with torch.no_grad():
+            for hook in self.hooks:
+                hook.backward(self)
         total = self.world.mean(total)
         total = total + penalize(self.trained.values(), self.recipe.l1, self.recipe.l2, self.world.device)
         found, norm = torch.stack((total, self._clip())).tolist()  # all that a step waits for

@@ -1,0 +1,214 @@
+"""Whole channels that are held at zero while the rest is trained, and are cut out of what is written.
+
+A channel is gone where the weights of all that sums it up are zero: then it adds nothing, whatever its own
+layer, bias, normalization and activation make of it, and is cut exactly. Theirs are held at zero, too.
+
+Groups of channels: see `onnxopt.pruning.structure`. First-order scores: Molchanov et al., "Importance
+Estimation for Neural Network Pruning", 2019 (1906.10771), equation 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from onnxopt.data import Feeds
+from onnxopt.errors import UsageError
+from onnxopt.graph import FLOATS
+from onnxopt.model import ModelLike, clone, opener
+from onnxopt.passes.prune.prune_channels import PruneChannels
+from onnxopt.pipeline import Pipeline
+from onnxopt.pruning.cut import cut, set_constant
+from onnxopt.pruning.elements import Contraction
+from onnxopt.pruning.scores import ON_SAMPLES, score_channels
+from onnxopt.pruning.search import weaker
+from onnxopt.pruning.structure import Group, Structure, survey
+from onnxopt.recipe import parse_pass, parse_passes
+from onnxopt.rewrite import Declined
+from onnxopt.targets import find_target
+from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.interpreter.preparation import prepare
+from onnxopt.training.interpreter.state import MOVES, Options, collect
+from onnxopt.training.loop.trainer import Trainer
+from onnxopt.training.masks import Masks
+
+__all__ = ["ChannelMasks", "followable"]
+
+_CLEAN = (
+    "inline-functions,lift-constants,eliminate-identity,infer-shapes,fold-constants,inline-if,fold-shapes,"
+    "eliminate-noop,merge-pad,eliminate-dead"
+)
+_LOOKED_AT = 128
+"""Samples that channels are scored on, where the score is of samples."""
+
+
+def followable(model: ModelLike) -> ir.Model:
+    """The model with shapes worked out, so that its channels can be followed, and its layers as they are.
+
+    Constants that training may draw apart are apart: what is shared cannot be cut for one reader alone.
+    """
+    found = Pipeline(parse_passes(_CLEAN), rounds=2).run(opener(model)).model
+    collect(found, Options())
+    return found
+
+
+@dataclass
+class ChannelMasks(Masks):
+    """Holds whole channels; `model` is `followable`. Channels that are gone do not come back."""
+
+    _gone: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    _values: dict[str, ir.Value] = field(default_factory=dict)
+    """The constants of `_twin` that are held."""
+    _open: tuple[str, ...] = ()
+    """The groups that may lose channels."""
+    _samples: Sequence[Feeds] = ()
+
+    def __post_init__(self) -> None:
+        one = parse_pass(f"prune-channels{{{self.recipe.channels}}}")
+        assert isinstance(one, PruneChannels)
+        self._pass = one if one.multiple else replace(one, multiple=find_target("cpu").multiple)
+
+    def written(self, model: ir.Model) -> None:
+        """Cut out what is gone; before the last ones are, what would go by the weights as they are."""
+        structure = survey(model)
+        cut(structure, self._there(self._gone if self.final else self._selected(1.0), structure))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "gone": torch.from_numpy(self._gone)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict({**state, "heard": {}})
+        self._heard, self._gone = state["heard"], state["gone"].numpy()
+
+    def _find(self, trained: Mapping[str, nn.Parameter], trainer: Trainer) -> None:
+        assert isinstance(trainer.module, GraphModule)
+        options = trainer.module.options
+        self._twin = prepare(clone(self.model), options)
+        states = collect(self._twin, options)
+        self._structure = survey(self._twin)
+        axes = self._structure.elements.known()
+        self._gone = np.zeros(len(self._structure.solution.pinned), bool)
+        for state in states:
+            divides = any(user.op_type == "Div" for user, _ in state.value.uses())
+            if state.name in trained and axes.get(state.value) and not divides:
+                self.weights[state.name], self._values[state.name] = trained[state.name], state.value
+        self._samples = trainer.data.samples()[:_LOOKED_AT] if self._pass.score in ON_SAMPLES else ()
+        self._open = self._cuttable()
+        if not self._open:
+            raise UsageError("prune: no channels can be cut; onnxopt prune --channels --list-layers says why")
+        stay = len(self._structure.groups) - len(self._open)
+        if stay:
+            self.notes = (f"{stay} groups of channels stay: what sums them up is frozen, or no weight",)
+
+    def _cuttable(self) -> tuple[str, ...]:
+        """The groups of which all that sums channels up has a weight that is held."""
+        held, s = set(self._values.values()), self._structure
+        stays = np.zeros_like(self._gone)
+        for one in s.elements.contractions:
+            if not any(_source(value) in held for value in _factors(one)):
+                stays[s.channels_of(one.node.inputs[one.index], one.axis)] = True
+        return tuple(group.name for group in s.groups if not stays[group.channels].any())
+
+    def _floor(self) -> ir.Model:
+        model = clone(self.model)
+        structure = survey(model)
+        cut(structure, self._there(self._selected(1.0), structure))
+        return model
+
+    def _there(self, gone: np.ndarray, other: Structure) -> np.ndarray:
+        """The channels that go, of another structure of the same layers."""
+        found = np.zeros(len(other.solution.pinned), bool)
+        ours, theirs = (one.elements.layers for one in (self._structure, other))
+        for a, b in zip(ours, theirs, strict=True):
+            mine = self._structure.channels_of(a.node.inputs[a.weight], a.writes)
+            found[other.channels_of(b.node.inputs[b.weight], b.writes)] |= gone[mine]
+        return found
+
+    def _choose(self, share: float) -> None:
+        self._gone = self._selected(share)
+        super()._choose(share)
+
+    def _chosen(self, share: float) -> dict[str, Tensor]:
+        """Masks of what is gone."""
+        found = {}
+        for name, weight in self.weights.items():
+            kept = np.ones(weight.shape, bool)
+            for axis, channels in self._axes(name):
+                shape = [-1 if n == axis else 1 for n in range(weight.ndim)]
+                kept &= ~self._gone[channels].reshape(shape)
+            if not kept.all():
+                found[name] = torch.from_numpy(kept).to(weight.device)
+        return found
+
+    def _axes(self, name: str) -> list[tuple[int, np.ndarray]]:
+        """The axes of a weight that have channels, and which one each element is of."""
+        axes = self._structure.elements.known()[self._values[name]] or []
+        channel = self._structure.solution.channel
+        return [(axis, channel[ids]) for axis, ids in enumerate(axes) if ids is not None]
+
+    def _selected(self, share: float) -> np.ndarray:
+        """The channels that go at that share of what is asked for, by the weights as they are now.
+
+        Raises:
+            UsageError: there are no channels to cut, or not so many.
+        """
+        gone = self._gone
+        if not share:
+            return gone
+        for name, value in self._values.items():
+            if value.dtype in FLOATS:
+                set_constant(value, self.weights[name].detach().float().cpu().numpy())
+        scores = {group.name: one for group, one in zip(self._structure.groups, self._scores(), strict=True)}
+
+        def scored(_: Structure, group: Group) -> np.ndarray:
+            return np.where(gone[group.channels], -np.inf, scores[group.name])
+
+        one = replace(self._pass, scored=scored, only=self._open)
+        try:
+            return weaker(one, share).selected(self._structure, self._twin) | gone  # type: ignore[attr-defined]
+        except Declined as reason:
+            raise UsageError(f"prune: {reason}") from None
+
+    def _scores(self) -> Sequence[np.ndarray]:
+        """Of the channels of each group: what was heard, else as the pass scores them."""
+        if self._heard:
+            heard = self._heard[""].double().cpu().numpy()
+            return [heard[group.channels] for group in self._structure.groups]
+        one, usual = self._pass, "l2" if self.recipe.score == "taylor" else self.recipe.score
+        return score_channels(
+            self._structure,
+            usual if one.score == "auto" else one.score,
+            seed=self.recipe.seed,
+            model=self._twin,
+            samples=self._samples,
+            fixed=[group.name not in self._open for group in self._structure.groups],
+        )
+
+    def _first_order(self, products: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The square of what all weights of a channel, each times its gradient, come to."""
+        device = next(iter(self.weights.values())).device
+        total = torch.zeros(len(self._gone), device=device)
+        for name, product in products.items():
+            for axis, channels in self._axes(name):
+                rest = [n for n in range(product.ndim) if n != axis]
+                sums = (product.float().sum(rest) if rest else product.float()).to(device)
+                total.index_add_(0, torch.from_numpy(channels).to(device), sums)
+        return {"": total.square()}
+
+
+def _factors(one: Contraction) -> list[ir.Value | None]:
+    """What may be the weight of a sum: what is summed up, and what it is multiplied with before."""
+    return [*one.node.inputs[one.index : one.index + 1], *one.node.inputs[1 : 2 - one.index]]
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """Where a value comes from, moved or not."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in MOVES:
+        value = node.inputs[0]
+    return value
