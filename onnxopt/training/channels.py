@@ -4,7 +4,8 @@ A channel is gone where the weights of all that sums it up are zero: then it add
 layer, bias, normalization and activation make of it, and is cut exactly. Theirs are held at zero, too.
 
 Groups of channels: see `onnxopt.pruning.structure`. First-order scores: Molchanov et al., "Importance
-Estimation for Neural Network Pruning", 2019 (1906.10771), equation 8.
+Estimation for Neural Network Pruning", 2019 (1906.10771): the square of what weights times their gradients
+come to, over the weights that read a channel. That is the channel times its own gradient: their gate.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class ChannelMasks(Masks):
     """The constants of `_twin` that are held."""
     _open: tuple[str, ...] = ()
     """The groups that may lose channels."""
+    _readers: list[tuple[str, int, Tensor]] = field(default_factory=list)
+    """Weights, their axes that channels are summed up along, and which ones: int64 [size]."""
     _samples: Sequence[Feeds] = ()
 
     def __post_init__(self) -> None:
@@ -98,6 +101,14 @@ class ChannelMasks(Masks):
             divides = any(user.op_type == "Div" for user, _ in state.value.uses())
             if state.name in trained and axes.get(state.value) and not divides:
                 self.weights[state.name], self._values[state.name] = trained[state.name], state.value
+        names: dict[ir.Value | None, str] = {value: name for name, value in self._values.items()}
+        for layer in self._structure.elements.layers:
+            read = layer.node.inputs[layer.weight]
+            name, channels = names.get(_source(read)), self._structure.channels_of(read, layer.reads)
+            alike = [n for n, own in self._axes(name) if np.array_equal(own, channels)] if name else []
+            if name and alike:  # of several the layer's own, where the weight was not turned
+                axis = layer.reads if layer.reads in alike else alike[0]
+                self._readers.append((name, axis, torch.from_numpy(channels)))
         self._samples = trainer.data.samples()[:_LOOKED_AT] if self._pass.score in ON_SAMPLES else ()
         self._open = self._cuttable()
         if not self._open:
@@ -191,14 +202,12 @@ class ChannelMasks(Masks):
         )
 
     def _first_order(self, products: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The square of what all weights of a channel, each times its gradient, come to."""
         device = next(iter(self.weights.values())).device
         total = torch.zeros(len(self._gone), device=device)
-        for name, product in products.items():
-            for axis, channels in self._axes(name):
-                rest = [n for n in range(product.ndim) if n != axis]
-                sums = (product.float().sum(rest) if rest else product.float()).to(device)
-                total.index_add_(0, torch.from_numpy(channels).to(device), sums)
+        for name, axis, channels in self._readers:
+            if name in products:
+                sums = products[name].float().movedim(axis, 0).flatten(1).sum(1)
+                total.index_add_(0, channels.to(device), sums.to(device))
         return {"": total.square()}
 
 

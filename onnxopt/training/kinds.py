@@ -80,7 +80,7 @@ class PruneRecipe(DistillRecipe):
         "max_drop": "How much of the metric of the dense model may be lost: 0.005, or 1%.",
         "sparsity": "Share of zeros to reach; 0: only what is zero already stays zero.",
         "nm": "N of M in a row stay, as 2:4, instead of a share.",
-        "channels": "Instead, whole channels, cut out of what is written: options of prune-channels, macs=0.5.",
+        "channels": "Instead whole channels, cut out of what is written: options of prune-channels: macs=0.5",
         "scope": "What competes for the zeros: global, layer or row.",
         "score": "What goes first: l1, l2 (LAMP), random, or taylor: |w times its gradient| (1906.10771).",
         "options": "Other options of the pass prune-weights: small=128,protect=first.",

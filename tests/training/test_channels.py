@@ -156,8 +156,10 @@ def test_groups_that_no_trained_weight_sums_up_stay() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_value": 1e-3}, {"accumulate": 2}])
-def test_first_order_scores_are_squares_of_sums_over_the_group(options: dict[str, Any]) -> None:
-    """The sum over steps of (sum of w g)^2, where w are all weights that write or read a channel."""
+def test_first_order_scores_are_squares_of_what_a_channel_gives(
+    options: dict[str, Any],
+) -> None:
+    """The sum over steps of (sum of v g)^2, v the weights that read a channel: of (sum of h dL/dh)^2."""
     proto = fully_connected()
     data = zeros_like(proto, 16)
     how: dict[str, Any] = {"score": "taylor", "ramp_begin": 0.999, "ramp_end": 0.999, "evaluate": 1}
@@ -167,10 +169,12 @@ def test_first_order_scores_are_squares_of_sums_over_the_group(options: dict[str
     states = [start, *({name: one.numpy() for name, one in seen.items()} for seen in judge.seen)]
     order, heard = np.random.default_rng((0, 0, 0)).permutation(16).reshape(4, 4), np.zeros(8)
     for rows, state in zip(order, states, strict=False):
-        u, b, v = (torch.tensor(state[name]).requires_grad_() for name in start)
-        (torch.relu(torch.from_numpy(data["x"][rows]) @ u + b) @ v).square().mean().backward()
-        sums = [(one * one.grad).detach().numpy() for one in (u, b, v)]
-        heard += (sums[0].sum(0) + sums[1] + sums[2].sum(1)) ** 2
+        u, b, v = (torch.tensor(state[name], requires_grad=True) for name in start)
+        hidden = torch.relu(torch.from_numpy(data["x"][rows]) @ u + b)
+        hidden.retain_grad()
+        (hidden @ v).square().mean().backward()
+        assert hidden.grad is not None
+        heard += (hidden * hidden.grad).sum(0).detach().numpy() ** 2
     gone = np.argsort(heard)[:4]
     np.testing.assert_array_equal(np.flatnonzero(~masks.kept[list(start)[1]].numpy()), np.sort(gone))
 
