@@ -34,7 +34,6 @@ from onnxopt.recipe import parse_pass, parse_passes
 from onnxopt.rewrite import Declined
 from onnxopt.targets import find_target
 from onnxopt.training.interpreter.module import GraphModule
-from onnxopt.training.interpreter.preparation import prepare
 from onnxopt.training.interpreter.state import MOVES, Options, collect
 from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.masks import Masks
@@ -91,9 +90,8 @@ class ChannelMasks(Masks):
 
     def _find(self, trained: Mapping[str, nn.Parameter], trainer: Trainer) -> None:
         assert isinstance(trainer.module, GraphModule)
-        options = trainer.module.options
-        self._twin = prepare(clone(self.model), options)
-        states = collect(self._twin, options)
+        self._twin = clone(self.model)
+        states = collect(self._twin, trainer.module.options)
         self._structure = survey(self._twin)
         axes = self._structure.elements.known()
         self._gone = np.zeros(len(self._structure.solution.pinned), bool)
@@ -111,11 +109,12 @@ class ChannelMasks(Masks):
                 self._readers.append((name, axis, torch.from_numpy(channels)))
         self._samples = trainer.data.samples()[:_LOOKED_AT] if self._pass.score in ON_SAMPLES else ()
         self._open = self._cuttable()
-        if not self._open:
-            raise UsageError("prune: no channels can be cut; onnxopt prune --channels --list-layers says why")
         stay = len(self._structure.groups) - len(self._open)
         if stay:
             self.notes = (f"{stay} groups of channels stay: what sums them up is frozen, or no weight",)
+        if not self._open:
+            why = self.notes or ("onnxopt prune --channels --list-layers says why",)
+            raise UsageError(f"prune: no channels can be cut: {why[0]}")
 
     def _cuttable(self) -> tuple[str, ...]:
         """The groups of which all that sums channels up has a weight that is held."""
