@@ -26,10 +26,9 @@ from onnxopt.model import ModelLike, clone, opener
 from onnxopt.passes.prune.prune_channels import PruneChannels
 from onnxopt.pipeline import Pipeline
 from onnxopt.pruning.cut import cut, set_constant
-from onnxopt.pruning.elements import Contraction
 from onnxopt.pruning.scores import ON_SAMPLES, score_channels
 from onnxopt.pruning.search import weaker
-from onnxopt.pruning.structure import Group, Structure, survey
+from onnxopt.pruning.structure import survey
 from onnxopt.recipe import parse_pass, parse_passes
 from onnxopt.rewrite import Declined
 from onnxopt.targets import find_target
@@ -67,8 +66,8 @@ class ChannelMasks(Masks):
     """The constants of `_twin` that are held."""
     _open: tuple[str, ...] = ()
     """The groups that may lose channels."""
-    _readers: list[tuple[str, int, Tensor]] = field(default_factory=list)
-    """Weights, their axes that channels are summed up along, and which ones: int64 [size]."""
+    _readers: Sequence[tuple[str, int]] = ()
+    """Weights, and their axes that channels are summed up along."""
     _samples: Sequence[Feeds] = ()
 
     def __post_init__(self) -> None:
@@ -78,8 +77,7 @@ class ChannelMasks(Masks):
 
     def written(self, model: ir.Model) -> None:
         """Cut out what is gone; before the last ones are, what would go by the weights as they are."""
-        structure = survey(model)
-        cut(structure, self._there(self._gone if self.final else self._selected(1.0), structure))
+        self._cut(model, self._gone if self.final else self._selected(1.0))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "gone": torch.from_numpy(self._gone)}
@@ -100,13 +98,8 @@ class ChannelMasks(Masks):
             if state.name in trained and axes.get(state.value) and not divides:
                 self.weights[state.name], self._values[state.name] = trained[state.name], state.value
         names: dict[ir.Value | None, str] = {value: name for name, value in self._values.items()}
-        for layer in self._structure.elements.layers:
-            read = layer.node.inputs[layer.weight]
-            name, channels = names.get(_source(read)), self._structure.channels_of(read, layer.reads)
-            alike = [n for n, own in self._axes(name) if np.array_equal(own, channels)] if name else []
-            if name and alike:  # of several the layer's own, where the weight was not turned
-                axis = layer.reads if layer.reads in alike else alike[0]
-                self._readers.append((name, axis, torch.from_numpy(channels)))
+        read = [(one.node.inputs[one.weight], one.reads) for one in self._structure.elements.layers]
+        self._readers = [(names[_source(one)], axis) for one, axis in read if _source(one) in names]
         self._samples = trainer.data.samples()[:_LOOKED_AT] if self._pass.score in ON_SAMPLES else ()
         self._open = self._cuttable()
         stay = len(self._structure.groups) - len(self._open)
@@ -118,27 +111,27 @@ class ChannelMasks(Masks):
 
     def _cuttable(self) -> tuple[str, ...]:
         """The groups of which all that sums channels up has a weight that is held."""
-        held, s = set(self._values.values()), self._structure
+        held, s = set[ir.Value | None](self._values.values()), self._structure
         stays = np.zeros_like(self._gone)
         for one in s.elements.contractions:
-            if not any(_source(value) in held for value in _factors(one)):
+            factors = [one.node.inputs[one.index], *one.node.inputs[1 : 2 - one.index]]
+            if held.isdisjoint(map(_source, factors)):
                 stays[s.channels_of(one.node.inputs[one.index], one.axis)] = True
         return tuple(group.name for group in s.groups if not stays[group.channels].any())
 
     def _floor(self) -> ir.Model:
         model = clone(self.model)
-        structure = survey(model)
-        cut(structure, self._there(self._selected(1.0), structure))
+        self._cut(model, self._selected(1.0))
         return model
 
-    def _there(self, gone: np.ndarray, other: Structure) -> np.ndarray:
-        """The channels that go, of another structure of the same layers."""
-        found = np.zeros(len(other.solution.pinned), bool)
-        ours, theirs = (one.elements.layers for one in (self._structure, other))
-        for a, b in zip(ours, theirs, strict=True):
-            mine = self._structure.channels_of(a.node.inputs[a.weight], a.writes)
-            found[other.channels_of(b.node.inputs[b.weight], b.writes)] |= gone[mine]
-        return found
+    def _cut(self, model: ir.Model, gone: np.ndarray) -> None:
+        """Cut channels out of a model of the same layers, whose numbers for them are its own."""
+        ours, theirs = self._structure, survey(model)
+        there = np.zeros(len(theirs.solution.pinned), bool)
+        for a, b in zip(ours.elements.layers, theirs.elements.layers, strict=True):
+            mine = ours.channels_of(a.node.inputs[a.weight], a.writes)
+            there[theirs.channels_of(b.node.inputs[b.weight], b.writes)] |= gone[mine]
+        cut(theirs, there)
 
     def _choose(self, share: float) -> None:
         self._gone = self._selected(share)
@@ -174,45 +167,35 @@ class ChannelMasks(Masks):
         for name, value in self._values.items():
             if value.dtype in FLOATS:
                 set_constant(value, self.weights[name].detach().float().cpu().numpy())
-        scores = {group.name: one for group, one in zip(self._structure.groups, self._scores(), strict=True)}
-
-        def scored(_: Structure, group: Group) -> np.ndarray:
-            return np.where(gone[group.channels], -np.inf, scores[group.name])
-
-        one = replace(self._pass, scored=scored, only=self._open)
+        scores = np.where(gone, -np.inf, self._scores())
+        one = replace(self._pass, scored=lambda _, group: scores[group.channels], only=self._open)
         try:
             return weaker(one, share).selected(self._structure, self._twin) | gone  # type: ignore[attr-defined]
         except Declined as reason:
             raise UsageError(f"prune: {reason}") from None
 
-    def _scores(self) -> Sequence[np.ndarray]:
-        """Of the channels of each group: what was heard, else as the pass scores them."""
+    def _scores(self) -> np.ndarray:
+        """Of each channel, what was heard, else as the pass scores it."""
         if self._heard:
-            heard = self._heard[""].double().cpu().numpy()
-            return [heard[group.channels] for group in self._structure.groups]
-        one, usual = self._pass, "l2" if self.recipe.score == "taylor" else self.recipe.score
-        return score_channels(
-            self._structure,
-            usual if one.score == "auto" else one.score,
-            seed=self.recipe.seed,
-            model=self._twin,
-            samples=self._samples,
-            fixed=[group.name not in self._open for group in self._structure.groups],
-        )
+            return self._heard[""].double().cpu().numpy()
+        usual = "l2" if self.recipe.score == "taylor" else self.recipe.score
+        how = usual if self._pass.score == "auto" else self._pass.score
+        seed, s = self.recipe.seed, self._structure
+        found = score_channels(s, how, seed=seed, model=self._twin, samples=self._samples)
+        scores = np.zeros(len(self._gone))
+        for group, own in zip(s.groups, found, strict=True):
+            scores[group.channels] = own
+        return scores
 
     def _first_order(self, products: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         device = next(iter(self.weights.values())).device
         total = torch.zeros(len(self._gone), device=device)
-        for name, axis, channels in self._readers:
-            if name in products:
+        for name, axis in self._readers:
+            channels = dict(self._axes(name)).get(axis)
+            if name in products and channels is not None:
                 sums = products[name].float().movedim(axis, 0).flatten(1).sum(1)
-                total.index_add_(0, channels.to(device), sums.to(device))
+                total.index_add_(0, torch.from_numpy(channels).to(device), sums.to(device))
         return {"": total.square()}
-
-
-def _factors(one: Contraction) -> list[ir.Value | None]:
-    """What may be the weight of a sum: what is summed up, and what it is multiplied with before."""
-    return [*one.node.inputs[one.index : one.index + 1], *one.node.inputs[1 : 2 - one.index]]
 
 
 def _source(value: ir.Value | None) -> ir.Value | None:

@@ -90,8 +90,7 @@ class Masks(Hook):
         self._choose(self._times.get(0, 0.0))
         if self.recipe.rewind == 0:
             self._early = {name: one.detach().clone() for name, one in module.named_parameters()}
-        if 0 in self._times:
-            self.final = len(self._times) == 1
+        self.final = list(self._times) == [0]
         with torch.no_grad():
             self._hold()
 
