@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import FLOATS
+from onnxopt.graph import FLOATS, set_constant
 from onnxopt.model import ModelLike, clone, opener
 from onnxopt.passes.prune.prune_channels import PruneChannels
 from onnxopt.pipeline import Pipeline
-from onnxopt.pruning.cut import cut, set_constant
+from onnxopt.pruning.cut import cut
 from onnxopt.pruning.scores import ON_SAMPLES, score_channels
 from onnxopt.pruning.search import weaker
 from onnxopt.pruning.structure import survey
@@ -33,7 +33,7 @@ from onnxopt.recipe import parse_pass, parse_passes
 from onnxopt.rewrite import Declined
 from onnxopt.targets import find_target
 from onnxopt.training.interpreter.module import GraphModule
-from onnxopt.training.interpreter.state import MOVES, Options, collect
+from onnxopt.training.interpreter.state import MOVES, NUMBER, Options, collect, nodes_of
 from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.masks import Masks
 
@@ -53,6 +53,8 @@ def followable(model: ModelLike) -> ir.Model:
     Constants that training may draw apart are apart: what is shared cannot be cut for one reader alone.
     """
     found = Pipeline(parse_passes(_CLEAN), rounds=2).run(opener(model)).model
+    for number, node in enumerate(nodes_of(found)):
+        node.meta[NUMBER] = number  # which `collect` goes by
     collect(found, Options())
     return found
 

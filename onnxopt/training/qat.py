@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxopt.api.common import silent
 from onnxopt.api.preparation import prepare, require_opset, settings_for
-from onnxopt.calibration import exposable, split
+from onnxopt.calibration import exposable, split, spread
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import nodes
@@ -35,12 +35,13 @@ from onnxopt.quantization.units import survey
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.targets import find_target
+from onnxopt.training.datasets import datasets_of
 from onnxopt.training.distillation import train_taught
 from onnxopt.training.interpreter.quantized import WITHIN
 from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import read_recipe
-from onnxopt.training.work import datasets_of
+from onnxopt.training.scales import untie_scales
 
 __all__ = ["train_qat"]
 
@@ -82,12 +83,13 @@ def train_qat(
     taught = bool(chosen.labels or chosen.teachers)
     if is_quantized and not taught:
         raise UsageError("qat: without labels it learns from the float model: give that with --teacher")
+    if is_quantized:
+        untie_scales(original)
     floats = next(map(reusable, chosen.teachers), None) if is_quantized else model
     prepared, settings = (None, None) if floats is None else _prepared(floats, chosen)
     start = original
     if not is_quantized and prepared is not None and settings is not None:
-        samples = datasets_of(chosen, original)[0].samples()
-        some = samples[:: max(1, len(samples) // chosen.calibration)]
+        some = spread(datasets_of(chosen, original)[0].samples(), chosen.calibration)
         start = _quantized(prepared, settings, some, chosen, show)
         if not taught:  # by the model that the start was made of: hidden tensors are scaled alike
             chosen = dataclasses.replace(chosen, teacher=prepared)
