@@ -27,7 +27,6 @@ from onnxopt.passes.prune.prune_channels import PruneChannels
 from onnxopt.pipeline import Pipeline
 from onnxopt.pruning.cut import cut
 from onnxopt.pruning.scores import ON_SAMPLES, score_channels
-from onnxopt.pruning.search import weaker
 from onnxopt.pruning.structure import survey
 from onnxopt.recipe import parse_pass, parse_passes
 from onnxopt.rewrite import Declined
@@ -158,7 +157,9 @@ class ChannelMasks(Masks):
         return [(axis, channel[ids]) for axis, ids in enumerate(axes) if ids is not None]
 
     def _selected(self, share: float) -> np.ndarray:
-        """The channels that go at that share of what is asked for, by the weights as they are now.
+        """The channels that are gone at that share of those that go, by the weights as they are now.
+
+        Which ones go in all is chosen anew each time, so that the budget and multiples are met at the end.
 
         Raises:
             UsageError: there are no channels to cut, or not so many.
@@ -172,9 +173,11 @@ class ChannelMasks(Masks):
         scores = np.where(gone, -np.inf, self._scores())
         one = replace(self._pass, scored=lambda _, group: scores[group.channels], only=self._open)
         try:
-            return weaker(one, share).selected(self._structure, self._twin) | gone  # type: ignore[attr-defined]
+            going = np.flatnonzero(one.selected(self._structure, self._twin))
         except Declined as reason:
             raise UsageError(f"prune: {reason}") from None
+        first = going[np.argsort(scores[going], kind="stable")][: round(share * len(going))]
+        return np.isin(np.arange(len(gone)), first) | gone
 
     def _scores(self) -> np.ndarray:
         """Of each channel, what was heard, else as the pass scores it."""
