@@ -85,7 +85,9 @@ class ChannelMasks(Masks):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict({**state, "heard": {}})
-        self._heard, self._gone = state["heard"], state["gone"].numpy()
+        device = next(iter(self.weights.values())).device
+        self._heard = {name: one.to(device) for name, one in state["heard"].items()}
+        self._gone = state["gone"].numpy()
 
     def _find(self, trained: Mapping[str, nn.Parameter], trainer: Trainer) -> None:
         assert isinstance(trainer.module, GraphModule)

@@ -33,6 +33,7 @@ def prune(
     """Set weights to zero while training what is left; the result is the same graph.
 
         prune("m.onnx", "train.npz", labels="y", sparsity=0.9, ramp="cubic")
+        prune("m.onnx", "inputs.npz", channels="macs=0.5,score=obs", ramp="cubic")
 
     Arguments are those of `finetune`; options are the fields of `PruneRecipe`. Without labels and teachers
     the model as it was is the teacher.

@@ -234,6 +234,16 @@ def test_the_file_is_smaller_and_is_what_was_judged(more: dict[str, Any]) -> Non
     assert {name for name in result.graph.graph.initializers if name in names}
 
 
+def test_masks_of_a_checkpoint_go_to_where_the_weights_are() -> None:
+    proto = fully_connected()
+    masks, _, _, _ = trained(proto, zeros_like(proto, 16))
+    state = {**masks.state_dict(), "heard": {"": torch.ones(len(masks._gone))}}
+    for name, one in masks.weights.items():
+        masks.weights[name] = torch.nn.Parameter(torch.empty(one.shape, device="meta"))
+    masks.load_state_dict(state)
+    assert {one.device.type for one in (*masks.kept.values(), *masks._heard.values())} == {"meta"}
+
+
 class StoppedError(Exception):
     """Ends a training from its progress."""
 
