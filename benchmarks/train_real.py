@@ -47,7 +47,7 @@ KEYWORDS: dict[str, Any] = {
     "transforms": ("shift{by=2,axes=-2}", "mixup{alpha=0.4}"),
 }
 PICTURES: dict[str, Any] = {"warmup": 20, "match": ("*Relu*",), "transforms": ("flip", "shift{by=2}")}
-RAMP: dict[str, Any] = {"channels": "macs=0.5,score=obs", "evaluate": 60}
+RAMP: dict[str, Any] = {"channels": "macs=0.5,score=obs"}
 PHOTOS: dict[str, Any] = {
     "epochs": 32,
     "batch_size": "8",
@@ -167,13 +167,13 @@ RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dic
     },
     "kws_dscnn_bn": {
         "half": (recover, {**KEYWORDS, "epochs": 200, "lr": 2e-3}),
-        "half, ramp": (on_a_ramp, {**KEYWORDS, **RAMP, "epochs": 200, "lr": 2e-3}),
+        "half, ramp": (on_a_ramp, {**KEYWORDS, **RAMP, "epochs": 200, "evaluate": 80, "lr": 2e-3}),
         "W4": (quantize, {**KEYWORDS, **W4, "epochs": 120, "lr": 1e-3}),
         "W4 a tensor": (quantize, {**KEYWORDS, **W4_TENSOR, "epochs": 120, "lr": 1e-3}),
     },
     "cifar10_resnet8_bn": {
         "half": (recover, {**PICTURES, "epochs": 200, "lr": 2e-3}),
-        "half, ramp": (on_a_ramp, {**PICTURES, **RAMP, "epochs": 200, "lr": 2e-3}),
+        "half, ramp": (on_a_ramp, {**PICTURES, **RAMP, "epochs": 200, "evaluate": 60, "lr": 2e-3}),
     },
     "efficientnet_lite0_bn": {
         "half": (recover, {**PHOTOS, "epochs": 4, "lr": 1e-3}),
@@ -204,9 +204,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--evals", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument(
-        "--what", nargs="*", choices=sorted({what for runs in RUNS.values() for what in runs})
-    )
+    parser.add_argument("--what", nargs="*", choices=sorted(set().union(*RUNS.values())))
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
     parser.add_argument("--lines", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)

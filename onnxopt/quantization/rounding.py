@@ -25,9 +25,10 @@ from onnxopt.quantization.formats import Format, QuantParams, dequantize, quanti
 from onnxopt.quantization.saturation import can_saturate
 from onnxopt.quantization.weights import quantize_weight
 
-__all__ = ["round_in_turn", "round_rows", "round_weights"]
+__all__ = ["has_few_levels", "round_in_turn", "round_rows", "round_weights"]
 
 _BLOCK = 64
+_FEW_BITS = 4
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -56,14 +57,19 @@ def round_weights(draft: Draft, samples: Sequence[Feeds]) -> Draft | None:
     return replace(draft, plan=replace(draft.plan, rounded=rounded)) if rounded else None
 
 
+def has_few_levels(form: Format) -> bool:
+    """Whether rounding to it loses so much that it matters how it is rounded."""
+    return not form.is_float and form.bits <= _FEW_BITS
+
+
 def round_in_turn(
     model: ir.Model,
     nodes: Iterable[ir.Node],
     samples: Sequence[Feeds],
     form: Format,
     axis_of: Callable[[ir.Node], int | None],
-) -> dict[str, tuple[np.ndarray, QuantParams]]:
-    """The integers of weights, layer after layer, and by the name of each what they stand for.
+) -> dict[ir.Node, tuple[np.ndarray, QuantParams]]:
+    """The integers of the weights of layers, one layer after the other, and what they stand for.
 
     Each layer is held against what it writes in the whole model, so that it makes up for the errors of those
     in front of it, too; its bias takes up the mean of what is missing. Of each scale those of narrower ranges
@@ -79,13 +85,11 @@ def round_in_turn(
     """
     found = {}
     for turn in in_turn(model, [node for node in nodes if _takes_turns(node)], samples):
-        value = turn.node.inputs[1]
-        tensor = constant_of(value)
-        assert value is not None
+        tensor = constant_of(turn.node.inputs[1])
         assert tensor is not None  # it has rows
         target = from_rows(turn.node, turn.target, sizes_of(tensor))
         _, params = quantize_weight(target, form, axis=axis_of(turn.node))
-        ints, params = found[value.name or ""] = _nearest(turn, target, params)
+        ints, params = found[turn.node] = _nearest(turn, target, params)
         turn.store(weight_rows(turn.node, dequantize(ints, params).astype(np.float64)))
     return found
 
@@ -119,7 +123,9 @@ def _nearest(turn: Turn, target: np.ndarray, params: QuantParams) -> tuple[np.nd
     best = np.argmin(errors, axis=0)
     _, which = shaped(replace(params, zero_point=best), target.ndim, target.shape)
     ints = np.take_along_axis(np.stack(tried), np.broadcast_to(which, target.shape)[None], 0)[0]
-    return ints.astype(params.format.dtype.numpy()), replace(params, scale=params.scale * ratios[best])
+    return ints.astype(params.format.dtype.numpy()), replace(
+        params, scale=np.asarray(params.scale * ratios[best])
+    )
 
 
 def round_rows(
