@@ -15,7 +15,7 @@ from onnxopt.graph import constant_array, int_attr, walk
 from onnxopt.pruning.damage import damage, readers_of
 from onnxopt.pruning.structure import Group, Structure
 
-__all__ = ["ON_SAMPLES", "SCORES", "Score", "score_channels"]
+__all__ = ["SCORES", "Score", "score_channels"]
 
 Score = Callable[[Structure, Group], np.ndarray]
 """A number for each channel of a group, in its order: float [channels]; -inf: it goes before all others."""
@@ -65,12 +65,12 @@ def _prepared(
         return lambda group: score(structure, group)
     if score in SCORES:
         return SCORES[score](structure, seed)
-    every = (*SCORES, *ON_SAMPLES)
-    if score not in ON_SAMPLES:
+    every = (*SCORES, *_ON_SAMPLES)
+    if score not in _ON_SAMPLES:
         raise UsageError(f"prune-channels: unknown score {score!r}{did_you_mean(score, every)}")
     if model is None or not len(samples):
         raise UsageError(f"prune-channels: {score} looks at what channels carry: give samples")
-    return ON_SAMPLES[score](structure, model, samples)
+    return _ON_SAMPLES[score](structure, model, samples)
 
 
 def _relative(numbers: np.ndarray) -> np.ndarray:
@@ -170,5 +170,5 @@ SCORES: dict[str, Callable[[Structure, int], Callable[[Group], np.ndarray]]] = {
 }
 """Name -> what scores the groups of a model, given a seed."""
 
-ON_SAMPLES = {"energy": _by_energy, "obs": _by_damage}
+_ON_SAMPLES = {"energy": _by_energy, "obs": _by_damage}
 """Name -> the same, given the model and samples of what it reads."""

@@ -10,8 +10,8 @@ come to, over the weights that read a channel. That is the channel times its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import FLOATS, set_constant
 from onnxopt.model import ModelLike, clone, opener
 from onnxopt.passes.prune.prune_channels import PruneChannels
 from onnxopt.pipeline import Pipeline
 from onnxopt.pruning.cut import cut
-from onnxopt.pruning.scores import ON_SAMPLES, score_channels
+from onnxopt.pruning.scores import score_channels
 from onnxopt.pruning.structure import survey
 from onnxopt.recipe import parse_pass, parse_passes
 from onnxopt.rewrite import Declined
 from onnxopt.targets import find_target
-from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.interpreter.state import MOVES, NUMBER, Options, collect, nodes_of
 from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.masks import Masks
@@ -43,7 +41,7 @@ _CLEAN = (
     "eliminate-noop,merge-pad,eliminate-dead"
 )
 _LOOKED_AT = 128
-"""Samples that channels are scored on, where the score is of samples."""
+"""Samples that channels are scored on, by scores that take samples."""
 
 
 def followable(model: ModelLike) -> ir.Model:
@@ -58,23 +56,8 @@ def followable(model: ModelLike) -> ir.Model:
     return found
 
 
-@dataclass
 class ChannelMasks(Masks):
     """Holds whole channels; `model` is `followable`. Channels that are gone do not come back."""
-
-    _gone: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    _values: dict[str, ir.Value] = field(default_factory=dict)
-    """The constants of `_twin` that are held."""
-    _open: tuple[str, ...] = ()
-    """The groups that may lose channels."""
-    _readers: Sequence[tuple[str, int]] = ()
-    """Weights, and their axes that channels are summed up along."""
-    _samples: Sequence[Feeds] = ()
-
-    def __post_init__(self) -> None:
-        one = parse_pass(f"prune-channels{{{self.recipe.channels}}}")
-        assert isinstance(one, PruneChannels)
-        self._pass = one if one.multiple else replace(one, multiple=find_target("cpu").multiple)
 
     def written(self, model: ir.Model) -> None:
         """Cut out what is gone; before the last ones are, what would go by the weights as they are."""
@@ -84,26 +67,28 @@ class ChannelMasks(Masks):
         return {**super().state_dict(), "gone": torch.from_numpy(self._gone)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict({**state, "heard": {}})
-        device = next(iter(self.weights.values())).device
-        self._heard = {name: one.to(device) for name, one in state["heard"].items()}
+        super().load_state_dict(state)
         self._gone = state["gone"].numpy()
 
     def _find(self, trained: Mapping[str, nn.Parameter], trainer: Trainer) -> None:
-        assert isinstance(trainer.module, GraphModule)
+        one = parse_pass(f"prune-channels{{{self.recipe.channels}}}")
+        assert isinstance(one, PruneChannels)
+        self._pass = one if one.multiple else replace(one, multiple=find_target("cpu").multiple)
         self._twin = clone(self.model)
-        states = collect(self._twin, trainer.module.options)
+        states = collect(self._twin, Options())
         self._structure = survey(self._twin)
         axes = self._structure.elements.known()
         self._gone = np.zeros(len(self._structure.solution.pinned), bool)
+        self._values: dict[str, ir.Value] = {}  # of the twin, by the names of weights
         for state in states:
             divides = any(user.op_type == "Div" for user, _ in state.value.uses())
             if state.name in trained and axes.get(state.value) and not divides:
                 self.weights[state.name], self._values[state.name] = trained[state.name], state.value
         names: dict[ir.Value | None, str] = {value: name for name, value in self._values.items()}
         read = [(one.node.inputs[one.weight], one.reads) for one in self._structure.elements.layers]
+        # weights, and their axes that channels are summed up along
         self._readers = [(names[_source(one)], axis) for one, axis in read if _source(one) in names]
-        self._samples = trainer.data.samples()[:_LOOKED_AT] if self._pass.score in ON_SAMPLES else ()
+        self._samples = trainer.data.samples()[:_LOOKED_AT]
         self._open = self._cuttable()
         stay = len(self._structure.groups) - len(self._open)
         if stay:
@@ -136,12 +121,9 @@ class ChannelMasks(Masks):
             there[theirs.channels_of(b.node.inputs[b.weight], b.writes)] |= gone[mine]
         cut(theirs, there)
 
-    def _choose(self, share: float) -> None:
-        self._gone = self._selected(share)
-        super()._choose(share)
-
     def _chosen(self, share: float) -> dict[str, Tensor]:
-        """Masks of what is gone."""
+        """Let the channels of that share go; the masks of all that are gone."""
+        self._gone = self._selected(share)
         found = {}
         for name, weight in self.weights.items():
             kept = np.ones(weight.shape, bool)
@@ -167,8 +149,6 @@ class ChannelMasks(Masks):
             UsageError: there are no channels to cut, or not so many.
         """
         gone = self._gone
-        if not share:
-            return gone
         for name, value in self._values.items():
             if value.dtype in FLOATS:
                 set_constant(value, self.weights[name].detach().float().cpu().numpy())
@@ -183,11 +163,11 @@ class ChannelMasks(Masks):
 
     def _scores(self) -> np.ndarray:
         """Of each channel, what was heard, else as the pass scores it."""
-        if self._heard:
-            return self._heard[""].double().cpu().numpy()
-        usual = "l2" if self.recipe.score == "taylor" else self.recipe.score
-        how = usual if self._pass.score == "auto" else self._pass.score
-        seed, s = self.recipe.seed, self._structure
+        for heard in self._heard.values():
+            return heard.double().cpu().numpy()
+        seed, s, how = self.recipe.seed, self._structure, self._pass.score
+        if how == "auto":
+            how = "l2" if self.recipe.score == "taylor" else self.recipe.score
         found = score_channels(s, how, seed=seed, model=self._twin, samples=self._samples)
         scores = np.zeros(len(self._gone))
         for group, own in zip(s.groups, found, strict=True):
@@ -195,14 +175,15 @@ class ChannelMasks(Masks):
         return scores
 
     def _first_order(self, products: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        device = next(iter(self.weights.values())).device
-        total = torch.zeros(len(self._gone), device=device)
+        """Of each channel, under the name of the first weight: where that is, it is summed up."""
+        first, weight = next(iter(self.weights.items()))
+        total = torch.zeros(len(self._gone), device=weight.device)
         for name, axis in self._readers:
             channels = dict(self._axes(name)).get(axis)
             if name in products and channels is not None:
                 sums = products[name].float().movedim(axis, 0).flatten(1).sum(1)
-                total.index_add_(0, torch.from_numpy(channels).to(device), sums.to(device))
-        return {"": total.square()}
+                total.index_add_(0, torch.from_numpy(channels).to(total.device), sums.to(total.device))
+        return {first: total.square()}
 
 
 def _source(value: ir.Value | None) -> ir.Value | None:

@@ -97,14 +97,13 @@ class PruneRecipe(DistillRecipe):
             raise UsageError("sparsity, ramp_begin and, after it, ramp_end are from 0 to less than 1")
         if self.ramp_updates < 1:
             raise UsageError(f"ramp_updates: {self.ramp_updates} is less than 1")
-        whole = [name for name in _OF_ELEMENTS if getattr(self, name) != getattr(PruneRecipe, name)]
-        if self.channels and whole:
-            raise UsageError(f"channels: {', '.join(whole)} is of single weights: give one or the other")
+        if self.channels and any(getattr(self, name) != getattr(PruneRecipe, name) for name in _OF_WEIGHTS):
+            raise UsageError(f"channels: {', '.join(_OF_WEIGHTS)} are of single weights: give no such option")
         if self.nm and self.ramp != "one-shot":
             raise UsageError("ramp: the share of zeros of a pattern N:M does not grow: it takes one-shot")
 
 
-_OF_ELEMENTS = ("sparsity", "nm", "scope", "options")
+_OF_WEIGHTS = ("sparsity", "nm", "scope", "options")
 """Options that say which single weights go."""
 
 

@@ -75,6 +75,8 @@ class Masks(Hook):
     """By weight, the sum of |w times its gradient| since zeros were chosen last."""
     _early: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
+    _still: int = 0
+    """Weights that are frozen."""
 
     def start(self, trainer: Trainer) -> None:
         module = trainer.module
@@ -117,6 +119,12 @@ class Masks(Hook):
         kept = self.kept if self.final else self._chosen(1.0)
         masks = {name: one.cpu().numpy() for name, one in kept.items()}
         _apply(PruneWeights(masks=masks), model)
+        zeros = sum(int((~one).sum()) for one in masks.values())
+        if zeros:
+            share = zeros / sum(one.numel() for one in self.weights.values())
+            more = f"; {self._still} frozen ones stay as they are, and do not count" if self._still else ""
+            said = "of the weights are zero: no faster in ONNX Runtime, and smaller once packed"
+            self.notes = (f"{share:.1%} {said}{more}",)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.kept, "final": self.final, "heard": self._heard, "early": self._early}
@@ -132,9 +140,7 @@ class Masks(Hook):
         """The weights that may be held, of what is trained."""
         every = kept_elements(self.model)
         self.weights = {name: trained[name] for name in every if name in trained}
-        still = sum(name not in trained for name in every) if self.recipe.freeze else 0
-        if still:
-            self.notes = (f"{still} frozen weights stay as they are: they are of no share",)
+        self._still = len(every) - len(self.weights) if self.recipe.freeze else 0
 
     def _floor(self) -> ir.Model | None:
         """Raises UsageError where there is nothing to prune."""

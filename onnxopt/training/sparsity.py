@@ -8,7 +8,6 @@ from typing import Any
 
 from onnxopt.job import Progress
 from onnxopt.model import ModelLike, load, reusable
-from onnxopt.pruning.weights import sparsity
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.training.channels import ChannelMasks, followable
@@ -85,13 +84,6 @@ def recover(
 def _train(command: str, model: ModelLike, recipe: PruneRecipe, **options: Any) -> Result[TrainingReport]:
     start = followable(model) if recipe.channels else None
     masks = Masks(recipe, load(model)) if start is None else ChannelMasks(recipe, start)
-    result = train_taught(
+    return train_taught(
         command, model, recipe, start=start, hooks=[masks], floor=lambda: masks.floor, **options
     )
-    layers = [one for one in sparsity(result.graph) if one.weight in masks.weights]
-    zeros = sum(one.zeros for one in layers) / max(sum(one.elements for one in layers), 1)
-    if recipe.channels or not result.report.ok or not zeros:
-        return result
-    said = f"{zeros:.1%} of the weights are zero: no faster in ONNX Runtime, and smaller once packed"
-    report = dataclasses.replace(result.report, notes=(*result.report.notes, said))
-    return dataclasses.replace(result, report=report)

@@ -237,7 +237,7 @@ def test_the_file_is_smaller_and_is_what_was_judged(more: dict[str, Any]) -> Non
 def test_masks_of_a_checkpoint_go_to_where_the_weights_are() -> None:
     proto = fully_connected()
     masks, _, _, _ = trained(proto, zeros_like(proto, 16))
-    state = {**masks.state_dict(), "heard": {"": torch.ones(len(masks._gone))}}
+    state = {**masks.state_dict(), "heard": {next(iter(masks.weights)): torch.ones(len(masks._gone))}}
     for name, one in masks.weights.items():
         masks.weights[name] = torch.nn.Parameter(torch.empty(one.shape, device="meta"))
     masks.load_state_dict(state)
@@ -281,8 +281,8 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, at: int) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"nm": "2:4"}, "channels: nm is of single weights"),
-        ({"sparsity": 0.9, "scope": "layer"}, "channels: sparsity, scope is of single weights"),
+        ({"nm": "2:4"}, "channels: sparsity, nm, scope, options are of single weights"),
+        ({"sparsity": 0.9, "scope": "layer"}, "channels: sparsity, nm, scope, options are of single weights"),
         ({"channels": "macs=2"}, "macs is 2; expected a fraction"),
         ({"channels": "mac=0.5"}, "'mac'"),
         ({"channels": "macs=0.01"}, "prune: 0.01 of the multiply-accumulates cannot be reached"),
