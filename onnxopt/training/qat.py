@@ -28,6 +28,7 @@ from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.entire import quantize_entirely
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.keep import kept_sites, veto_of
+from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.static import Settings
@@ -93,7 +94,7 @@ def train_qat(
         start = _quantized(prepared, settings, some, chosen, show)
         if not taught:  # by the model that the start was made of: hidden tensors are scaled alike
             chosen = dataclasses.replace(chosen, teacher=prepared)
-    return train_taught(
+    result = train_taught(
         "qat",
         model if floats is None else floats,
         chosen,
@@ -103,6 +104,12 @@ def train_qat(
         resume=resume,
         progress=progress,
     )
+    saturating = find_saturation(result.graph) if find_target(chosen.target).placement == "x86" else ()
+    if not saturating:
+        return result
+    said = f"on CPUs without VNNI, sums of {len(saturating)} layers can saturate; --weights int7 avoids it"
+    report = dataclasses.replace(result.report, notes=(*result.report.notes, said))
+    return dataclasses.replace(result, report=report)
 
 
 def _prepared(model: ModelLike, recipe: QatRecipe) -> tuple[ir.Model, Settings]:

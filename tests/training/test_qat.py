@@ -20,6 +20,7 @@ from onnxopt.graph import constant_array
 from onnxopt.model import load
 from onnxopt.protobuf import dump
 from onnxopt.quantization.formats import INTEGERS
+from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.units import survey
 from onnxopt.targets import PLACEMENTS
@@ -327,6 +328,25 @@ def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations:
     ints = weight.astype(int)
     assert (ints.min(), ints.max()) == (-4, 3)
     assert ((ints == -4) | (ints == 3)).mean() > 0.2
+
+
+@pytest.mark.parametrize(("weights", "least", "notes"), [("int8", -128, 1), ("int7", -64, 0)])
+def test_where_sums_can_saturate_is_said_and_seven_bits_avoid_it(
+    weights: str, least: int, notes: int
+) -> None:
+    """CPUs with AVX2 and no VNNI; what is learned stays within 7 bits."""
+    x = _samples()["x"]
+    (y,) = execute(float_net(), {"x": x})
+    found = train_qat(
+        float_net(), {"x": x, "t": 2 * y}, labels="t", loss="mse", weights=weights, lr=0.05, batch_size="8",
+        groups="scales{lr=0}", metric="loss", holdout=0,
+    )  # fmt: skip
+    weight = next(one for one in tensors(load(found.model)).values() if one.shape == (4, 2, 3, 3))
+    assert weight.dtype == np.int8
+    assert weight.min() == least
+    assert len(find_saturation(found.graph)) == notes
+    said = "on CPUs without VNNI, sums of 1 layers can saturate; --weights int7 avoids it"
+    assert found.report.notes.count(said) == notes
 
 
 def test_weights_with_one_scale_each_are_balanced_across_layers() -> None:

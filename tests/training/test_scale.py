@@ -341,6 +341,7 @@ def test_processes_wait_for_an_evaluation_as_long_as_it_takes(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_graphs_go_over_devices_and_processes(tmp_path: Path) -> None:
     """As they do when they are not compiled, up to the order of sums."""
@@ -358,5 +359,7 @@ def test_compiled_graphs_go_over_devices_and_processes(tmp_path: Path) -> None:
         found.append({key: constant_array(value) for key, value in last.items()})
     for one in found[1:]:
         for key, array in found[0].items():
+            other = one[key]
             assert array is not None
-            np.testing.assert_allclose(one[key], array, atol=1e-3, err_msg=key)
+            assert other is not None
+            np.testing.assert_allclose(other, array, atol=1e-3, err_msg=key)
