@@ -213,7 +213,7 @@ def _both(
 
 def _dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    scale = (high - low) / 255
+    scale = torch.where(high == low, 1, (high - low) / 255)  # zeros alone have a scale, too
     zero = (-low / scale).clamp(0, 255).round()
     return quantize(x, scale, zero, _T.UINT8, 0, 0), scale, zero
 
