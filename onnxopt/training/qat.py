@@ -148,7 +148,8 @@ def _quantized(
     kept = kept_sites(model, recipe.keep)
     found: ir.Model | None
     form = find_format(recipe.weights)
-    few = form.bits < 4
+    activation = find_format(settings.activation or settings.placement.activation)
+    few = form.bits < 4 or (form.is_float and not activation.is_float)
     if few and recipe.activations not in ("", "none"):
         raise UsageError(
             f"qat: ONNX Runtime makes integer kernels of {recipe.weights} weights and refuses them then: "

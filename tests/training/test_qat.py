@@ -35,6 +35,9 @@ torch.set_num_threads(1)
 _T = TensorProto
 
 
+REFUSED = "ONNX Runtime makes integer kernels of %s weights and refuses them then: take --activations none"
+
+
 def qdq_net(*, floats: bool = False, weight: Any = _T.INT8, opset: int = 21) -> onnx.ModelProto:
     """x, quantized, Conv with a bias, Relu, quantized, MaxPool, quantized, Conv, quantized.
 
@@ -311,6 +314,16 @@ def float_net(channels: int = 4, kernel: int = 3, stride: int = 1) -> onnx.Model
     return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
 
 
+def test_weights_in_small_floats_are_quantized_alone() -> None:
+    """No runtime has kernels of them and integers."""
+    x = _samples()["x"]
+    (y,) = execute(float_net(), {"x": x})
+    how: dict[str, Any] = {"labels": "t", "loss": "mse", "holdout": 0, "epochs": 1}
+    found = train_qat(float_net(), {"x": x, "t": y}, weights="float8e4m3fn", lr=0.0, **how)
+    assert found.report.final.start is not None
+    assert -0.01 < found.report.final.start < 0
+
+
 @pytest.mark.parametrize("activations", ["", "none"])
 def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations: str) -> None:
     """Twice what the weights give is what they learn to give: those near the ends come to lie beyond them."""
@@ -434,6 +447,10 @@ def test_bad_options_are_told_in_one_line(options: dict[str, Any], told: str) ->
     ("options", "told"),
     [
         ({"weights": "int5"}, "unknown quantized type 'int5' (did you mean 'int8'?)"),
+        (
+            {"weights": "float8e4m3fn", "activations": "uint8"},
+            f"qat: {REFUSED % 'float8e4m3fn'}",
+        ),
         ({"target": "cuda"}, "qat: target cuda has no integer kernels: take cpu, arm, tensorrt or generic"),
         (
             {"keep": "nothing"},
