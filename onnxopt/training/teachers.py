@@ -17,6 +17,7 @@ from onnxopt.graph import FLOATS
 from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import open_session
 from onnxopt.training.interpreter.module import to_torch
+from onnxopt.training.interpreter.values import NATIVE
 from onnxopt.training.loop.scoring import final_activations
 from onnxopt.training.samples.dataset import Dataset
 
@@ -113,7 +114,8 @@ class Teacher:
         fed = {name: arrays[mine] for name, mine in self.fed_by.items()}
         if self._device is not None:
             with torch.no_grad():
-                found = self._module({name: one.to(self._device) for name, one in fed.items()})
+                kinds = {name: NATIVE[ir.DataType.from_numpy(one.dtype)] for name, one in self.inputs.items()}
+                found = self._module({name: one.to(self._device, kinds[name]) for name, one in fed.items()})
             return {name: one.to(device) for name, one in found.items()}
         fed = {name: one.float() if one.dtype == torch.bfloat16 else one for name, one in fed.items()}
         feeds = {name: one.cpu().numpy().astype(self.inputs[name].dtype) for name, one in fed.items()}

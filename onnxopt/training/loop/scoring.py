@@ -112,10 +112,7 @@ class FileJudge:
 
 def outputs_of(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each batch of a dataset and what the model gives for it; a fixed batch size is filled up."""
-    inputs = data.contract.required
-    sizes = [one.dims[0] for one in inputs if one.dims and isinstance(one.dims[0], int)]
-    fixed = sizes[0] if sizes and data.stacks else 0
-    names = [one.name for one in inputs]
+    fixed, names = data.fixed, [one.name for one in data.contract.required]
     for batch in data.evaluated(fixed or _TOGETHER):
         feeds: Feeds = {name: batch.arrays[name] for name in names}
         short = batch.size < fixed
