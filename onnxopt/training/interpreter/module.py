@@ -52,7 +52,6 @@ def to_torch(
             mode, and follows them with its own; by default its statistics are constants.
         tied: what stays one parameter of what several nodes read: "auto" all but tensors that hold one
             number all over, which exporters share because they are equal before training; "all"; "none".
-
         outputs: the graph outputs that are computed; by default all.
 
     Raises:

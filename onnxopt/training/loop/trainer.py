@@ -86,6 +86,8 @@ class Trainer:
             named[name].requires_grad_(False)
         self._forward: Any = world.wrapped(module, self._sample)
         self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        if recipe.precision == "float16" and any(one.dtype == torch.float16 for one in self.trained.values()):
+            raise UsageError("precision float16: the weights are float16 already: leave it, or take bfloat16")
         self.optimizer = make_optimizer(
             self.trained,
             recipe.optimizer,
