@@ -168,14 +168,15 @@ def distill(
 def prune(
     model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
 ) -> int:
-    """Set weights of MODEL to zero, and train the rest to do without them.
+    """Set weights of MODEL to zero, or cut its channels, and train the rest to do without them.
 
     \b
     onnxopt train prune model.onnx -o out.onnx --data train.npz --labels y --sparsity 0.9 --ramp cubic
     onnxopt train prune model.onnx -o out.onnx --data inputs.npz --nm 2:4
+    onnxopt train prune model.onnx -o half.onnx --data inputs.npz --channels macs=0.5 --ramp cubic
 
     Without labels the model itself, as it was, is the teacher. `onnxopt prune --recover` trains what is left
-    when channels or layers are cut. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
+    when channels or layers are cut at once. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
     """
     return run_training("prune", model, output, recipe, resume, json_file, given)
 

@@ -140,7 +140,8 @@ def _accuracy(
     term = objective.terms[0]
     y, label = outputs[term.output], batch.arrays[term.label]
     axis = y.ndim - 1 if label.shape == y.shape[:-1] else 1
-    found, counted = y.argmax(axis), label != getattr(term.loss, "ignore", -100)
+    found = np.where(np.isnan(y).any(axis), -1, y.argmax(axis))  # NaN is the largest of all to argmax
+    counted = label != getattr(term.loss, "ignore", -100)
     if found.shape != label.shape or not ((label >= 0) & (label < y.shape[axis]))[counted].all():
         raise UsageError(
             f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "

@@ -88,6 +88,8 @@ class Trainer:
             named[name].requires_grad_(False)
         self._forward: Any = world.wrapped(module, self._sample)
         self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        if recipe.precision == "float16" and any(one.dtype == torch.float16 for one in self.trained.values()):
+            raise UsageError("precision float16: the weights are float16 already: leave it, or take bfloat16")
         self.optimizer = make_optimizer(
             self.trained,
             recipe.optimizer,
@@ -190,6 +192,9 @@ class Trainer:
             total = total + loss.detach()
         self.world.share(self.trained.values())
         self._scaler.unscale_(self.optimizer)
+        with torch.no_grad():
+            for hook in self.hooks:
+                hook.backward(self)
         total = self.world.mean(total)
         total = total + penalize(self.trained.values(), self.recipe.l1, self.recipe.l2, self.world.device)
         found, norm = torch.stack((total, self._clip())).tolist()  # all that a step waits for

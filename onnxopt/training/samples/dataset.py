@@ -74,9 +74,9 @@ class Dataset:
 
     @property
     def fixed(self) -> int:
-        """How many samples the model takes at once; 0: any number."""
+        """How many samples a run of the model takes; 0: any number."""
         sizes = [item.dims[0] for item in self.contract.required if item.dims]
-        return next((size for size in sizes if isinstance(size, int)), 0) if self.stacks else 0
+        return next((n for n in sizes if isinstance(n, int)), 0) if self.stacks else 0
 
     @property
     def length(self) -> int | None:
@@ -159,13 +159,13 @@ class Dataset:
             yield self._batch(rows, None, len(rows))
 
     def samples(self) -> Samples:
-        """Complete feeds, as calibration takes them: of one sample each, or as many as the model takes."""
-        names, size, length = self._inputs, self.fixed or 1, self.length or 0
+        """Complete feeds, as calibration takes them: of one sample each, or of as many as a run takes."""
+        size, length = self.fixed or 1, self.length or 0
 
         def read(number: int) -> Feeds:
             rows = np.arange(number * size, (number + 1) * size) % length
             arrays = self._batch(rows, None, size).arrays
-            return {name: array for name, array in arrays.items() if name in names}
+            return {name: array for name, array in arrays.items() if name in self._inputs}
 
         return Samples(-(-length // size), read)
 
