@@ -183,8 +183,7 @@ class Trainer:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
         for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1
-            self.piece = piece
+            self.piece, last = piece, number == len(pieces) - 1
             arrays = {name: self._tensor(array) for name, array in piece.arrays.items()}
             with self.world.joined(self._forward, last):
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
@@ -211,9 +210,8 @@ class Trainer:
 
     def _loss(self, piece: Batch, arrays: dict[str, Tensor]) -> Tensor:
         """The mean loss of one piece."""
-        shares = None
-        if piece.shares is not None:  # mixup: each sample with the one as far from the other end
-            shares = self._tensor(piece.shares)
+        shares = None if piece.shares is None else self._tensor(piece.shares)
+        if shares is not None:  # mixup: each sample with the one as far from the other end
             names = [name for name in self.module.input_names if arrays[name].is_floating_point()]  # type: ignore[union-attr]
             for name in names:
                 own = shares.reshape(-1, *[1] * (arrays[name].ndim - 1))
