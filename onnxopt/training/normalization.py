@@ -1,14 +1,16 @@
-"""BatchNormalization for the time of training: put in after each Conv, folded back into it at the end.
+"""BatchNormalization in training: put in after each Conv and folded back at the end, or measured anew.
 
 A folded Conv keeps its weights under their own names, which `fold-batchnorm`, made for any graph, does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
@@ -16,11 +18,41 @@ from onnxopt.errors import UsageError
 from onnxopt.graph import constant_array, constant_of, value_names
 from onnxopt.model import clone
 from onnxopt.runtimes import open_session
+from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.trainer import Trainer
 
-__all__ = ["fold_batchnorm", "with_batchnorm"]
+__all__ = ["Estimate", "fold_batchnorm", "with_batchnorm"]
 
 _EPSILON = 1e-5
 _PARTS = ("scale", "bias", "mean", "var")
+_MEASURED = 4096
+"""Samples of an epoch that statistics are measured on, at most."""
+
+
+class Estimate(Hook):
+    """Measures all statistics anew before each evaluation, with the weights that are judged.
+
+    They are the means over batches of the epoch, in float32 where training is in less. Source: Wu & Johnson,
+    "Rethinking 'Batch' in BatchNorm", 2021 (2105.07576), section 3.
+    """
+
+    whole = False
+
+    def evaluated(self, trainer: Trainer) -> None:
+        module, seen = trainer.module.train(), 0
+        assert isinstance(module, GraphModule)
+        module.batches.measured = {}
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, contextlib.closing(trainer.batches()) as batches:
+            for size, pieces in batches:
+                module.batches.size, seen = size / len(pieces), seen + size
+                for piece in pieces:
+                    trainer.forward(trainer.tensors(piece))
+                if seen >= _MEASURED:
+                    break
+        module.batches.measured = None
+        module.eval()
 
 
 def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from torch import nn
 from onnxopt.api.common import record, silent, source_of, versions
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import ModelError, UsageError
-from onnxopt.graph import FLOATS
+from onnxopt.graph import FLOATS, float_attr, nodes
 from onnxopt.job import Progress
 from onnxopt.metric import parse_drop
 from onnxopt.model import ModelLike, fingerprint, load, reusable
@@ -29,13 +29,14 @@ from onnxopt.reporting.training import Score, TrainingReport
 from onnxopt.result import Result
 from onnxopt.training.initialization import initialize
 from onnxopt.training.interpreter.module import GraphModule, to_torch
+from onnxopt.training.interpreter.statistics import Follows
 from onnxopt.training.interpreter.writing import write_back
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.losses import Objective, parse_loss
 from onnxopt.training.loop.parallel import World, world
 from onnxopt.training.loop.scoring import FileJudge, final_activations, find_metric, score
 from onnxopt.training.loop.trainer import Trainer
-from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
+from onnxopt.training.normalization import Estimate, fold_batchnorm, with_batchnorm
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.samples.dataset import Dataset
 from onnxopt.training.samples.sources import open_source
@@ -98,7 +99,8 @@ def train(
         prepared, sites = begun, tuple[str, ...]()
         if recipe.batchnorm:
             prepared, sites = with_batchnorm(begun, data.samples()[:_PROBED])
-        module = to_torch(prepared, batch_statistics=recipe.batchnorm)
+        module = to_torch(prepared, batch_statistics=_follows(recipe, prepared, where))
+        hooks = [*hooks, *([Estimate()] if recipe.statistics == "estimate" else [])]
         initialize(module, prepared, recipe.init, recipe.seed)
         objective = _objective(recipe, original, data) if share or recipe.labels else None
         activations = final_activations(original)
@@ -200,6 +202,18 @@ def datasets_of(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Data
         return data, opened(recipe.validation), test
     data, held_out = data.split(recipe.holdout)
     return data, held_out or data, test
+
+
+def _follows(recipe: Recipe, model: ir.Model, where: World) -> Follows:
+    asked = recipe.statistics in ("batch", "estimate")
+    found = [node for node in nodes(model) if node.op_type == "BatchNormalization"]
+    if asked and not found:
+        why = "what is trained has no BatchNormalization (qat and prune --channels fold it)"
+        raise UsageError(f"statistics={recipe.statistics}: {why}")
+    if recipe.statistics == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
+        raise UsageError("statistics=batch: with the momentum 1 of a node they would stay: take estimate")
+    follows = asked or (recipe.batchnorm and recipe.statistics == "auto")
+    return "union" if follows and where.size > 1 else follows
 
 
 def _objective(recipe: Recipe, model: ir.Model, data: Dataset) -> Objective:

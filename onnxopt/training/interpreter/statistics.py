@@ -1,0 +1,113 @@
+"""BatchNormalization by the statistics of the batch, which those of the model follow.
+
+Source: Ioffe & Szegedy, "Batch Normalization", 2015 (1502.03167). As in torch the variance that is kept has
+Bessel's correction, the one that the batch is divided by has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from onnxopt.errors import UsageError
+from onnxopt.graph import constant_of, int_attr, walk
+
+__all__ = ["Batches", "Follows", "followed"]
+
+Follows = bool | Literal["union"]
+"""Whether BatchNormalization goes by the batch, or by those of all processes as one."""
+
+
+@dataclass(eq=False)
+class Batches:
+    """What all nodes of a module that go by the batch are told.
+
+    on: whether they do; else by what the model has. union: of the batches of all processes of
+    `torch.distributed`, as one. counts: whether the samples of this process are among them. measured: where
+    statistics become the mean over batches, how many samples each mean is of so far; else they move by the
+    nodes' momentum. size: of the batch, for that.
+    """
+
+    on: bool = True
+    union: bool = False
+    counts: bool = True
+    measured: dict[int, float] | None = None
+    size: float = 1.0
+
+    def normalize(self, x: Tensor, parts: Sequence[Tensor], epsilon: float, momentum: float) -> Tensor:
+        """The batch normalized by itself; of scale, bias, mean and variance, (C,), the latter two follow."""
+        mean, var = parts[2:]
+        scale, bias = (one.to(mean.dtype) for one in parts[:2])
+        share = 1 - momentum
+        if self.measured is not None:
+            self.measured[id(mean)] = seen = self.measured.get(id(mean), 0.0) + self.size
+            share = self.size / seen
+        if self.union:
+            return self._normalize_union(x, (scale, bias, mean, var), epsilon, share)
+        return nn.functional.batch_norm(x, mean, var, scale, bias, True, share, epsilon)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normalize_union(self, x: Tensor, parts: Sequence[Tensor], epsilon: float, share: float) -> Tensor:
+        """The same of the batches of all; their second sum is of squared distances from the mean of all."""
+        from torch.distributed.nn.functional import all_reduce
+
+        scale, bias, mean, var = parts
+        over, channels = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
+        wide = x.to(mean.dtype)
+        own = wide.new_full((1,), x.numel() // x.shape[1])
+        sums = all_reduce(torch.cat([wide.sum(over), own]) * self.counts)
+        middle, count = sums[:-1] / sums[-1], sums[-1]
+        off = wide - middle.reshape(channels)
+        spread = all_reduce(off.square().sum(over) * self.counts) / count
+        with torch.no_grad():
+            mean.lerp_(middle, share)
+            var.lerp_(spread * (count / (count - 1).clamp(min=1)), share)
+        y = off * (scale * (spread + epsilon).rsqrt()).reshape(channels) + bias.reshape(channels)
+        return y.to(x.dtype)
+
+
+def followed(model: ir.Model, union: bool) -> list[ir.Value]:
+    """The means and variances of a prepared model, which are to follow the batches.
+
+    Nodes that share them share them further on: they follow the batches of both.
+
+    Raises:
+        UsageError: a mean or variance that is none, or that something else reads; for `union` a node in the
+            body of another, which processes may run more or less often.
+    """
+    values = []
+    for node in walk(model.graph):
+        if node.op_type != "BatchNormalization" or node.domain or int_attr(node, "training_mode", 0):
+            continue
+        if union and node.graph is not model.graph:
+            raise UsageError(f"statistics: {node.name!r} is in a body: take frozen ones, or one process")
+        for place in (3, 4):
+            value = _origin(node.inputs[place])
+            if value is None or set(_readers(value)) != {("BatchNormalization", place)}:
+                raise UsageError(
+                    f"statistics: those of {node.name!r} are computed, or read elsewhere: take frozen ones"
+                )
+            values.append(value)
+    return values
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """The constant that the value is, also behind Identity."""
+    while value is not None and constant_of(value) is None:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+    return value
+
+
+def _readers(value: ir.Value) -> Iterator[tuple[str, int]]:
+    """Operators that read a value, and where, also behind Identity."""
+    for user, position in value.uses():
+        if user.op_type == "Identity":
+            yield from _readers(user.outputs[0])
+        else:
+            yield user.op_type, position
