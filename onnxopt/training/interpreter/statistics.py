@@ -6,9 +6,9 @@ Bessel's correction, the one that the batch is divided by has not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
@@ -54,21 +54,36 @@ class Batches:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normalize_union(self, x: Tensor, parts: Sequence[Tensor], epsilon: float, share: float) -> Tensor:
         """The same of the batches of all; their second sum is of squared distances from the mean of all."""
-        from torch.distributed.nn.functional import all_reduce
-
         scale, bias, mean, var = parts
         over, channels = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
         wide = x.to(mean.dtype)
         own = wide.new_full((1,), x.numel() // x.shape[1])
-        sums = all_reduce(torch.cat([wide.sum(over), own]) * self.counts)
+        sums = _sum(torch.cat([wide.sum(over), own]) * self.counts)
         middle, count = sums[:-1] / sums[-1], sums[-1]
         off = wide - middle.reshape(channels)
-        spread = all_reduce(off.square().sum(over) * self.counts) / count
+        spread = _sum(off.square().sum(over) * self.counts) / count
         with torch.no_grad():
             mean.lerp_(middle, share)
             var.lerp_(spread * (count / (count - 1).clamp(min=1)), share)
         y = off * (scale * (spread + epsilon).rsqrt()).reshape(channels) + bias.reshape(channels)
         return y.to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, of gradients, too: what one has goes into the losses of all."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, *given: Tensor) -> Tensor:
+        return _sum(given[0])
+
+
+_sum: Callable[[Tensor], Tensor] = _Sum.apply
 
 
 def followed(model: ir.Model, union: bool) -> list[ir.Value]:
