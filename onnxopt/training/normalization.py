@@ -15,9 +15,10 @@ import torch
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_array, constant_of, value_names
+from onnxopt.graph import constant_array, constant_of
 from onnxopt.model import clone
 from onnxopt.runtimes import open_session
+from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.trainer import Trainer
@@ -66,17 +67,19 @@ def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model,
         UsageError: there are no samples.
     """
     model = clone(model)
-    graph, taken = model.graph, value_names(model)
+    graph, names = model.graph, Names(model)
     convs = [node for node in graph if _lacks(node)]
     if convs and not len(samples):
         raise UsageError("batchnorm: statistics are taken from samples by number, which a stream has not")
     sites = tuple(node.outputs[0].name or "" for node in convs)
-    moments = _moments(model, sites, samples)
+    moments = _moments(model, sites, samples) if sites else []
     for node, site, (mean, variance) in zip(convs, sites, moments, strict=True):
         value = node.outputs[0]
+        result = ir.Value(name=site, type=value.type, shape=value.shape)
+        value.replace_all_uses_with(result)
         arrays = (np.sqrt(variance + _EPSILON), mean, mean, variance)
         parts = [
-            _add(graph, _unused(f"{site}_bn_{part}", taken), array)
+            _add(graph, names.fresh(f"{site}_bn_{part}"), array)
             for part, array in zip(_PARTS, arrays, strict=True)
         ]
         norm = ir.Node(
@@ -84,13 +87,10 @@ def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model,
             "BatchNormalization",
             [value, *parts],
             [ir.AttrFloat32("epsilon", _EPSILON)],
-            outputs=[ir.Value(name=site, type=value.type, shape=value.shape)],
-            name=_unused(f"{site}_bn", taken),
+            outputs=[result],
+            name=names.fresh(f"{site}_bn"),
         )
-        for user, position in tuple(value.uses()):
-            if user is not norm:
-                user.replace_input_with(position, norm.outputs[0])
-        value.name = _unused(f"{site}_before_bn", taken)
+        value.name = names.fresh(f"{site}_before_bn")
         graph.insert_after(node, norm)
     return model, sites
 
@@ -115,14 +115,13 @@ def fold_batchnorm(model: ir.Model, sites: Sequence[str]) -> None:
         old = conv.inputs[2] if len(conv.inputs) > 2 else None
         shift = (-mean if old is None else _array(old) - mean) * factor + bias
         if old is None:
-            own = _add(graph, _unused(f"{site}_bias", value_names(model)), shift)
+            own = _add(graph, Names(model).fresh(f"{site}_bias"), shift)
             conv.resize_inputs(3)
             conv.replace_input_with(2, own)
         else:
             _store(old, shift)
         parts = [part for part in norm.inputs[1:] if part is not None]
-        for user, position in tuple(norm.outputs[0].uses()):
-            user.replace_input_with(position, inner)
+        norm.outputs[0].replace_all_uses_with(inner)
         graph.remove(norm, safe=True)
         inner.name = site
         for part in parts:
@@ -135,8 +134,7 @@ def _lacks(node: ir.Node) -> bool:
         return False
     weights = [one for one in node.inputs[1:] if one is not None]
     own = all(
-        one.is_initializer() and constant_of(one) is not None and len(tuple(one.uses())) == 1
-        for one in weights
+        one.is_initializer() and constant_of(one) is not None and len(one.uses()) == 1 for one in weights
     )
     floats = weights[0].dtype == ir.DataType.FLOAT
     return own and floats and all(use.node.op_type != "BatchNormalization" for use in node.outputs[0].uses())
@@ -146,8 +144,6 @@ def _moments(
     model: ir.Model, names: Sequence[str], samples: Sequence[Feeds]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mean and variance by channel (axis 1) of tensors."""
-    if not names:
-        return []
     sums: dict[str, list[np.ndarray]] = {}
     with open_session(cut(clone(model), names), level="none") as session:
         for feeds in samples:
@@ -177,11 +173,3 @@ def _add(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    """The name, or one like it that is not taken; it is from now on."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name

@@ -98,7 +98,7 @@ class GraphModule(nn.Module):
         self.batches = Batches(union=batch_statistics == "union")
         self._following: list[int] = []
         if batch_statistics:
-            values = followed(graph, self.batches.union)
+            values = followed(graph, [state.value for state in states], self.batches.union)
             self._following = [builder.needed[one] for one in values if one in builder.needed]
             self._plan.follow(self.batches)
 

@@ -6,7 +6,7 @@ Bessel's correction, the one that the batch is divided by has not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_of, int_attr, walk
+from onnxopt.graph import int_attr, walk
 
-__all__ = ["Batches", "Follows", "followed"]
+__all__ = ["Batches", "Follows", "followed", "readers"]
 
 Follows = bool | Literal["union"]
 """Whether BatchNormalization goes by the batch, or by those of all processes as one."""
@@ -86,8 +86,8 @@ class _Sum(torch.autograd.Function):
 _sum: Callable[[Tensor], Tensor] = _Sum.apply
 
 
-def followed(model: ir.Model, union: bool) -> list[ir.Value]:
-    """The means and variances of a prepared model, which are to follow the batches.
+def followed(model: ir.Model, constants: Iterable[ir.Value], union: bool) -> list[ir.Value]:
+    """The means and variances among the constants of a prepared model, which are to follow the batches.
 
     Nodes that share them share them further on: they follow the batches of both.
 
@@ -95,6 +95,8 @@ def followed(model: ir.Model, union: bool) -> list[ir.Value]:
         UsageError: a mean or variance that is none, or that something else reads; for `union` a node in the
             body of another, which processes may run more or less often.
     """
+    found = {value: tuple(readers(value)) for value in constants}
+    read = {site: value for value, sites in found.items() for site in sites}
     values = []
     for node in walk(model.graph):
         if node.op_type != "BatchNormalization" or node.domain or int_attr(node, "training_mode", 0):
@@ -102,8 +104,8 @@ def followed(model: ir.Model, union: bool) -> list[ir.Value]:
         if union and node.graph is not model.graph:
             raise UsageError(f"statistics: {node.name!r} is in a body: take frozen ones, or one process")
         for place in (3, 4):
-            value = _origin(node.inputs[place])
-            if value is None or set(_readers(value)) != {("BatchNormalization", place)}:
+            value = read.get((node, place))
+            if value is None or {(user.op_type, at) for user, at in found[value]} != {(node.op_type, place)}:
                 raise UsageError(
                     f"statistics: those of {node.name!r} are computed, or read elsewhere: take frozen ones"
                 )
@@ -111,18 +113,10 @@ def followed(model: ir.Model, union: bool) -> list[ir.Value]:
     return values
 
 
-def _origin(value: ir.Value | None) -> ir.Value | None:
-    """The constant that the value is, also behind Identity."""
-    while value is not None and constant_of(value) is None:
-        node = value.producer()
-        value = node.inputs[0] if node is not None and node.op_type == "Identity" else None
-    return value
-
-
-def _readers(value: ir.Value) -> Iterator[tuple[str, int]]:
-    """Operators that read a value, and where, also behind Identity."""
+def readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that read a value, and where, also behind Identity."""
     for user, position in value.uses():
         if user.op_type == "Identity":
-            yield from _readers(user.outputs[0])
+            yield from readers(user.outputs[0])
         else:
-            yield user.op_type, position
+            yield user, position
