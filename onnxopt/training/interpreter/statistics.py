@@ -6,9 +6,9 @@ Bessel's correction, the one that the batch is divided by has not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -51,7 +51,6 @@ class Batches:
             return self._normalize_union(x, (scale, bias, mean, var), epsilon, share)
         return nn.functional.batch_norm(x, mean, var, scale, bias, True, share, epsilon)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normalize_union(self, x: Tensor, parts: Sequence[Tensor], epsilon: float, share: float) -> Tensor:
         """The same of the batches of all; their second sum is of squared distances from the mean of all."""
         scale, bias, mean, var = parts
@@ -69,21 +68,16 @@ class Batches:
         return y.to(x.dtype)
 
 
-class _Sum(torch.autograd.Function):
+@torch.library.custom_op("onnxopt::sum_of_processes", mutates_args=())
+def _sum(x: Tensor) -> Tensor:
     """The sum over all processes, of gradients, too: what one has goes into the losses of all."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_: Any, *given: Tensor) -> Tensor:
-        return _sum(given[0])
+    total = x.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
-_sum: Callable[[Tensor], Tensor] = _Sum.apply
+_sum.register_fake(torch.empty_like)
+_sum.register_autograd(lambda _, gradient: _sum(gradient))
 
 
 def followed(model: ir.Model, constants: Iterable[ir.Value], union: bool) -> list[ir.Value]:
