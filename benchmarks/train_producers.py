@@ -38,7 +38,8 @@ from benchmarks.quantize import Bench
 from benchmarks.quantizers import QUANTIZERS
 from benchmarks.real_models import load_scores
 from benchmarks.rewrite import row, table
-from benchmarks.train_real import Session
+from benchmarks.train_real import judge_of
+from onnxopt.calibration import spread
 from onnxopt.errors import OnnxoptError
 from onnxopt.graph import walk
 from onnxopt.model import load
@@ -139,7 +140,7 @@ Outputs = list[list[np.ndarray]]
 def _told(bench: Bench, file: Path, epochs: int) -> Iterator[str]:
     """The cells of a file."""
     begun, ev = time.perf_counter(), bench.evaluation
-    seen = [ev.calib[i] for i in range(0, len(ev.calib), max(1, len(ev.calib) // SEEN))]
+    seen = [*spread(ev.calib, SEEN)]
     module = to_torch(file)
     back = serialize(dump(write_back(module, file)))
     yield "same" if _content(back) == _content(file.read_bytes()) else "differ"
@@ -208,23 +209,13 @@ def _reached(module: GraphModule, model: ir.Model, feeds: Sequence[Any]) -> Iter
 def _trained(bench: Bench, file: Path, seen: Sequence[Any], epochs: int) -> Iterator[str]:
     """Error and score of the trained file, and whether it is of the same nodes."""
     ev = bench.evaluation
-    wanted = _executed(bench.model, ev.outputs, seen, "all")
-
-    def score(run: Any, split: str = "search") -> float:
-        """On the test split; to choose the epoch by, the error on samples of calibration, negated."""
-        if split == "final":
-            return float(ev.score(ev.run(Session(run))))
-        found = [run(feed) for feed in seen]
-        pairs = _pairs([[one[name] for name in ev.outputs] for one in found], wanted)
-        return -float(np.mean([np.square(a.astype(np.float64) - b).mean() for a, b in pairs]))
-
     done = bench.folder / f"trained-{file.name}"
     alike = len({tuple(one.shape for one in feed.values()) for feed in ev.calib}) == 1
     try:
         result = train_qat(
             str(file), str(bench.data()), teacher=str(bench.model), epochs=epochs, batch_size="8",
-            accumulate=1 if alike else 8, lr=1e-5, schedule="cosine", metric=score, holdout=0,
-            folder=f"{done}.train",
+            accumulate=1 if alike else 8, lr=1e-5, schedule="cosine", holdout=0,
+            metric=judge_of(ev, bench.model, seen), folder=f"{done}.train",
         )  # fmt: skip
     except OnnxoptError as error:
         yield str(error)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,14 @@ def text_lines(count: int, folder: Path) -> np.ndarray:
     return np.stack([text_line(number, known, fonts) for number in range(count)])
 
 
-def samples_of(ev: Any, options: argparse.Namespace) -> tuple[Arrays, Arrays]:
+def samples_of(ev: Any, options: argparse.Namespace) -> tuple[Arrays, list[Arrays]]:
     """To learn from, and to choose the epoch by."""
     if ev.name == "ppocr_cls":
         lines = text_lines(options.lines + HELD, options.fonts)
-        return {"x": lines[HELD:]}, {"x": lines[:HELD]}
+        return {"x": lines[HELD:]}, [{"x": lines[i : i + 1]} for i in range(HELD)]
     calib = [*ev.calib]
     data = {name: np.concatenate([feed[name] for feed in calib]) for name in calib[0]}
-    return data, {name: array[:HELD] for name, array in data.items()}
+    return data, calib[:HELD]
 
 
 class Session:
@@ -112,19 +112,18 @@ class Session:
         return [found[name] for name in names]
 
 
-def judge_of(ev: Any, held: Arrays) -> Callable[..., float]:
-    """The score on the test items; to choose the epoch by, minus the squared error on the held samples."""
-    feeds = [
-        {name: array[i : i + 1] for name, array in held.items()} for i in range(len(held[next(iter(held))]))
-    ]
-    original = open_session(str(ev.model)).run
-    wanted = [original(feed)[ev.outputs[0]] for feed in feeds]
+def judge_of(ev: Any, model: Path, feeds: Sequence[Arrays]) -> Callable[..., float]:
+    """The score on the test items; to choose the epoch by, minus the squared error to a model on samples."""
+
+    def outputs(run: Any) -> list[np.ndarray]:
+        return [found[name].astype(np.float64) for found in map(run, feeds) for name in ev.outputs]
+
+    wanted = outputs(open_session(model).run)
 
     def judge(run: Any, split: str = "search") -> float:
         if split == "final":
             return float(ev.score(ev.run(Session(run))))
-        found = [run(feed)[ev.outputs[0]] for feed in feeds]
-        return -float(np.mean([np.square(y - x).mean() for x, y in zip(found, wanted, strict=True)]))
+        return -float(np.mean([np.square(x - y).mean() for x, y in zip(outputs(run), wanted, strict=True)]))
 
     return judge
 
@@ -173,7 +172,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, str, float, floa
     for name in options.only:
         ev = scores.load(name)
         data, held = samples_of(ev, options)
-        judge = judge_of(ev, held)
+        judge = judge_of(ev, Path(ev.model), held)
         whole = judge(open_session(str(ev.model)).run, "final")
         for what in options.what or RUNS[name]:
             make, how = RUNS[name][what]

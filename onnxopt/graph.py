@@ -30,6 +30,7 @@ __all__ = [
     "read_once",
     "rename_nodes_apart",
     "roots",
+    "set_constant",
     "sizes_of",
     "sole_user",
     "static_shape",
@@ -216,6 +217,19 @@ def constant_array(value: ir.Value | None, limit: int | None = None) -> np.ndarr
     if limit is not None and tensor.nbytes > limit:
         return None
     return tensor.numpy()
+
+
+def set_constant(value: ir.Value, array: np.ndarray) -> None:
+    """Give a constant, in an initializer or a Constant node, other elements, which are cast to its type."""
+    old = constant_of(value)
+    assert old is not None  # it is a constant
+    cast = array.astype(old.dtype.numpy(), copy=False)
+    tensor, producer = ir.Tensor(cast, dtype=old.dtype, name=old.name), value.producer()
+    if producer is None:
+        value.const_value = tensor
+    else:
+        producer.attributes.clear()
+        producer.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def use_count(value: ir.Value) -> int:

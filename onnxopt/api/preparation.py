@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxopt.api.common import samples_for
-from onnxopt.calibration import METHODS
+from onnxopt.calibration import METHODS, spread
 from onnxopt.data import Feeds, FeedSource
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.job import Job
@@ -150,7 +150,7 @@ def samples_of(job: Job, data: FeedSource | None, who: str) -> Sequence[Feeds]:
 def prepared(job: Job, held_out: Sequence[Feeds]) -> Outcome:
     """The model made ready, under proof: on samples from all over, on all where those show nothing."""
     said = len(job.notes)
-    outcome = job.run_under_proof(held_out[:: max(1, len(held_out) // _PROVED)], None)
+    outcome = job.run_under_proof(spread(held_out, _PROVED), None)
     if job.baseline is not None and job.baseline.unprovable and len(held_out) > _PROVED:
         del job.notes[said:]
         outcome = job.run_under_proof(held_out, None)

@@ -4,7 +4,7 @@ from onnxopt.calibration.exposing import exposable
 from onnxopt.calibration.histogram import Histogram
 from onnxopt.calibration.ranges import METHODS, Range, choose_range
 from onnxopt.calibration.running import calibrate
-from onnxopt.calibration.splitting import split
+from onnxopt.calibration.splitting import split, spread
 from onnxopt.calibration.statistics import Statistics
 from onnxopt.calibration.tensors import ChannelStatistics, TensorStatistics
 
@@ -19,4 +19,5 @@ __all__ = [
     "choose_range",
     "exposable",
     "split",
+    "spread",
 ]

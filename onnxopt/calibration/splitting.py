@@ -1,4 +1,4 @@
-"""Which samples calibrate and which are held out to judge by: told by their content alone."""
+"""Which samples calibrate and which are held out to judge by, told by their content alone; a few of many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxopt.data import Feeds, Samples
 
-__all__ = ["digest_of", "split"]
+__all__ = ["digest_of", "split", "spread"]
 
 
 def digest_of(sample: Feeds) -> str:
@@ -36,6 +36,12 @@ def split(samples: Sequence[Feeds], *, held_out: float = 0.3) -> tuple[Sequence[
     kept = [index for index, share in enumerate(shares) if share >= bound]
     out = [index for index, share in enumerate(shares) if share < bound]
     return _view(samples, kept), _view(samples, out)
+
+
+def spread(samples: Sequence[Feeds], count: int) -> Sequence[Feeds]:
+    """So many of the samples, or all if they are fewer: the first, and others at about equal distances."""
+    few = min(count, len(samples))
+    return _view(samples, [number * len(samples) // few for number in range(few)])
 
 
 def _view(samples: Sequence[Feeds], indices: list[int]) -> Samples:

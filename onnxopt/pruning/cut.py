@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import constant_of, int_attr, ints_attr, use_count, walk
+from onnxopt.graph import constant_of, int_attr, ints_attr, set_constant, use_count, walk
 from onnxopt.index import operator_of
 from onnxopt.pruning.attention import ATTENTION
 from onnxopt.pruning.elements import Ids
@@ -20,7 +20,7 @@ from onnxopt.pruning.movement import reshape_target
 from onnxopt.pruning.structure import Structure
 from onnxopt.scope import Scope
 
-__all__ = ["cut", "mask", "new_constant", "set_constant"]
+__all__ = ["cut", "mask", "new_constant"]
 
 
 def cut(structure: Structure, gone: np.ndarray) -> list[ir.Node]:
@@ -147,19 +147,6 @@ def new_constant(scope: Scope, node: ir.Node, array: np.ndarray, like: str) -> i
     made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = name, kind, shape
     graph.insert_before(node, made)
     return made.outputs[0]
-
-
-def set_constant(value: ir.Value, array: np.ndarray) -> None:
-    """Give a constant, in an initializer or a Constant node, other elements, which are cast to its type."""
-    old = constant_of(value)
-    assert old is not None  # it is a constant
-    cast = array.astype(old.dtype.numpy(), copy=False)
-    tensor, producer = ir.Tensor(cast, dtype=old.dtype, name=old.name), value.producer()
-    if producer is None:
-        value.const_value = tensor
-    else:
-        producer.attributes.clear()
-        producer.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def _remove(constant: ir.Value) -> None:

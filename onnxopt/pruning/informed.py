@@ -10,14 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
+from onnxopt.calibration.successive import in_turn
 from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, int_attr, read_once
-from onnxopt.pruning.cut import new_constant, set_constant
+from onnxopt.graph import constant_array, int_attr, read_once, set_constant
+from onnxopt.pruning.cut import new_constant
 from onnxopt.pruning.levels import Reader
 from onnxopt.pruning.oneshot import prune_rows
 from onnxopt.pruning.saliency import Score
-from onnxopt.pruning.successive import in_turn
 from onnxopt.pruning.weights import StoredWeight
 from onnxopt.quantization.branches import branches_of, samples_of, take_out
 from onnxopt.scope import scopes

@@ -15,11 +15,20 @@ import onnx_ir as ir
 
 from onnxopt.calibration.exposing import Slices
 from onnxopt.calibration.moments import positions_of
+from onnxopt.calibration.successive import Front, beside_of, is_plain
 from onnxopt.calibration.windows import from_rows, has_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import FLOATS, constant_array, constant_of, int_attr, read_once, sizes_of, sole_user
-from onnxopt.pruning.cut import new_constant, set_constant
-from onnxopt.pruning.successive import Front, beside_of, is_plain
+from onnxopt.graph import (
+    FLOATS,
+    constant_array,
+    constant_of,
+    int_attr,
+    read_once,
+    set_constant,
+    sizes_of,
+    sole_user,
+)
+from onnxopt.pruning.cut import new_constant
 from onnxopt.scope import scopes
 
 __all__ = ["reconstruct"]

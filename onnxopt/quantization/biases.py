@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 
 from onnxopt.calibration import calibrate
+from onnxopt.calibration.segments import needed_from, part_of
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, int_attr
 from onnxopt.model import clone
 from onnxopt.quantization.draft import Draft
 from onnxopt.quantization.emit import bias_of, emit, quantized_weight
 from onnxopt.quantization.formats import dequantize
-from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.runtimes import open_session
 

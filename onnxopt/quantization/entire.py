@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import onnx_ir as ir
 
 from onnxopt.calibration import exposable
 from onnxopt.data import Feeds
+from onnxopt.model import clone
 from onnxopt.quantization.choose import chosen_tensors
+from onnxopt.quantization.rounding import has_few_levels, round_in_turn
 from onnxopt.quantization.search import write
 from onnxopt.quantization.static import Progress, Settings, calibrated, plan_of, ranges_of, tensors_of
 from onnxopt.quantization.units import survey
+from onnxopt.quantization.weights import kernel_axis
 
 __all__ = ["quantize_entirely"]
 
@@ -37,7 +41,7 @@ def quantize_entirely(
         keep: sites that stay in floating point.
         progress: called with what is being done.
     """
-    placement = settings.placement
+    placement, model = settings.placement, clone(model)
     possible = survey(model, placement, frozenset(exposable(model)))
     if not possible.units:
         return None
@@ -53,4 +57,14 @@ def quantize_entirely(
         and not (unit.node.op_type in _LAST and unit.node.outputs[0].is_graph_output())
     )
     tensors = chosen_tensors(units, nodes, (), outputs=placement.outputs)
-    return write(model, placement, replace(plan, nodes=nodes, tensors=tensors))[0] if nodes else None
+    plan = replace(plan, nodes=nodes, tensors=tensors)
+    if has_few_levels(plan.weight):
+        layers = {
+            unit.node: unit.site
+            for unit in units
+            if unit.site in nodes and unit.is_layer and unit.weight == 1
+        }
+        axis_of = partial(kernel_axis, position=1) if plan.per_channel else lambda _: None
+        found = round_in_turn(model, layers, samples, plan.weight, axis_of)
+        plan = replace(plan, rounded={layers[node]: one for node, one in found.items()})
+    return write(model, placement, plan)[0] if nodes else None

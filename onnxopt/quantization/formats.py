@@ -23,6 +23,7 @@ __all__ = [
     "find_format",
     "params_from_range",
     "quantize",
+    "shaped",
 ]
 
 _SMALLEST_SCALE = np.float32(2.0**-100)
@@ -138,7 +139,7 @@ def params_from_range(
 
 def quantize(array: np.ndarray, params: QuantParams) -> np.ndarray:
     """The elements as integers in int32 (small floats as themselves), as QuantizeLinear gives them."""
-    scale, zero = _spread(params, array.ndim, array.shape)
+    scale, zero = shaped(params, array.ndim, array.shape)
     ratio = array.astype(np.float32) / scale
     low, high = params.format.low, params.format.high
     if params.format.is_float:
@@ -150,14 +151,14 @@ def quantize(array: np.ndarray, params: QuantParams) -> np.ndarray:
 
 def dequantize(elements: np.ndarray, params: QuantParams) -> np.ndarray:
     """The float32 numbers that the elements stand for, as DequantizeLinear gives them."""
-    scale, zero = _spread(params, elements.ndim, elements.shape)
+    scale, zero = shaped(params, elements.ndim, elements.shape)
     if params.format.is_float:
         return np.asarray(elements.astype(np.float32) * scale)
     return np.asarray((elements.astype(np.int64) - zero).astype(np.float32) * scale)
 
 
-def _spread(params: QuantParams, rank: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point, shaped to broadcast with a tensor."""
+def shaped(params: QuantParams, rank: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point, shaped to broadcast with a tensor of that rank and shape."""
     scale, zero = params.scale, params.zero_point
     if params.block:
         assert params.axis is not None

@@ -17,12 +17,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.calibration.segments import needed_from, part_of
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_of
 from onnxopt.quantization.emit import quantized_weight
 from onnxopt.quantization.formats import dequantize
 from onnxopt.quantization.plan import Plan
-from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.quantization.units import Unit, survey
 from onnxopt.runtimes import open_session
 from onnxopt.scope import Names

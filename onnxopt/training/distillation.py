@@ -28,6 +28,7 @@ from onnxopt.recipe import parse_spelled
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.interpreter.values import array_tensor
 from onnxopt.training.kinds import DistillRecipe
 from onnxopt.training.likeness import Answer, Match, differing
 from onnxopt.training.loop.hooks import Hook
@@ -142,7 +143,7 @@ class Distiller(Hook):
         def measured(run: Run, split: Split = "search") -> float:
             found, sizes = [], []
             for batch, outputs in outputs_of(splits[split], run):
-                arrays = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items()}
+                arrays = {name: array_tensor(array) for name, array in batch.arrays.items()}
                 given = {}
                 for one, _ in self.answers:
                     y = outputs[one.name]
@@ -228,7 +229,7 @@ class Distiller(Hook):
     def _project(self, trainer: Trainer, module: GraphModule) -> None:
         """Find the scale of hidden tensors; those of other widths are given behind linear maps, too."""
         samples = [
-            {name: torch.from_numpy(np.array(a)).to(module.device) for name, a in batch.arrays.items()}
+            {name: array_tensor(a).to(module.device) for name, a in batch.arrays.items()}
             for batch in itertools.islice(trainer.data.evaluated(1), _LOOKED_AT)
         ]
         with torch.no_grad():

@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 
 from onnxopt.api.common import silent
 from onnxopt.api.preparation import prepare, require_opset, settings_for
-from onnxopt.calibration import exposable, split
+from onnxopt.calibration import exposable, split, spread
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import nodes
 from onnxopt.job import Progress
-from onnxopt.model import ModelLike, load, opener, reusable
+from onnxopt.ledger import site_of
+from onnxopt.model import ModelLike, clone, load, opener, reusable
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
 from onnxopt.pipeline import Pipeline
@@ -28,19 +30,22 @@ from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.entire import quantize_entirely
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.keep import kept_sites, veto_of
+from onnxopt.quantization.rounding import has_few_levels, round_in_turn
 from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.static import Settings
 from onnxopt.quantization.units import survey
+from onnxopt.quantization.weights import weight_axis
 from onnxopt.reporting.training import TrainingReport
 from onnxopt.result import Result
 from onnxopt.targets import find_target
+from onnxopt.training.datasets import datasets_of
 from onnxopt.training.distillation import train_taught
 from onnxopt.training.interpreter.quantized import WITHIN
 from onnxopt.training.kinds import QatRecipe
 from onnxopt.training.quantizers import Quantizers
 from onnxopt.training.recipe import read_recipe
-from onnxopt.training.work import datasets_of
+from onnxopt.training.scales import untie_scales
 
 __all__ = ["train_qat"]
 
@@ -82,12 +87,13 @@ def train_qat(
     taught = bool(chosen.labels or chosen.teachers)
     if is_quantized and not taught:
         raise UsageError("qat: without labels it learns from the float model: give that with --teacher")
+    if is_quantized:
+        untie_scales(original)
     floats = next(map(reusable, chosen.teachers), None) if is_quantized else model
     prepared, settings = (None, None) if floats is None else _prepared(floats, chosen)
     start = original
     if not is_quantized and prepared is not None and settings is not None:
-        samples = datasets_of(chosen, original)[0].samples()
-        some = samples[:: max(1, len(samples) // chosen.calibration)]
+        some = spread(datasets_of(chosen, original)[0].samples(), chosen.calibration)
         start = _quantized(prepared, settings, some, chosen, show)
         if not taught:  # by the model that the start was made of: hidden tensors are scaled alike
             chosen = dataclasses.replace(chosen, teacher=prepared)
@@ -142,10 +148,7 @@ def _quantized(
             "take --activations none"
         )
     if few or recipe.activations == "none":
-        one = QuantizeWeights(type=recipe.weights, per_channel=recipe.per_channel, clip=True)
-        veto = veto_of(dict.fromkeys(kept, "it is to stay in floating point"))
-        made = Pipeline((one,)).run(opener(model), veto=veto)
-        found = made.model if made.changes else None
+        found = _weights_quantized(model, samples, recipe, kept)
     elif not len(samples):
         raise UsageError(
             "qat: a stream cannot be calibrated on: give a quantized model, or --activations none"
@@ -159,3 +162,20 @@ def _quantized(
         if value.dtype == form.dtype:
             value.meta[WITHIN] = (int(form.low), int(form.high))
     return found
+
+
+def _weights_quantized(
+    model: ir.Model, samples: Sequence[Feeds], recipe: QatRecipe, kept: frozenset[str]
+) -> ir.Model | None:
+    """A copy with its weights alone quantized; None where nothing can be."""
+    plain = QuantizeWeights(type=recipe.weights, per_channel=recipe.per_channel, clip=True)
+    veto = veto_of(dict.fromkeys(kept, "it is to stay in floating point"))
+    made, form = Pipeline((plain,)).run(opener(model), veto=veto), find_format(recipe.weights)
+    if not made.changes or not len(samples) or not has_few_levels(form):
+        return made.model if made.changes else None
+    sites, whole = {rewrite.site for rewrite in made.granted}, clone(model)
+    layers = [node for node in whole.graph if site_of(node) in sites]
+    axis_of = partial(weight_axis, position=1) if recipe.per_channel else lambda _: None
+    found = round_in_turn(whole, layers, samples, form, axis_of)
+    known = {node.inputs[1].name or "": one for node, one in found.items() if node.inputs[1] is not None}
+    return Pipeline((dataclasses.replace(plain, known=known),)).run(opener(whole), veto=veto).model

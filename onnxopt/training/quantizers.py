@@ -37,7 +37,7 @@ _SMALL = 2.0**-5
 """The size of weights below which they are trained at a smaller rate: steps of Adam have one size for all,
 and that of integers is in proportion to their weights. Folded into a first layer that reads bytes, a norm
 leaves weights of thousandths."""
-_ALIKE = 0.9
+_ALIKE = 0.5
 """The share of its integers that a float weight gives, at least, that is taken for what they were made of."""
 
 
@@ -124,7 +124,7 @@ def _covering(quantizer: ir.Node, low: float, high: float) -> float:
 
 
 def _adopt(module: GraphModule, model: ir.Model, floats: ir.Model) -> None:
-    """Let integer weights begin as those of the float model that give the same integers."""
+    """Let integer weights begin as those of the float model, where these give the same integers."""
     known: dict[tuple[int, ...], list[Tensor]] = {}
     for _, value in constants(floats):
         tensor = value.const_value
@@ -143,4 +143,5 @@ def _adopt(module: GraphModule, model: ir.Model, floats: ir.Model) -> None:
         ]
         share, best = max(shares, key=lambda pair: pair[0], default=(0.0, stored))
         if share >= _ALIKE and held[name].is_floating_point():
-            held[name].copy_(best)
+            alike = integers_of(best, tensor.dtype, one, one.scale()) == stored
+            held[name].copy_(torch.where(alike, best, held[name]))

@@ -115,6 +115,7 @@ class Teacher:
             with torch.no_grad():
                 found = self._module({name: one.to(self._device) for name, one in fed.items()})
             return {name: one.to(device) for name, one in found.items()}
+        fed = {name: one.float() if one.dtype == torch.bfloat16 else one for name, one in fed.items()}
         feeds = {name: one.cpu().numpy().astype(self.inputs[name].dtype) for name, one in fed.items()}
         lengths = {len(one) for one in feeds.values() if one.ndim}
         count = lengths.pop() if len(lengths) == 1 else 0

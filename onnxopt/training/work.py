@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from onnxopt.api.common import record, silent, source_of, versions
-from onnxopt.data.contract import contract_of
 from onnxopt.errors import ModelError, UsageError
 from onnxopt.graph import FLOATS, float_attr, nodes
 from onnxopt.job import Progress
-from onnxopt.metric import parse_drop
+from onnxopt.metric import Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, load, reusable
 from onnxopt.reporting import measure_size
 from onnxopt.reporting.training import Score, TrainingReport
 from onnxopt.result import Result
+from onnxopt.training.datasets import datasets_of
 from onnxopt.training.initialization import initialize
 from onnxopt.training.interpreter.module import GraphModule, to_torch
 from onnxopt.training.interpreter.statistics import Follows
@@ -39,10 +41,8 @@ from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.normalization import Estimate, fold_batchnorm, with_batchnorm
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.samples.dataset import Dataset
-from onnxopt.training.samples.sources import open_source
-from onnxopt.training.samples.transforms import parse_transforms
 
-__all__ = ["datasets_of", "train"]
+__all__ = ["train"]
 
 _PROBED = 64
 """Samples that the statistics of a new BatchNormalization are taken from, at most."""
@@ -93,115 +93,136 @@ def train(
     model, show = reusable(model), progress or silent
     show("reading the model", None)
     original = load(model)
-    data, validation, test = datasets_of(recipe, original)
+    hooks = [*hooks, *([Estimate()] if recipe.statistics == "estimate" else [])]
+    begun, sha256 = original if start is None else start, fingerprint(model, original)
+    job = _Job(command, recipe, hooks, model, original, begun, sha256, *datasets_of(recipe, original))
     with world(recipe.devices, recipe.shard) as where, _folder(folder) as place:
-        begun = original if start is None else start
-        prepared, sites = begun, tuple[str, ...]()
-        if recipe.batchnorm:
-            prepared, sites = with_batchnorm(begun, data.samples()[:_PROBED])
-        module = to_torch(prepared, batch_statistics=_follows(recipe, prepared, where))
-        hooks = [*hooks, *([Estimate()] if recipe.statistics == "estimate" else [])]
-        initialize(module, prepared, recipe.init, recipe.seed)
-        objective = _objective(recipe, original, data) if share or recipe.labels else None
-        activations = final_activations(original)
-        own = (one.metric(validation, test) for one in hooks if recipe.metric is None)
-        metric = next(filter(None, own), None) or find_metric(
-            recipe.metric, objective, activations, validation, test, model if reference is None else reference
-        )
-        sha256 = fingerprint(model, original)
-
-        def finish(trained: nn.Module) -> ir.Model:
-            assert isinstance(trained, GraphModule)
-            done = write_back(trained, prepared)
-            fold_batchnorm(done, sites)
-            for hook in hooks:
-                hook.written(done)
-            record(done, [*filter(None, [done.metadata_props.get("onnxopt.passes")]), command], sha256)
-            return done
-
+        module, finish = _prepared(job, where)
+        objective = _objective(recipe, original, job.data) if share or recipe.labels else None
+        metric = _metric(job, objective, model if reference is None else reference)
         judge = FileJudge(metric, finish, place, writes=where.first)
         trainer = Trainer(
             module,
             _through(objective, module, share) if share else None,
-            data,
+            job.data,
             recipe,
             judge,
             world=where,
             hooks=hooks,
             folder=place if folder is not None else None,
-            made_for=_identity(command, sha256, recipe, where),
+            made_for=_identity(job, where),
             progress=show,
         )
-
-        def scores(one: ModelLike) -> tuple[float, float]:
-            found: tuple[float, float] = where.agreed(_both(metric, one) if where.first else None)
-            return found
-
+        scores = functools.partial(_scores, metric, where)
         show("scoring the original", None)
-        before, begin = scores(model), scores(begun) if start is not None else None
-        curves = trainer.fit(resume=resume)
+        before, begin = scores(model), None if start is None else scores(start)
+        trainer.fit(resume=resume)
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
-        after = scores(best)
-        choice, final = (
-            Score(metric.name, before[i], after[i], metric.has_split and i == 1, begin[i] if begin else None)
-            for i in range(2)
-        )
-        reason = _objection(final, recipe.max_drop)
-        notes = [] if metric.has_split else [_SAME if validation is data else _SEEN]
-        notes += [one.summary for one in module.stages if where.stages]
-        notes += [note for hook in hooks for note in hook.notes]
-        if floor is not None:
-            least = scores(floor)[1]
-            notes.append(f"without training: {metric.name} {least:.6g}")
-            reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")
-        parameters = list(module.parameters())
-        report = TrainingReport(
-            command=command,
-            source=source_of(model),
-            input_sha256=sha256,
-            recipe=recipe.to_dict(),
-            seed=recipe.seed,
-            versions={**versions(), "torch": torch.__version__},
-            device=str(where),
-            process=(where.rank, where.size),
-            samples=(data.length, validation.length, test.length if test is not None else None),
-            trained=(
-                sum(one.numel() for one in trainer.trained.values()),
-                sum(one.numel() for one in parameters),
-            ),
-            before=measure_size(original),
-            after=measure_size(best),
-            choice=choice,
-            final=final,
-            curves=vars(curves),
-            best_epoch=curves.best + 1,
-            steps=trainer.step,
-            reason=reason,
-            notes=tuple(notes),
-            seconds=time.perf_counter() - started,
-        )
-    return Result(original if reason else best, report, model)
+        after, least = scores(best), None if floor is None else scores(floor)[1]
+    choice = Score(metric.name, before[0], after[0], False, begin and begin[0])
+    final = Score(metric.name, before[1], after[1], metric.has_split, begin and begin[1])
+    report = _report(job, trainer, best, choice, final, least, started)
+    return Result(best if report.ok else original, report, model)
 
 
-def datasets_of(recipe: Recipe, model: ir.Model) -> tuple[Dataset, Dataset, Dataset | None]:
-    """The samples to train on, to choose by, and for the last word."""
-    if recipe.data is None:
-        raise UsageError("train: there is nothing to train on: give --data (data=)")
-    contract, transforms = contract_of(model), parse_transforms(recipe.transforms)
+@dataclass(frozen=True)
+class _Job:
+    """What is trained, on what, and what it is compared with."""
 
-    def opened(source: Any) -> Dataset:
-        found = open_source(source, labels=recipe.labels, preprocess=recipe.preprocess)
-        return Dataset(
-            found, contract, recipe.labels, transforms, recipe.seed, recipe.workers, recipe.shuffle
-        )
+    command: str
+    recipe: Recipe
+    hooks: Sequence[Hook]
+    model: ModelLike
+    original: ir.Model
+    begun: ir.Model
+    sha256: str
+    data: Dataset
+    validation: Dataset
+    test: Dataset | None
 
-    data = opened(recipe.data)
-    test = opened(recipe.test) if recipe.test is not None else None
-    if recipe.validation is not None:
-        return data, opened(recipe.validation), test
-    data, held_out = data.split(recipe.holdout)
-    return data, held_out or data, test
+
+def _prepared(job: _Job, where: World) -> tuple[GraphModule, Callable[[nn.Module], ir.Model]]:
+    """The module that is trained, and what makes a model of it that can be judged and written."""
+    recipe, model, sites = job.recipe, job.begun, tuple[str, ...]()
+    if recipe.batchnorm:
+        model, sites = with_batchnorm(model, job.data.samples()[:_PROBED])
+    module = to_torch(model, batch_statistics=_follows(recipe, model, where))
+    initialize(module, model, recipe.init, recipe.seed)
+
+    def finish(trained: nn.Module) -> ir.Model:
+        assert isinstance(trained, GraphModule)
+        done = write_back(trained, model)
+        fold_batchnorm(done, sites)
+        for hook in job.hooks:
+            hook.written(done)
+        record(done, [*filter(None, [done.metadata_props.get("onnxopt.passes")]), job.command], job.sha256)
+        return done
+
+    return module, finish
+
+
+def _metric(job: _Job, objective: Objective | None, reference: ModelLike) -> Metric:
+    """What the recipe names; else what a hook judges by, or what goes with the loss."""
+    own = (one.metric(job.validation, job.test) for one in job.hooks if job.recipe.metric is None)
+    activations = final_activations(job.original)
+    return next(filter(None, own), None) or find_metric(
+        job.recipe.metric, objective, activations, job.validation, job.test, reference
+    )
+
+
+def _scores(metric: Metric, where: World, model: ModelLike) -> tuple[float, float]:
+    """The metric on the samples to choose by, and on those for the last word; the same in all processes."""
+    choice = score(metric, model) if where.first else math.nan
+    final = score(metric, model, "final") if where.first and metric.has_split else choice
+    agreed: tuple[float, float] = where.agreed((choice, final))
+    return agreed
+
+
+def _report(
+    job: _Job,
+    trainer: Trainer,
+    best: ir.Model,
+    choice: Score,
+    final: Score,
+    least: float | None,
+    started: float,
+) -> TrainingReport:
+    """What was done since `started`, and whether it is to be written; least: the score to be reached."""
+    recipe, module, where, curves = job.recipe, trainer.module, trainer.world, trainer.curves
+    notes = [] if final.unseen else [_SAME if job.validation is job.data else _SEEN]
+    if isinstance(module, GraphModule) and where.stages:
+        notes += [one.summary for one in module.stages]
+    notes += [note for hook in job.hooks for note in hook.notes]
+    reason = _objection(final, recipe.max_drop)
+    if least is not None:
+        notes.append(f"without training: {final.metric} {least:.6g}")
+        reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")
+    return TrainingReport(
+        command=job.command,
+        source=source_of(job.model),
+        input_sha256=job.sha256,
+        recipe=recipe.to_dict(),
+        seed=recipe.seed,
+        versions={**versions(), "torch": torch.__version__},
+        device=str(where),
+        process=(where.rank, where.size),
+        samples=(job.data.length, job.validation.length, job.test.length if job.test is not None else None),
+        trained=(
+            sum(one.numel() for one in trainer.trained.values()),
+            sum(one.numel() for one in module.parameters()),
+        ),
+        before=measure_size(job.original),
+        after=measure_size(best),
+        choice=choice,
+        final=final,
+        curves=vars(curves),
+        best_epoch=curves.best + 1,
+        steps=trainer.step,
+        reason=reason,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _follows(recipe: Recipe, model: ir.Model, where: World) -> Follows:
@@ -240,11 +261,6 @@ def _through(objective: Objective | None, module: GraphModule, share: float) -> 
     return Objective(tuple(terms), scaled)
 
 
-def _both(metric: Any, model: ModelLike) -> tuple[float, float]:
-    found = score(metric, model)
-    return found, score(metric, model, "final") if metric.has_split else found
-
-
 def _objection(final: Score, max_drop: str) -> str:
     """Why the result is not to be written; empty where it is."""
     if final.start is not None and final.after <= final.start:
@@ -254,10 +270,10 @@ def _objection(final: Score, max_drop: str) -> str:
     return ""
 
 
-def _identity(command: str, sha256: str, recipe: Recipe, where: World) -> str:
+def _identity(job: _Job, where: World) -> str:
     """What a checkpoint is of: model, training, and how many share it."""
-    options = {name: value for name, value in recipe.to_dict().items() if name not in _NO_MATTER}
-    text = json.dumps([command, sha256, options, where.size], sort_keys=True)
+    options = {name: value for name, value in job.recipe.to_dict().items() if name not in _NO_MATTER}
+    text = json.dumps([job.command, job.sha256, options, where.size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

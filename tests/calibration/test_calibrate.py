@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxopt.calibration import Statistics, calibrate, exposable, running, split
+from onnxopt.calibration import Statistics, calibrate, exposable, running, split, spread
 from onnxopt.calibration.exposing import Slices
 from onnxopt.data import Feeds, Samples
 from onnxopt.errors import UsageError
@@ -258,3 +258,21 @@ def test_split_leaves_neither_side_empty(share: float) -> None:
     assert split(alone, held_out=share) == (alone, alone)
     same = feeds(1) * 3
     assert split(same, held_out=share) == (same, same)
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "found"),
+    [(7, 3, [0, 2, 4]), (255, 128, None), (256, 128, None), (3, 8, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4])],
+)
+def test_so_many_samples_as_are_asked_for_from_all_over(
+    have: int, asked: int, found: list[int] | None
+) -> None:
+    few = spread(Samples(have, lambda number: {"x": np.array(number)}), asked)
+    numbers = [int(one["x"]) for one in few]
+    assert len(numbers) == min(have, asked)
+    assert set(np.diff(numbers)) <= {have // len(numbers), -(-have // len(numbers))}
+    assert found is None or numbers == found
+
+
+def test_of_no_samples_none_are_taken() -> None:
+    assert len(spread((), 4)) == 0

@@ -285,7 +285,7 @@ def test_rounding_by_moments_is_never_worse_than_to_nearest(
     x[..., 0] *= not dead
     moments = x.swapaxes(1, 2) @ x
     target = RNG(seed + 2).normal(0, 4, (groups, rows, summands))
-    found = round_rows(target, moments, -7, 7)
+    found = round_rows(target, np.ones(1), moments, -7, 7)
     assert (found == np.rint(found)).all()
     assert np.abs(found).max() <= 7
     losses = [(((w - target) @ x.swapaxes(1, 2)) ** 2).sum(-1) for w in (found, np.rint(target).clip(-7, 7))]
@@ -295,7 +295,7 @@ def test_rounding_by_moments_is_never_worse_than_to_nearest(
 def test_rounding_by_moments_uses_that_inputs_go_together() -> None:
     x = np.repeat(random(200, 8), 8, axis=1) + 0.1 * random(200, 64, seed=1)
     target = random(1, 50, 64, seed=2).astype(np.float64) * 30
-    found = round_rows(target, (x.T @ x)[None].astype(np.float64), -127, 127)
+    found = round_rows(target, np.ones(1), (x.T @ x)[None].astype(np.float64), -127, 127)
     losses = [(((w - target)[0] @ x.T) ** 2).mean() for w in (found, np.rint(target))]
     assert losses[0] < losses[1] / 4
 

@@ -86,6 +86,10 @@ def test_what_fits_nothing_or_is_unknown_is_told() -> None:
         make_optimizer(named, "adan", groups=(), **options)
     with pytest.raises(UsageError, match="groups: 'fc' is neither a role"):
         make_optimizer(named, "sgd", groups=("fc{lr=1}",), **options)
+    with pytest.raises(UsageError, match=r"groups: 'weights' has taken all that 'w\*' fits: put it behind$"):
+        make_optimizer(named, "sgd", groups=("weights{lr=1}", "w*{lr=2}", "*"), **options)
+    first = make_optimizer(named, "sgd", groups=("w{lr=3}", "w{lr=4}"), **options)  # the first that fits
+    assert sorted(group["factor"] for group in first.param_groups) == [1, 3]
     with pytest.raises(UsageError, match="group: unknown option 'rate'"):
         make_optimizer(named, "sgd", groups=("w*{rate=1}",), **options)
     with pytest.raises(UsageError, match="Nesterov momentum requires a momentum"):

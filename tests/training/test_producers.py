@@ -232,7 +232,7 @@ def test_scales_along_the_wrong_axis_are_told() -> None:
     with pytest.raises(ModelError) as error:
         to_torch(model)
     told = "a scale of shape [2, 5] does not fit [8, 5] along axis 1 in blocks of 4"
-    assert str(error.value) == f"training: DequantizeLinear {node.name!r}: {told}"
+    assert str(error.value) == f"training: DequantizeLinear {node.output[0]!r}: {told}"
 
 
 def test_weights_behind_bytes_learn_like_others() -> None:

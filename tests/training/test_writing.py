@@ -17,7 +17,7 @@ from onnxopt.model import load
 from onnxopt.protobuf import dump, serialize
 from onnxopt.runtimes import open_session
 from onnxopt.training import to_torch, write_back
-from tests.support import text_model
+from tests.support import execute, text_model
 from tests.training.nets import HEAD, build, feeds, net
 
 
@@ -169,6 +169,63 @@ def test_what_is_shared_because_it_is_equal_is_trained_apart() -> None:
 def test_ties_are_kept_or_cut_as_asked(tied: str, names: list[str]) -> None:
     module = to_torch(TIED, tied=tied)  # type: ignore[arg-type]
     assert [name for name, _ in module.named_parameters()] == names
+
+
+def test_names_of_copies_are_taken_by_nothing_else() -> None:
+    """A tensor of the graph has the name of the copy, and a constant that of one in a body."""
+    model = text_model(
+        f"""{HEAD} g (float[2] x, bool c) => (float[2] y)
+        <float[2] one = {{1, 1}}, float[2] one__1 = {{2, 3}}, float[2] k__1 = {{4, 5}}> {{
+            one__2 = Mul(x, one)
+            a = Mul(one__2, one)
+            b = Mul(a, one__1)
+            d = Mul(b, k__1)
+            y = If(c) <then_branch = s () => (float[2] p)
+                           {{ k = Constant<value = float[2] {{6, 7}}>() p = Mul(d, k) }},
+                       else_branch = t () => (float[2] q)
+                           {{ k = Constant<value = float[2] {{8, 9}}>() q = Mul(d, k) }}>
+        }}"""
+    )
+    module = to_torch(model)
+    assert [name for name, _ in module.named_parameters()] == ["one", "one__3", "one__1", "k__1", "k", "k__2"]
+    with torch.no_grad():
+        for number, one in enumerate(module.parameters(), 2):
+            one.mul_(number)
+    written = write_back(module, model)
+    for sample in ({"x": torch.ones(2), "c": torch.tensor(yes)} for yes in (True, False)):
+        found = to_torch(dump(written), tied="all")(sample)["y"]
+        assert torch.equal(found, module(sample)["y"])
+        np.testing.assert_array_equal(
+            execute(written, {k: v.numpy() for k, v in sample.items()})[0], found.detach()
+        )
+
+
+def test_of_some_outputs_what_is_trained_is_written_where_it_was() -> None:
+    """Nodes and bodies in front of what is trained are left out; names are those of the whole model."""
+    body = "{{ k = Constant<value = float[2] {{{0}}}>() {1} = Mul(d, k) }}"
+    model = text_model(
+        f"""{HEAD} g (float[2] x, bool c) => (float[2] z, float[2] y) <float[2] one = {{1, 1}}> {{
+            one__1 = Neg(x)
+            z0 = Mul(one__1, one)
+            d = Mul(x, one)
+            z1 = If(c) <then_branch = s () => (float[2] p) {body.format("2, 3", "p")},
+                        else_branch = t () => (float[2] q) {{ q = Neg(d) }}>
+            z = Add(z0, z1)
+            y0 = If(c) <then_branch = u () => (float[2] r) {body.format("4, 5", "r")},
+                        else_branch = v () => (float[2] o) {{ o = Neg(d) }}>
+            y = Mul(y0, one)
+        }}"""
+    )
+    sample = {"x": torch.tensor([1.0, 2]), "c": torch.tensor(True)}
+    before = to_torch(model)(sample)["z"]
+    module = to_torch(model, outputs=["y"])
+    with torch.no_grad():
+        list(module.parameters())[-1].mul_(10)
+        module.get_parameter(module.keys["one__1"]).mul_(3)
+    found = to_torch(dump(write_back(module, model)), tied="all")(sample)
+    assert torch.equal(found["y"], module(sample)["y"])
+    assert found["y"].tolist() == [120, 300]
+    assert torch.equal(found["z"], before)
 
 
 def test_constants_in_nodes_and_bodies_are_written_where_they_were() -> None:

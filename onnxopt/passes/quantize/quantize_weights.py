@@ -23,14 +23,14 @@ once, for products too, and all takes the time and the memory of float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.claims import Kind, Pass
+from onnxopt.claims import Kind, Pass, unspelled
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of, float_attr, int_attr, sizes_of
 from onnxopt.index import operator_of
@@ -63,6 +63,7 @@ class QuantizeWeights(Pass):
     even: elements of 4 bits only where the last axis is even, as TensorRT's parser asks for.
     minimum: elements of the smallest weight; smaller ones hardly pay for the nodes.
     layers: only weights of these operators, such as MatMul+Gather; all where empty.
+    known: by the name of a weight, its elements and what they stand for, where that was found out before.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -85,6 +86,7 @@ class QuantizeWeights(Pass):
     even: bool = False
     minimum: int = 64
     layers: tuple[str, ...] = ()
+    known: Mapping[str, tuple[np.ndarray, QuantParams]] | None = unspelled(None)
 
     def __post_init__(self) -> None:
         form = find_format(self.type)
@@ -126,7 +128,8 @@ class QuantizeWeights(Pass):
             raise NewerOpset(
                 f"DequantizeLinear {'in blocks' if block else 'by channel'} of {form.name}", newest
             )
-        ints, params = self._rounded(stored.array, form, axis, block, stored.dtype)
+        known = (self.known or {}).get(stored.value.name or "")
+        ints, params = known or self._rounded(stored.array, form, axis, block, stored.dtype)
         edit = Edit(stored.anchor, scope)
         value = _dequantized(edit, ints, params, stored.value.name or "weight")
         if stored.dtype != ir.DataType.FLOAT:

@@ -25,7 +25,7 @@ from onnxopt.training.interpreter import registry
 from onnxopt.training.interpreter.frozen import FrozenPart
 from onnxopt.training.interpreter.functions import FunctionBody, has_function
 from onnxopt.training.interpreter.graph import Body, Plan, Step
-from onnxopt.training.interpreter.quantized import add_quantized
+from onnxopt.training.interpreter.quantized import add_quantized, called
 from onnxopt.training.interpreter.registry import Context, Operator
 from onnxopt.training.interpreter.state import State, is_statistic
 from onnxopt.training.interpreter.values import HOST_LIMIT, Host, host_of, tensor_of
@@ -185,7 +185,7 @@ class Builder:
         assert operator is not None
         known = operator.attributes or ()
         kept = {name: value for name, value in options.items() if name in known}
-        ctx, output = Context(version, 1, (None,) * len(inputs), (result,)), self._next()
+        ctx, output = Context(version, 1, (None,) * len(inputs), (result,), called(node)), self._next()
         self.plan.steps.append(Step(operator, kept, ctx, inputs, (output,), (), False, node.name or ""))
         return output
 
@@ -230,6 +230,7 @@ class Builder:
             max((i + 1 for i, value in enumerate(node.outputs) if value.name), default=0),
             tuple(value.dtype if value is not None else None for value in node.inputs),
             tuple(value.dtype for value in node.outputs),
+            called(node),
         )
         maybe = [self._is_host(value) for value in node.inputs]
         all_host = operator.host and all(maybe) and node.op_type not in NONDETERMINISTIC
@@ -242,10 +243,7 @@ class Builder:
             self._host.update(node.outputs)
         if all_host and self._folded(operator, options, ctx, inputs, outputs):
             return
-        computed = any(
-            m and value is not None and value in self._host
-            for m, value in zip(maybe, node.inputs, strict=True)
-        )
+        computed = any(m and value in self._host for m, value in zip(maybe, node.inputs, strict=True))
         self.plan.steps.append(
             Step(operator, options, ctx, inputs, outputs, captured, all_host or computed, node.name or "")
         )

@@ -12,7 +12,16 @@ from onnxopt.ledger import Ledger
 from onnxopt.passes.freeze_initializers import FreezeInitializers
 from onnxopt.passes.inline_functions import InlineFunctions
 from onnxopt.training.interpreter.quantized import floats_of, reading
-from onnxopt.training.interpreter.state import INLINED, Options, State, constants, is_constant_node, nodes_of
+from onnxopt.training.interpreter.state import (
+    INLINED,
+    NAME,
+    NUMBER,
+    Options,
+    State,
+    constants,
+    is_constant_node,
+    nodes_of,
+)
 from onnxopt.training.interpreter.values import tensor_of
 
 __all__ = ["initial", "prepare"]
@@ -31,6 +40,10 @@ def prepare(model: ir.Model, options: Options) -> ir.Model:
         known = [value.name or "" for value in model.graph.outputs]
         if name not in known:
             raise UsageError(f"training: there is no output {name!r}{did_you_mean(name, known)}")
+    for number, node in enumerate(nodes_of(model)):
+        node.meta[NUMBER] = number
+    for own, value in constants(model):
+        value.meta[NAME] = own
     if options.outputs is not None:
         cut(model, options.outputs)
     called = {value.producer(): name for name, value in constants(model)} if model.functions else {}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import onnx_ir as ir
 from torch import Tensor
 
-from onnxopt.errors import ModelError
 from onnxopt.graph import constant_array, constant_of, int_attr
 from onnxopt.index import operator_of
+from onnxopt.ledger import site_of
 from onnxopt.passes.shared.quantized import (
     DEQUANTIZE,
     QUANTIZE,
@@ -27,7 +27,7 @@ from onnxopt.passes.shared.quantized import (
 )
 from onnxopt.quantization.formats import INTEGERS
 from onnxopt.rewrite import Declined
-from onnxopt.training.interpreter.ops.quantize import dequantize, quantize
+from onnxopt.training.interpreter.ops.quantize import dequantize, quantize, require_fit
 from onnxopt.training.interpreter.values import CARRIERS, Host, host_of, tensor_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "Reading",
     "add_quantized",
     "bias_scale",
+    "called",
     "floats_of",
     "integers_of",
     "reading",
@@ -156,14 +157,8 @@ def floats_of(tensor: ir.TensorProtocol, one: Reading) -> Tensor:
         ModelError: the scale is not of their shape.
     """
     integers, scale = tensor_of(tensor.numpy(), tensor.dtype), one.scale()
-    try:
-        return dequantize(integers, scale, _zero(one), one.axis, one.block_size)
-    except RuntimeError:
-        blocks = f" in blocks of {one.block_size}" if one.block_size else ""
-        raise ModelError(
-            f"training: {one.node.op_type} {one.node.name!r}: a scale of shape {list(scale.shape)} does not "
-            f"fit {list(integers.shape)} along axis {one.axis}{blocks}"
-        ) from None
+    require_fit(integers, scale, one.axis, one.block_size, called(one.node))
+    return dequantize(integers, scale, _zero(one), one.axis, one.block_size)
 
 
 def integers_of(x: Tensor, dtype: ir.DataType, one: Reading, scale: Tensor) -> Tensor:
@@ -171,6 +166,11 @@ def integers_of(x: Tensor, dtype: ir.DataType, one: Reading, scale: Tensor) -> T
     wide = x.double() if dtype == ir.DataType.INT32 else x
     found = quantize(wide, scale, _zero(one), dtype, one.axis, one.block_size)
     return (found.clamp(*one.within) if one.within else found).to(CARRIERS[dtype])
+
+
+def called(node: ir.Node) -> str:
+    """What messages call a node: ``DequantizeLinear 'x_dq'``, by its output."""
+    return f"{node.op_type} {site_of(node)!r}"
 
 
 def add_quantized(builder: Builder, node: ir.Node) -> bool:

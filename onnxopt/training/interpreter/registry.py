@@ -23,13 +23,14 @@ class Context:
     """What a function may ask about its node.
 
     version: of the operator set. outputs: how many are asked for, up to the last one that is named.
-    inputs, results: element types, None where unknown.
+    inputs, results: element types, None where unknown. site: what messages call the node.
     """
 
     version: int
     outputs: int
     inputs: tuple[ir.DataType | None, ...]
     results: tuple[ir.DataType | None, ...]
+    site: str = ""
 
 
 @dataclass(frozen=True)

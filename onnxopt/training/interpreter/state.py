@@ -7,13 +7,14 @@ output of the Constant node, that holds it. See `State` for the integers of quan
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx_ir as ir
 
-from onnxopt.graph import FLOATS, constant_array, constant_of, function_name, graphs, walk
+from onnxopt.graph import FLOATS, constant_array, constant_of, function_name, graphs, value_names, walk
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training.interpreter.quantized import reading
@@ -21,6 +22,8 @@ from onnxopt.training.interpreter.statistics import readers
 
 __all__ = [
     "INLINED",
+    "NAME",
+    "NUMBER",
     "Options",
     "Site",
     "State",
@@ -39,6 +42,8 @@ Site = tuple[int, int]
 
 INLINED = "onnxopt.inlined"
 """Metadata of a prepared model that had functions, and of a constant in it that is not to be written."""
+NAME, NUMBER = "onnxopt.training.name", "onnxopt.training.number"
+"""In the `meta` of a prepared model: what a constant, and which one a node, is in the model as it was."""
 _ANY = -1
 _SCALARS_TOO: Mapping[str, tuple[int, ...]] = {
     "BatchNormalization": (1, 2),
@@ -118,7 +123,7 @@ def constants(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
 
     Those of a function, which all its calls have in common, have its name in front.
     """
-    taken: dict[str, int] = {}
+    found: list[tuple[str, ir.Value]] = []
     functions = {id(function.graph): function_name(key) for key, function in model.functions.items()}
     prefix = ""
     for graph in graphs(model):
@@ -129,9 +134,19 @@ def constants(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
                 continue
             if not value.is_initializer() and constant_of(value) is None:
                 continue
-            name = prefix + (value.name or "constant")
-            taken[name] = taken.get(name, -1) + 1
-            yield (f"{name}__{taken[name]}" if taken[name] else name), value
+            found.append((value.meta.get(NAME) or prefix + (value.name or "constant"), value))
+    taken, numbers = {name for name, _ in found}, Counter[str]()
+    for name, value in found:
+        numbers[name] += 1
+        yield (name if numbers[name] == 1 else _fresh(name, numbers[name] - 1, taken)), value
+
+
+def _fresh(name: str, number: int, taken: set[str]) -> str:
+    """The name with that number, or the next one that is not taken; it is from now on."""
+    while f"{name}__{number}" in taken:
+        number += 1
+    taken.add(f"{name}__{number}")
+    return f"{name}__{number}"
 
 
 def nodes_of(model: ir.Model) -> list[ir.Node]:
@@ -150,13 +165,14 @@ class Options:
 
 def collect(model: ir.Model, options: Options) -> list[State]:
     """The constants of a model as states. What is un-shared becomes a value of its own in `model`."""
-    numbers = {node: number for number, node in enumerate(nodes_of(model))}
     tied: Tying = "all" if INLINED in model.metadata_props else options.tied
     states: list[State] = []
-    for name, value in constants(model):
+    held = list(constants(model))
+    taken = {*value_names(model), *(name for name, _ in held)}
+    for name, value in held:
         group = [State(name, value, _form(value), source=name)]
         if group[0].form == "float" and _unties(value, tied):
-            group += _copies(group[0], numbers, model.graph)
+            group += _copies(group[0], model.graph, taken)
         for state in group:
             state.trainable = _is_trained(state, options.trainable)
             if not state.trainable and state.form == "integers":
@@ -227,19 +243,19 @@ def _unties(value: ir.Value, tied: Tying) -> bool:
     return array is not None and array.size > 0 and bool((array == array.flat[0]).all())
 
 
-def _copies(state: State, numbers: Mapping[ir.Node, int], main: ir.Graph) -> list[State]:
+def _copies(state: State, main: ir.Graph, taken: set[str]) -> list[State]:
     """Let each reader but the first read a value of its own."""
     copies = []
-    uses = sorted(state.value.uses(), key=lambda use: (numbers[use.node], use.idx))
+    uses = sorted(state.value.uses(), key=lambda use: (use.node.meta[NUMBER], use.idx))
     for number, (user, position) in enumerate(uses[1:], 1):
         own = ir.Value(
-            name=f"{state.name}__{number}",
+            name=_fresh(state.name, number, taken),
             type=state.value.type,
             shape=state.value.shape,
             const_value=constant_of(state.value),
         )
         main.register_initializer(own)
         user.replace_input_with(position, own)
-        site = (numbers[user], position)
+        site = (user.meta[NUMBER], position)
         copies.append(State(own.name or "", own, source=state.source, sites=(site,)))
     return copies

@@ -20,6 +20,7 @@ __all__ = [
     "HOST_LIMIT",
     "NATIVE",
     "Host",
+    "array_tensor",
     "deliver",
     "host_of",
     "numbers_of",
@@ -90,6 +91,13 @@ def tensor_of(array: np.ndarray, dtype: ir.DataType) -> Tensor:
     if dtype == _T.BFLOAT16:
         return torch.from_numpy(array.astype(np.float32)).to(carrier)
     return torch.from_numpy(np.array(array))
+
+
+def array_tensor(array: np.ndarray) -> Tensor:
+    """An array of data as a tensor, if possible without a copy; for types of ml_dtypes see `tensor_of`."""
+    if array.dtype.kind == "V":  # of ml_dtypes
+        return tensor_of(array, ir.DataType.from_numpy(array.dtype))
+    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
 
 
 def receive(value: Any, dtype: ir.DataType | None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_of
 from onnxopt.model import ModelLike, load
+from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.interpreter.preparation import initial, prepare
 from onnxopt.training.interpreter.quantized import bias_scale, integers_of, reading
@@ -38,11 +39,11 @@ def write_back(module: GraphModule, model: ModelLike) -> ir.Model:
         own = bias_scale(state.value) if state.form == "bias" else None
         if own is not None and any(one in changes for one in own.factors):
             changes[own.scale] = own.product(changes)
-    by_name = {state.name: state for state in states}
+    by_name, names = {state.name: state for state in states}, Names(target)
     for state in states:
         new = _new(state, by_name, changes)
         if new is not None:
-            _store(sources[state.source], new, state, target)
+            _store(sources[state.source], new, state, target, names)
     return target
 
 
@@ -82,14 +83,14 @@ def _new(state: State, states: Mapping[str, State], changes: _Changes) -> Tensor
     return None if torch.equal(now, shared) else now
 
 
-def _store(value: ir.Value, new: Tensor, state: State, model: ir.Model) -> None:
+def _store(value: ir.Value, new: Tensor, state: State, model: ir.Model, names: Names) -> None:
     old = value.const_value if value.is_initializer() else constant_of(value)  # of a graph input the default
     assert old is not None
     array = (new.float() if new.dtype == torch.bfloat16 else new).numpy()
     tensor = ir.Tensor(array.astype(old.dtype.numpy()), dtype=old.dtype, name=old.name)
     if state.sites:
-        own = ir.Value(name=state.name, type=value.type, shape=value.shape, const_value=tensor)
-        tensor.name = state.name
+        tensor.name = names.fresh(state.name)
+        own = ir.Value(name=tensor.name, type=value.type, shape=value.shape, const_value=tensor)
         model.graph.register_initializer(own)
         nodes = nodes_of(model)
         for node, position in state.sites:

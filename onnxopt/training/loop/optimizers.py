@@ -135,20 +135,22 @@ def make_optimizer(
     """
     optimizer = parse_spelled(spec, OPTIMIZERS, "optimizer")
     asked = [_group(text) for text in groups]
-    used, found = set(), dict[Group, list[nn.Parameter]]()
+    taken, found = dict[str, str](), dict[Group, list[nn.Parameter]]()
     for name, parameter in parameters.items():
         role = role_of(parameter)
-        fits = (who for who, _ in asked if who == role or fnmatch.fnmatchcase(name, who))
-        who = next(fits, None)
-        used.add(who)
-        own = dict(asked).get(who or "", Group())
+        fits = (one for one in asked if one[0] == role or fnmatch.fnmatchcase(name, one[0]))
+        taken[name], own = next(fits, ("", Group()))
         decay = own.weight_decay if own.weight_decay is not None else weight_decay * (role == "weights")
         size = float(whole(parameter.detach()).square().mean().sqrt()) if own.relative else 0.0
         rate = own.lr * (size or getattr(parameter, "rate", 1.0))
         found.setdefault(Group(rate, decay), []).append(parameter)
     for who, _ in asked:
-        if who not in used and who not in _ROLES:
-            raise UsageError(f"groups: {who!r} is neither a role ({', '.join(_ROLES)}) nor fits a name")
+        if who in taken.values() or who in _ROLES:
+            continue
+        fitting = [name for name in parameters if fnmatch.fnmatchcase(name, who)]
+        if fitting:
+            raise UsageError(f"groups: {taken[fitting[0]]!r} has taken all that {who!r} fits: put it behind")
+        raise UsageError(f"groups: {who!r} is neither a role ({', '.join(_ROLES)}) nor fits a name")
     if not found:
         raise UsageError("train: nothing is left to train: every parameter is frozen, or there is none")
     try:

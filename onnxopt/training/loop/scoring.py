@@ -20,6 +20,7 @@ from onnxopt.model import ModelLike
 from onnxopt.runtimes import open_session
 from onnxopt.storage import save
 from onnxopt.training.interpreter.logits import final_logits
+from onnxopt.training.interpreter.values import array_tensor
 from onnxopt.training.loop.losses import CrossEntropy, Objective
 from onnxopt.training.samples.dataset import Batch, Dataset
 
@@ -156,10 +157,11 @@ def _negated_loss(
 ) -> tuple[float, int]:
     given = {}
     for name, y in outputs.items():
-        if y.dtype.kind in "fiub":
+        if y.dtype.kind in "fiubV":
+            y = y.astype(np.float32) if y.dtype.kind == "V" else y
             through = _looks_through(objective, name, activations)
             given[name] = torch.from_numpy(INVERSES[activations[name]](y) if through else y)
-    arrays = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items()}
+    arrays = {name: array_tensor(array) for name, array in batch.arrays.items()}
     return -float(objective(given, arrays).mean()) * batch.size, batch.size
 
 

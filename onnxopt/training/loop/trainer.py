@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from onnxopt.errors import OnnxoptError, UsageError, one_line
 from onnxopt.training.interpreter.module import GraphModule
-from onnxopt.training.interpreter.values import whole
+from onnxopt.training.interpreter.values import array_tensor, whole
 from onnxopt.training.loop.checkpoints import read_checkpoint, write_checkpoint
 from onnxopt.training.loop.divergence import diverged
 from onnxopt.training.loop.hooks import Hook, Judge
@@ -235,8 +235,7 @@ class Trainer:
             raise UsageError(f"train: step {self.step + 1} on {shown} failed: {one_line(error)}") from error
 
     def _tensor(self, array: np.ndarray, device: str | torch.device | None = None) -> Tensor:
-        own = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
-        return torch.from_numpy(own).to(device or self.world.device)
+        return array_tensor(array).to(device or self.world.device)
 
     def _clip(self) -> Tensor:
         """Clip the gradients, and give their norm; 0 where the scaler of float16 looks after them."""

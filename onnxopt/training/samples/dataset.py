@@ -197,6 +197,9 @@ class Dataset:
                 array = np.stack([self._changed(x, changes, epoch, row) for x, row in pairs])
             given[name] = array if self.stacks or not changes else array[0]
         feeds = (_any_batch(self.contract) if self.stacks else self.contract).check(given, "data")
+        texts = [name for name, array in feeds.items() if array.dtype.kind in "OSU"]
+        if texts:
+            raise UsageError(f"data: input {texts[0]!r} is text: cut the graph where it has become numbers")
         labels = {name: given[name] for name in given if name in self.labels}
         for name, array in labels.items():
             if array.dtype.kind not in "fiub":

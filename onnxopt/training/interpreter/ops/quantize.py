@@ -13,13 +13,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxopt.errors import ModelError
 from onnxopt.quantization.formats import INTEGERS
 from onnxopt.training.interpreter.minifloat import passed, round_to
 from onnxopt.training.interpreter.ops.nn import conv
 from onnxopt.training.interpreter.registry import Context, Table, op
 from onnxopt.training.interpreter.values import CARRIERS, Host, to_device
 
-__all__ = ["TABLE", "dequantize", "fake_quantize", "quantize"]
+__all__ = ["TABLE", "dequantize", "fake_quantize", "quantize", "require_fit"]
 
 _T = ir.DataType
 _LIMITS = {**INTEGERS, _T.INT32: (-(2**31), 2**31 - 1)}
@@ -28,6 +29,21 @@ _LIMITS = {**INTEGERS, _T.INT32: (-(2**31), 2**31 - 1)}
 Zero = Tensor | Host | None
 _BESIDE = 2.0**-20
 """Relative: some rounding errors of float32. What is so near to a limit is inside."""
+
+
+def require_fit(x: Tensor, scale: Tensor, axis: int, block_size: int, site: str) -> None:
+    """Raise ModelError where scales are not one, one a slice of `axis`, or one a block of it."""
+    sizes, axis = list(x.shape), axis % max(x.dim(), 1)
+    if block_size:
+        fit = list(scale.shape) == [-(-n // block_size) if i == axis else n for i, n in enumerate(sizes)]
+    else:
+        fit = scale.numel() == 1 or [scale.numel()] == sizes[axis : axis + 1]
+    if not fit:
+        blocks = f" in blocks of {block_size}" if block_size else ""
+        raise ModelError(
+            f"training: {site}: a scale of shape {list(scale.shape)} does not fit {sizes} along axis "
+            f"{axis}{blocks}"
+        )
 
 
 def spread(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
@@ -147,6 +163,7 @@ def _quantize_linear(
     saturate: int = 1,
     ctx: Context,
 ) -> Tensor:
+    require_fit(x, scale, axis, block_size, ctx.site)
     return quantize(x, scale, zero, _kind(ctx, output_dtype, zero), axis, block_size, bool(saturate))
 
 
@@ -158,7 +175,9 @@ def _dequantize_linear(
     axis: int = 1,
     block_size: int = 0,
     output_dtype: int = 0,
+    ctx: Context,
 ) -> Tensor:
+    require_fit(q, scale, axis, block_size, ctx.site)
     found = dequantize(q, scale, zero, axis, block_size)
     return found.to(CARRIERS[_T(output_dtype)]) if output_dtype else found
 
@@ -173,11 +192,13 @@ def _both(
     offset: float | Tensor = 0.0,
     within: tuple[int, int] | None = None,
     output_dtype: int,
+    ctx: Context,
 ) -> Tensor:
     """QuantizeLinear and DequantizeLinear; `offset` is a zero point that is one number for all.
 
     within: the least and the largest integer, where those are not the type's.
     """
+    require_fit(x, scale, axis, block_size, ctx.site)
     kind, dtype = scale.dtype, _T(output_dtype)
     if dtype not in _LIMITS:
         return dequantize(quantize(x, scale, None, dtype, axis, block_size), scale, None, axis, block_size)

@@ -16,12 +16,19 @@ import onnx_ir as ir
 
 from onnxopt.calibration.compensation import damped
 from onnxopt.calibration.moments import positions_of
+from onnxopt.calibration.segments import needed_from, part_of
 from onnxopt.calibration.windows import from_rows, operand_rows, result_rows, weight_rows
 from onnxopt.data import Feeds
-from onnxopt.graph import constant_array, constant_of, float_attr, read_once, sizes_of, sole_user
+from onnxopt.graph import (
+    constant_array,
+    constant_of,
+    float_attr,
+    read_once,
+    set_constant,
+    sizes_of,
+    sole_user,
+)
 from onnxopt.model import clone
-from onnxopt.pruning.cut import set_constant
-from onnxopt.quantization.segments import needed_from, part_of
 from onnxopt.runtimes import open_session
 
 __all__ = ["Front", "Turn", "beside_of", "in_turn", "is_plain"]

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxopt.pruning import successive
-from onnxopt.pruning.successive import in_turn
+from onnxopt.calibration import successive
+from onnxopt.calibration.successive import in_turn
 from tests.passes.weighted import weight_of
 from tests.support import execute, text_model
 
