@@ -226,15 +226,16 @@ def _report(
 
 
 def _follows(recipe: Recipe, model: ir.Model, where: World) -> Follows:
-    asked = recipe.statistics in ("batch", "estimate")
     found = [node for node in nodes(model) if node.op_type == "BatchNormalization"]
-    if asked and not found:
+    mode = {"auto": "batch" if recipe.batchnorm else "frozen"}.get(recipe.statistics, recipe.statistics)
+    if mode == "frozen":
+        return False
+    if recipe.statistics == mode and not found:
         why = "what is trained has no BatchNormalization (qat and prune --channels fold it)"
-        raise UsageError(f"statistics={recipe.statistics}: {why}")
-    if recipe.statistics == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
+        raise UsageError(f"statistics={mode}: {why}")
+    if mode == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
         raise UsageError("statistics=batch: with the momentum 1 of a node they would stay: take estimate")
-    follows = asked or (recipe.batchnorm and recipe.statistics == "auto")
-    return "union" if follows and where.size > 1 else follows
+    return "union" if where.size > 1 else True
 
 
 def _objective(recipe: Recipe, model: ir.Model, data: Dataset) -> Objective:

@@ -311,8 +311,9 @@ def test_what_cannot_follow_is_told(digits: Path) -> None:
     norm = next(node for node in still.graph.node if node.op_type == "BatchNormalization")
     del norm.attribute[:]
     norm.attribute.append(onnx.AttributeProto(name="momentum", f=1.0, type=onnx.AttributeProto.FLOAT))
-    with pytest.raises(UsageError, match="with the momentum 1 of a node they would stay: take estimate"):
-        finetune(still, digits / "train.npz", **QUICK, statistics="batch")
+    for more in ({"statistics": "batch"}, {"batchnorm": True}):
+        with pytest.raises(UsageError, match="with the momentum 1 of a node they would stay: take estimate"):
+            finetune(still, digits / "train.npz", **QUICK, **more)
     with pytest.raises(UsageError, match=r"statistics: unknown value .batches. \(did you mean .batch"):
         finetune(still, digits / "train.npz", **QUICK, statistics="batches")
     module = to_torch(shared(), batch_statistics=True)
