@@ -189,7 +189,8 @@ def qat(
     onnxopt train qat model.onnx -o int8.onnx --data unlabelled.npz
     onnxopt train qat quantized.onnx -o trained.onnx --data train.npz --labels y
 
-    A float model is quantized first, all that can be. Without labels it learns to give what the float model
-    gives. Exit codes: 0 written, 1 training gained nothing or diverged, 2 bad input.
+    A float model is quantized first, all that can be, and what that gives is written where training gains
+    nothing over it. Without labels it learns to give what the float model gives. Exit codes: 0 written, 1 a
+    quantized model gained nothing, or training diverged, 2 bad input.
     """
     return run_training("train_qat", model, output, recipe, resume, json_file, given)

@@ -123,7 +123,9 @@ def _nearest(turn: Turn, target: np.ndarray, params: QuantParams) -> tuple[np.nd
     best = np.argmin(errors, axis=0)
     _, which = shaped(replace(params, zero_point=best), target.ndim, target.shape)
     ints = np.take_along_axis(np.stack(tried), np.broadcast_to(which, target.shape)[None], 0)[0]
-    return ints.astype(params.format.dtype.numpy()), replace(params, scale=params.scale * ratios[best])
+    return ints.astype(params.format.dtype.numpy()), replace(
+        params, scale=np.asarray(params.scale * ratios[best])
+    )
 
 
 def round_rows(

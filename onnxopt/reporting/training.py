@@ -42,8 +42,9 @@ class TrainingReport:
 
     recipe: all options. samples: to train on, to choose the best epoch by, and for the last word; None where
     they are not counted. trained: parameters that were, of how many. choice: the score that the epoch was
-    chosen by; final: that of the last word. curves: a number for each evaluation, which is one
-    after each epoch unless the recipe says otherwise. best_epoch: number of the best one, counts from 1.
+    chosen by; final: that of the last word. curves: a number for each evaluation, which is one after each
+    epoch unless the recipe says otherwise. best_epoch: number of the best one, counts from 1; 0: none is
+    better than the start.
     reason: why nothing is to be written; empty where all is well. process: number of this one, of how many.
     """
 

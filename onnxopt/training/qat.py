@@ -72,8 +72,9 @@ def train_qat(
         options: the fields of `QatRecipe`.
 
     Returns:
-        The best epoch's model; the float model as it was, and `report.ok` false, where training gained
-        nothing over the start, or lost more of the float model's metric than `max_drop`.
+        The best epoch's model; where training gained nothing over the start, that of a float model as it was
+        quantized. The float model as it was, and `report.ok` false, where a quantized model gained nothing,
+        or where more of the float model's metric is lost than `max_drop`.
 
     Raises:
         ModelError, UsageError: input that cannot be used, or an unknown option.
@@ -102,6 +103,7 @@ def train_qat(
         model if floats is None else floats,
         chosen,
         start=start,
+        serves=not is_quantized,
         hooks=[Quantizers(start, prepared)],
         folder=folder,
         resume=resume,

@@ -58,6 +58,7 @@ def train(
     recipe: Recipe,
     *,
     start: ir.Model | None = None,
+    serves: bool = False,
     hooks: Sequence[Hook] = (),
     share: float = 1.0,
     reference: ModelLike | None = None,
@@ -73,6 +74,7 @@ def train(
         model: what the result is compared with.
         recipe: how to train.
         start: the model that is trained, where it is another one.
+        serves: whether the start is a result, too, where training gains nothing over it.
         hooks: what they add to the loop.
         share: what the recipe's loss is multiplied with; 0: hooks give all of it.
         reference: what metrics such as agreement compare with, where it is another one than `model`.
@@ -120,9 +122,11 @@ def train(
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
         after, least = scores(best), None if floor is None else scores(floor)[1]
+        if serves and start is not None and begin is not None and after[1] <= begin[1]:
+            best, after = _recorded(start, job), begin
     choice = Score(metric.name, before[0], after[0], False, begin and begin[0])
     final = Score(metric.name, before[1], after[1], metric.has_split, begin and begin[1])
-    report = _report(job, trainer, best, choice, final, least, started)
+    report = _report(job, trainer, best, choice, final, least, serves, started)
     return Result(best if report.ok else original, report, model)
 
 
@@ -156,10 +160,14 @@ def _prepared(job: _Job, where: World) -> tuple[GraphModule, Callable[[nn.Module
         fold_batchnorm(done, sites)
         for hook in job.hooks:
             hook.written(done)
-        record(done, [*filter(None, [done.metadata_props.get("onnxopt.passes")]), job.command], job.sha256)
-        return done
+        return _recorded(done, job)
 
     return module, finish
+
+
+def _recorded(model: ir.Model, job: _Job) -> ir.Model:
+    record(model, [*filter(None, [model.metadata_props.get("onnxopt.passes")]), job.command], job.sha256)
+    return model
 
 
 def _metric(job: _Job, objective: Objective | None, reference: ModelLike) -> Metric:
@@ -186,15 +194,22 @@ def _report(
     choice: Score,
     final: Score,
     least: float | None,
+    serves: bool,
     started: float,
 ) -> TrainingReport:
-    """What was done since `started`, and whether it is to be written; least: the score to be reached."""
+    """What was done since `started`, and whether it is to be written.
+
+    least: the score to be reached. serves: whether that of the start will do.
+    """
     recipe, module, where, curves = job.recipe, trainer.module, trainer.world, trainer.curves
     notes = [] if final.unseen else [_SAME if job.validation is job.data else _SEEN]
     if isinstance(module, GraphModule) and where.stages:
         notes += [one.summary for one in module.stages]
     notes += [note for hook in job.hooks for note in hook.notes]
-    reason = _objection(final, recipe.max_drop)
+    gained = final.start is None or final.after > final.start
+    if serves and not gained:
+        notes.append("training gained nothing: what is written is the model as it was when it began")
+    reason = _objection(final, recipe.max_drop, gained or serves)
     if least is not None:
         notes.append(f"without training: {final.metric} {least:.6g}")
         reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")
@@ -217,7 +232,7 @@ def _report(
         choice=choice,
         final=final,
         curves=vars(curves),
-        best_epoch=curves.best + 1,
+        best_epoch=curves.best + 1 if gained else 0,
         steps=trainer.step,
         reason=reason,
         notes=tuple(notes),
@@ -262,9 +277,9 @@ def _through(objective: Objective | None, module: GraphModule, share: float) -> 
     return Objective(tuple(terms), scaled)
 
 
-def _objection(final: Score, max_drop: str) -> str:
+def _objection(final: Score, max_drop: str, gained: bool) -> str:
     """Why the result is not to be written; empty where it is."""
-    if final.start is not None and final.after <= final.start:
+    if not gained:
         return f"{final.summary}: training gained nothing"
     if max_drop and not parse_drop(max_drop).allows(final.before, final.after):
         return f"{final.summary}; max_drop is {max_drop}"

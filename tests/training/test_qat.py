@@ -281,10 +281,45 @@ def test_three_bits_by_tensor_come_back(trained: Any, labels: Any) -> None:
     final = found.report.final
     assert found.report.ok, found.report.reason
     assert final.start is not None
-    assert final.start < final.before - 0.05
-    assert final.after > final.before - 0.025
+    assert final.after >= max(final.start, final.before - 0.025)
     kinds = {value.dtype for value in load(found.model).graph.initializers.values()}
     assert ir.DataType.INT4 in kinds
+
+
+def test_a_float_model_is_written_as_it_was_quantized_where_training_gains_nothing(trained: Any) -> None:
+    model, train, _ = trained
+    found = train_qat(model, train, labels="label", weights="int4", epochs=1, lr=0.0, workers=0)
+    report = found.report
+    assert report.ok
+    assert report.final.after == report.final.start
+    assert report.best_epoch == 0
+    assert any("as it was when it began" in note for note in report.notes)
+    written = load(found.model)
+    assert any(value.dtype == ir.DataType.INT4 for value in written.graph.initializers.values())
+    assert written.metadata_props["onnxopt.passes"].endswith("qat")
+
+
+def test_few_bits_start_from_weights_that_are_rounded_for_the_samples(trained: Any) -> None:
+    """As rounded to nearest, which a stream gets, they lose most of the accuracy."""
+    model, train, test = trained
+
+    def start_of(samples: int) -> float:
+        def stream() -> Any:
+            for x in train["x"]:
+                yield {"x": x[None]}
+
+        def accuracy(run: Any, split: str = "search") -> float:
+            return float((run({"x": test["x"]})["y"].argmax(1) == test["label"]).mean())
+
+        data = {"x": train["x"]} if samples else stream
+        options: dict[str, Any] = {"weights": "int2", "activations": "none", "per_channel": False, "lr": 0.0}
+        found = train_qat(
+            model, data, validation={"x": train["x"]}, steps=1, metric=accuracy, workers=0, **options
+        )
+        assert found.report.final.start is not None
+        return found.report.final.start
+
+    assert start_of(128) > start_of(0) + 0.1
 
 
 def test_two_bits_raise_the_opset_and_run(trained: Any) -> None:
