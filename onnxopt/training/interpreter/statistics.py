@@ -55,15 +55,15 @@ class Batches:
         """The same of the batches of all; their second sum is of squared distances from the mean of all."""
         scale, bias, mean, var = parts
         over, channels = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
-        wide = x.to(mean.dtype)
+        wide = x.to(torch.promote_types(mean.dtype, torch.float32))
         own = wide.new_full((1,), x.numel() // x.shape[1])
         sums = _sum(torch.cat([wide.sum(over), own]) * self.counts)
         middle, count = sums[:-1] / sums[-1], sums[-1]
         off = wide - middle.reshape(channels)
         spread = _sum(off.square().sum(over) * self.counts) / count
         with torch.no_grad():
-            mean.lerp_(middle, share)
-            var.lerp_(spread * (count / (count - 1).clamp(min=1)), share)
+            mean.lerp_(middle.to(mean.dtype), share)
+            var.lerp_((spread * (count / (count - 1).clamp(min=1))).to(var.dtype), share)
         y = off * (scale * (spread + epsilon).rsqrt()).reshape(channels) + bias.reshape(channels)
         return y.to(x.dtype)
 
