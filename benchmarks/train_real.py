@@ -1,8 +1,9 @@
 """What training wins back on pretrained models, in ONNX Runtime on the files it writes.
 
-    python benchmarks/train.py real --evals EVALS [--only ppocr_cls] [--what W4] [--fonts FOLDER]
+    python benchmarks/train.py real --evals EVALS [--only ppocr_cls] [--what W4] [--fonts FOLDER] [--seeds 5]
 
-Half the multiply-adds, or weights in four bits, then trained without labels to say what the model said.
+Half the multiply-adds, or weights in four bits, then trained without labels to say what the model said. What
+four bits lose is lost by rounding to nearest; where training starts, weights are rounded for the samples.
 EVALS holds a score.py whose `load(NAME)` gives `model` (a path), `calib` (complete feeds), `outputs`,
 `run(session)` and `score(outputs)`, the last two on the test items, which nothing is chosen or trained by.
 The text lines for ppocr_cls are rendered here, in all fonts (.ttf) of a folder: for the figures of the docs
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def judge_of(ev: Any, model: Path, feeds: Sequence[Arrays]) -> Callable[..., flo
 
 
 def recover(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, TrainingReport]:
-    """Half the multiply-adds, distilled from the dense model."""
+    """Half the multiply-adds, distilled from the dense model: the score of what is cut, and the training."""
     first = next(iter(data))
     seen = Samples(
         min(len(data[first]), 256), lambda i: {name: array[i : i + 1] for name, array in data.items()}
@@ -140,10 +141,15 @@ def recover(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, Train
 
 
 def quantize(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, TrainingReport]:
-    """Fewer bits, trained to say what the float model says."""
-    report = training.train_qat(str(ev.model), data, **how).report
-    assert report.final.start is not None
-    return report.final.start, report
+    """Fewer bits, trained to say what the float model says: the score of plain rounding, and the training.
+
+    Weights are rounded to nearest where the samples are a stream.
+    """
+    one = [{name: array[:1] for name, array in data.items()}]
+    untrained = {"steps": 1, "lr": 0.0, "groups": (), "match": (), "transforms": ()}
+    nearest = training.train_qat(str(ev.model), lambda: iter(one), validation=one, **{**how, **untrained})
+    assert nearest.report.final.start is not None
+    return nearest.report.final.start, training.train_qat(str(ev.model), data, **how).report
 
 
 RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dict[str, Any]]]] = {
@@ -166,20 +172,6 @@ RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dic
 """Model -> what it loses by, and how it is trained then."""
 
 
-def results(options: argparse.Namespace) -> Iterator[tuple[str, str, float, float, TrainingReport]]:
-    """Model, what, the scores of the float model and of what was made of it, and the training's report."""
-    scores = load_scores(options.evals / "score.py")
-    for name in options.only:
-        ev = scores.load(name)
-        data, held = samples_of(ev, options)
-        judge = judge_of(ev, Path(ev.model), held)
-        whole = judge(open_session(str(ev.model)).run, "final")
-        for what in options.what or RUNS[name]:
-            make, how = RUNS[name][what]
-            lost, report = make(ev, data, {**COMMON, "metric": judge, "seed": options.seed, **how})
-            yield name, what, whole, lost, report
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -189,11 +181,28 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--what", nargs="*", choices=list(RUNS["ppocr_cls"]))
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
     parser.add_argument("--lines", type=int, default=8000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args(arguments[1:])
     torch.set_num_threads(1)
-    table(["model", "what", "float", "lost to", "trained", "won back", "s"])
-    for name, what, whole, lost, report in results(options):
-        after = report.final.after
-        share = f"{(after - lost) / (whole - lost):.0%}" if whole > lost else "nothing lost"
-        row([name, what, *(f"{one:.4f}" for one in (whole, lost, after)), share, f"{report.seconds:.0f}"])
+    table(["model", "what", "float", "lost to", "starts at", "trained", "won back, %", "s"])
+    scores = load_scores(options.evals / "score.py")
+    for name in options.only:
+        ev = scores.load(name)
+        data, held = samples_of(ev, options)
+        judge = judge_of(ev, Path(ev.model), held)
+        whole = judge(open_session(str(ev.model)).run, "final")
+        for what in options.what or RUNS[name]:
+            make, how = RUNS[name][what]
+            found = []
+            for seed in range(options.seeds):
+                lost, report = make(ev, data, {**COMMON, "metric": judge, "seed": seed, **how})
+                start, after = report.final.start or report.final.before, report.final.after
+                found.append((lost, start, after, 100 * (after - lost) / (whole - lost), report.seconds))
+            columns = zip(zip(*found, strict=True), (4, 4, 4, 0, 0), strict=True)
+            row([name, what, f"{whole:.4f}", *(spread(each, digits) for each, digits in columns)])
+
+
+def spread(each: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation; one number where all are the same."""
+    mean, deviation = np.mean(each), np.std(each, ddof=1) if len(set(each)) > 1 else 0.0
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
