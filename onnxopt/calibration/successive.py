@@ -80,20 +80,23 @@ class Turn:
         return [value, self.bias]
 
 
-def in_turn(model: ir.Model, nodes: Collection[ir.Node], samples: Sequence[Feeds]) -> Iterator[Turn]:
+def in_turn(
+    model: ir.Model, nodes: Collection[ir.Node], samples: Sequence[Feeds], *, times: int = 1
+) -> Iterator[Turn]:
     """The nodes in the order of the graph; the caller changes their weights as they come.
 
     Args:
         model: its main graph holds the nodes.
         nodes: with rows (`windows.has_rows`) of floats.
         samples: complete feeds.
+        times: as many positions of each layer are looked at as `moments.positions_of` says.
     """
     samples = [samples[number] for number in range(min(len(samples), _SAMPLES))]
     fronts = Front(model, samples), Front(clone(model), samples)
     place = {node: number for number, node in enumerate(model.graph)}
     for node in sorted(nodes, key=place.__getitem__):
         now, was = (front.at(place[node]) for front in fronts)
-        yield _turn(node, place, now, was)
+        yield _turn(node, place, now, was, times)
 
 
 @dataclass
@@ -135,13 +138,14 @@ def _turn(
     place: Mapping[ir.Node, int],
     now: Sequence[Mapping[str, np.ndarray]],
     was: Sequence[Mapping[str, np.ndarray]],
+    times: int,
 ) -> Turn:
     array, source = constant_array(node.inputs[1]), node.inputs[0]
     assert array is not None  # it has rows
     assert source is not None
     rows = weight_rows(node, array.astype(np.float64))
     groups, height, summands = rows.shape
-    most = positions_of(summands, len(now))
+    most = times * positions_of(summands, len(now))
     plain = rows.swapaxes(1, 2).astype(np.float32)
     beside = beside_of(node, place)
     squares, products = np.zeros((groups, summands, summands)), np.zeros((groups, summands, height))

@@ -64,6 +64,7 @@ class Format:
 FORMATS = {
     one.name: one
     for one in (
+        Format("int7", ir.DataType.INT8, -64, 63, 10, 8),  # as int8, like int3: pairs of products fit 16 bits
         Format("int8", ir.DataType.INT8, -128, 127, 10, 8),
         Format("uint8", ir.DataType.UINT8, 0, 255, 10, 8),
         Format("int16", ir.DataType.INT16, -32768, 32767, 21, 16),

@@ -29,6 +29,8 @@ __all__ = ["has_few_levels", "round_in_turn", "round_rows", "round_weights"]
 
 _BLOCK = 64
 _FEW_BITS = 4
+_TIMES = 4
+"""As many positions of a layer are looked at as its second moments take: each rounding follows from them."""
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -84,7 +86,8 @@ def round_in_turn(
         axis_of: the axis of a node's weight along which there are scales of their own; None: one for all.
     """
     found = {}
-    for turn in in_turn(model, [node for node in nodes if _takes_turns(node)], samples):
+    layers = [node for node in nodes if _takes_turns(node)]
+    for turn in in_turn(model, layers, samples, times=_TIMES):
         tensor = constant_of(turn.node.inputs[1])
         assert tensor is not None  # it has rows
         target = from_rows(turn.node, turn.target, sizes_of(tensor))

@@ -114,7 +114,7 @@ def initialize(module: nn.Module, model: ir.Model, specs: Sequence[str], seed: i
         weight = parameter.detach()
         try:
             fitting[-1].fill(weight.transpose(0, 1) if name in turned else weight, random)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UsageError(f"init: parameter {name!r} of shape {list(parameter.shape)}: {error}") from None
 
 

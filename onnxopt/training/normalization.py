@@ -15,15 +15,17 @@ import torch
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_array, constant_of
+from onnxopt.graph import constant_array, constant_of, float_attr, nodes
 from onnxopt.model import clone
 from onnxopt.runtimes import open_session
 from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.interpreter.statistics import Follows
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.trainer import Trainer
+from onnxopt.training.recipe import Recipe
 
-__all__ = ["Estimate", "fold_batchnorm", "with_batchnorm"]
+__all__ = ["Estimate", "fold_batchnorm", "follows", "with_batchnorm"]
 
 _EPSILON = 1e-5
 _PARTS = ("scale", "bias", "mean", "var")
@@ -54,6 +56,24 @@ class Estimate(Hook):
                     break
         module.batches.measured = None
         module.eval()
+
+
+def follows(recipe: Recipe, model: ir.Model, processes: int) -> Follows:
+    """Whether the BatchNormalization nodes of a model go by the batch in a training.
+
+    Raises:
+        UsageError: there are none, or they would never follow.
+    """
+    found = [node for node in nodes(model) if node.op_type == "BatchNormalization"]
+    mode = {"auto": "batch" if recipe.batchnorm else "frozen"}.get(recipe.statistics, recipe.statistics)
+    if mode == "frozen":
+        return False
+    if recipe.statistics == mode and not found:
+        why = "what is trained has no BatchNormalization (qat and prune --channels fold it)"
+        raise UsageError(f"statistics={mode}: {why}")
+    if mode == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
+        raise UsageError("statistics=batch: with the momentum 1 of a node they would stay: take estimate")
+    return "union" if processes > 1 else True
 
 
 def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model, tuple[str, ...]]:

@@ -31,6 +31,7 @@ from onnxopt.quantization.entire import quantize_entirely
 from onnxopt.quantization.formats import find_format
 from onnxopt.quantization.keep import kept_sites, veto_of
 from onnxopt.quantization.rounding import has_few_levels, round_in_turn
+from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.schemes import Scheme
 from onnxopt.quantization.static import Settings
@@ -98,7 +99,7 @@ def train_qat(
         start = _quantized(prepared, settings, some, chosen, show)
         if not taught:  # by the model that the start was made of: hidden tensors are scaled alike
             chosen = dataclasses.replace(chosen, teacher=prepared)
-    return train_taught(
+    result = train_taught(
         "qat",
         model if floats is None else floats,
         chosen,
@@ -109,6 +110,12 @@ def train_qat(
         resume=resume,
         progress=progress,
     )
+    saturating = find_saturation(result.graph) if find_target(chosen.target).placement == "x86" else ()
+    if not saturating:
+        return result
+    said = f"on CPUs without VNNI, sums of {len(saturating)} layers can saturate; --weights int7 avoids it"
+    report = dataclasses.replace(result.report, notes=(*result.report.notes, said))
+    return dataclasses.replace(result, report=report)
 
 
 def _prepared(model: ModelLike, recipe: QatRecipe) -> tuple[ir.Model, Settings]:
@@ -143,7 +150,8 @@ def _quantized(
     kept = kept_sites(model, recipe.keep)
     found: ir.Model | None
     form = find_format(recipe.weights)
-    few = form.bits < 4
+    activation = find_format(settings.activation or settings.placement.activation)
+    few = form.bits < 4 or (form.is_float and not activation.is_float)
     if few and recipe.activations not in ("", "none"):
         raise UsageError(
             f"qat: ONNX Runtime makes integer kernels of {recipe.weights} weights and refuses them then: "

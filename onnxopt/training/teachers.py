@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,12 +10,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxopt.calibration.splitting import digest_of
 from onnxopt.data.contract import contract_of
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import FLOATS
 from onnxopt.model import ModelLike, load
 from onnxopt.runtimes import open_session
 from onnxopt.training.interpreter.module import to_torch
+from onnxopt.training.interpreter.values import NATIVE
 from onnxopt.training.loop.scoring import final_activations
 from onnxopt.training.samples.dataset import Dataset
 
@@ -100,7 +101,7 @@ class Teacher:
         self.fed_by = dict(fed_by or {name: name for name in self.inputs})
         sizes = [item.dims[0] for item in self.inputs.values() if item.dims]
         self._fixed = next((size for size in sizes if isinstance(size, int)), 0)
-        self._free, self._kept = memory, dict[bytes, Arrays]()
+        self._free, self._kept = memory, dict[str, Arrays]()
         self._device = device
         if device is not None:
             self._module = to_torch(loaded, trainable=(), expose=hidden).to(device).eval()
@@ -113,7 +114,8 @@ class Teacher:
         fed = {name: arrays[mine] for name, mine in self.fed_by.items()}
         if self._device is not None:
             with torch.no_grad():
-                found = self._module({name: one.to(self._device) for name, one in fed.items()})
+                kinds = {name: NATIVE[ir.DataType.from_numpy(one.dtype)] for name, one in self.inputs.items()}
+                found = self._module({name: one.to(self._device, kinds[name]) for name, one in fed.items()})
             return {name: one.to(device) for name, one in found.items()}
         fed = {name: one.float() if one.dtype == torch.bfloat16 else one for name, one in fed.items()}
         feeds = {name: one.cpu().numpy().astype(self.inputs[name].dtype) for name, one in fed.items()}
@@ -126,9 +128,7 @@ class Teacher:
         """What was said before, or now, to each sample."""
         rows = []
         for one in [_part(feeds, number, 1) for number in range(count)] or [feeds]:
-            key = hashlib.blake2b(
-                b"".join(array.tobytes() for array in one.values()), digest_size=16
-            ).digest()
+            key = digest_of(one)
             row = self._kept.get(key)
             if row is None:
                 row = self._run(one, min(count, 1))

@@ -21,7 +21,7 @@ from torch import nn
 
 from onnxopt.api.common import record, silent, source_of, versions
 from onnxopt.errors import ModelError, UsageError
-from onnxopt.graph import FLOATS, float_attr, nodes
+from onnxopt.graph import FLOATS
 from onnxopt.job import Progress
 from onnxopt.metric import Metric, parse_drop
 from onnxopt.model import ModelLike, fingerprint, load, reusable
@@ -31,14 +31,13 @@ from onnxopt.result import Result
 from onnxopt.training.datasets import datasets_of
 from onnxopt.training.initialization import initialize
 from onnxopt.training.interpreter.module import GraphModule, to_torch
-from onnxopt.training.interpreter.statistics import Follows
 from onnxopt.training.interpreter.writing import write_back
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.losses import Objective, parse_loss
 from onnxopt.training.loop.parallel import World, world
 from onnxopt.training.loop.scoring import FileJudge, final_activations, find_metric, score
 from onnxopt.training.loop.trainer import Trainer
-from onnxopt.training.normalization import Estimate, fold_batchnorm, with_batchnorm
+from onnxopt.training.normalization import Estimate, fold_batchnorm, follows, with_batchnorm
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.samples.dataset import Dataset
 
@@ -151,7 +150,7 @@ def _prepared(job: _Job, where: World) -> tuple[GraphModule, Callable[[nn.Module
     recipe, model, sites = job.recipe, job.begun, tuple[str, ...]()
     if recipe.batchnorm:
         model, sites = with_batchnorm(model, job.data.samples()[:_PROBED])
-    module = to_torch(model, batch_statistics=_follows(recipe, model, where))
+    module = to_torch(model, batch_statistics=follows(recipe, model, where.size))
     initialize(module, model, recipe.init, recipe.seed)
 
     def finish(trained: nn.Module) -> ir.Model:
@@ -238,19 +237,6 @@ def _report(
         notes=tuple(notes),
         seconds=time.perf_counter() - started,
     )
-
-
-def _follows(recipe: Recipe, model: ir.Model, where: World) -> Follows:
-    found = [node for node in nodes(model) if node.op_type == "BatchNormalization"]
-    mode = {"auto": "batch" if recipe.batchnorm else "frozen"}.get(recipe.statistics, recipe.statistics)
-    if mode == "frozen":
-        return False
-    if recipe.statistics == mode and not found:
-        why = "what is trained has no BatchNormalization (qat and prune --channels fold it)"
-        raise UsageError(f"statistics={mode}: {why}")
-    if mode == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
-        raise UsageError("statistics=batch: with the momentum 1 of a node they would stay: take estimate")
-    return "union" if where.size > 1 else True
 
 
 def _objective(recipe: Recipe, model: ir.Model, data: Dataset) -> Objective:

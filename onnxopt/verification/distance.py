@@ -195,6 +195,7 @@ class Distance:
         if before.ndim not in (2, 3) or not 2 <= before.shape[-1] <= _MOST_CLASSES or not before.size:
             return
         agree = before.argmax(axis=-1) == after.argmax(axis=-1)
+        agree &= np.isnan(before).any(axis=-1) == np.isnan(after).any(axis=-1)  # NaN is argmax
         self.rows += agree.size
         self.agreeing_rows += int(np.count_nonzero(agree))
 

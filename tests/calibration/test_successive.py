@@ -48,6 +48,22 @@ def test_a_layer_that_loses_weights_is_made_up_for_by_those_behind_it() -> None:
     assert lost[2] < 0.95 * lost[0]
 
 
+def test_how_many_positions_are_looked_at() -> None:
+    x = np.ones((1, 1, 100, 100), np.float32)
+    model = ir.from_proto(
+        text_model("agraph (float[N, 1, 100, 100] x) => (float[N, 1, 98, 98] y) { y = Conv(x, w) }")
+    )
+    value = next(iter(model.graph)).inputs[1]
+    assert value is not None
+    value.const_value = ir.tensor(np.ones((1, 1, 3, 3), np.float32))
+    model.graph.register_initializer(value)
+    found = []
+    for times in (1, 2, 4):
+        (turn,) = in_turn(model, list(model.graph), [{"x": x}], times=times)
+        found.append(turn.moments[0, 0, 1])
+    np.testing.assert_allclose(found, [4096, 8192, 98 * 98])
+
+
 def test_the_bias_keeps_the_mean() -> None:
     model = ir.from_proto(net())
     (gemm, *_) = layers(model)

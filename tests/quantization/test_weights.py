@@ -14,7 +14,7 @@ from onnxopt.quantization.operands import find_weight
 from onnxopt.quantization.weights import block_axis, quantize_weight, ternarize, weight_axis
 from tests.support import text_model
 
-INTEGERS = ("int8", "uint8", "int16", "int4", "int3", "uint4", "int2", "uint2")
+INTEGERS = ("int8", "int7", "uint8", "int16", "int4", "int3", "uint4", "int2", "uint2")
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

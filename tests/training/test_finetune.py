@@ -90,6 +90,15 @@ def test_a_final_softmax_is_looked_through(place: Path) -> None:
     assert "the metric was measured on the samples that were trained on" in plain.report.notes[0]
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "agreement"])
+def test_what_gives_nan_scores_nothing(place: Path, metric: str) -> None:
+    """A rate so high that a single step leaves no number: NaN is the largest for argmax, and no class."""
+    data = {"image": np.load("train.npz")["image"], "y": np.zeros(512, np.int64)}
+    options = {**QUICK, "epochs": 1, "batch_size": "full", "lr": np.inf, "holdout": 0, "max_drop": "1"}
+    report = finetune("model.onnx", data, metric=metric, **options).report
+    assert (report.steps, report.final.after) == (1, 0)
+
+
 def test_a_fixed_batch_and_metrics_of_other_names(place: Path) -> None:
     proto = onnx.load("model.onnx")
     for value in (proto.graph.input[0], proto.graph.output[0]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -11,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from onnxopt.cli import main
 from onnxopt.errors import UsageError
-from onnxopt.training import distill, finetune
+from onnxopt.training import distill, finetune, train_qat
 from tests.support import text_model
 
 TYPES = {
@@ -64,6 +66,38 @@ def test_teachers_read_bfloat16(place: str) -> None:
     student, teacher = linear(T.BFLOAT16, w), linear(T.BFLOAT16, 1.5 * w)
     report = distill(student, {"x": x}, teacher=teacher, teacher_in=place, epochs=6, lr=0.05).report
     assert report.final.after > 0.4 * report.final.before
+
+
+@pytest.mark.parametrize("place", ["onnxruntime", "torch"])
+def test_teachers_of_other_types_are_fed_in_theirs(place: str) -> None:
+    w, x = random(4, 3), random(64, 4, seed=1).astype(np.float16)
+    student, teacher = linear(T.FLOAT16, w), linear(T.FLOAT, 1.5 * w)
+    report = distill(student, {"x": x}, teacher=teacher, teacher_in=place, epochs=6, lr=0.05).report
+    assert report.final.after > 0.4 * report.final.before
+
+
+def test_a_fixed_batch_is_calibrated_on_and_compared() -> None:
+    """Feeds have as many samples as a run takes; the last one is filled up."""
+    model = linear(T.FLOAT, random(4, 3))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 5
+    x = random(33, 4, seed=1)
+    data = {"x": x, "t": x @ random(4, 3)}
+    how: dict[str, Any] = {"labels": "t", "loss": "mse", "epochs": 1}
+    found = train_qat(model, data, calibration=4, batch_size="8", holdout=0, **how).report
+    assert found.final.start is not None
+    assert 0 < -found.final.start < 0.1
+    assert finetune(model, data, metric="agreement", lr=0.0, **how).report.final.after == 1
+
+
+def test_half_precision_of_halves_is_refused() -> None:
+    model = linear(T.FLOAT, random(4, 3))
+    w = model.graph.initializer[0]
+    w.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(w).astype(np.float16), "w"))
+    model.graph.node[0].attribute[0].i = T.FLOAT16
+    data = {"x": random(32, 4), "t": random(32, 3)}
+    with pytest.raises(UsageError, match="precision float16: the weights are float16 already"):
+        finetune(model, data, labels="t", loss="mse", precision="float16")
 
 
 TEXT = """<ir_version: 8, opset_import: ["": 17, "ai.onnx.ml": 2]> g (string[n, 1] x) => (float[n, 1, 2] y)

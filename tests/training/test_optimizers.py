@@ -129,6 +129,7 @@ def test_fresh_weights_have_the_variance_of_their_scheme_in_either_layout() -> N
         "q=zeros": "no parameter is called 'q'",
         "a=kaimin": "did you mean 'kaiming'",
         "c=kaiming": "init: parameter 'c' of shape",
+        "a=normal{std=-1}": "init: parameter 'a' of shape",
     }.items():
         with pytest.raises(UsageError, match=told):
             initialize(module, model, [spec], seed=0)

@@ -20,6 +20,7 @@ from onnxopt.graph import constant_array
 from onnxopt.model import load
 from onnxopt.protobuf import dump
 from onnxopt.quantization.formats import INTEGERS
+from onnxopt.quantization.saturation import find_saturation
 from onnxopt.quantization.scaling import balance_weights
 from onnxopt.quantization.units import survey
 from onnxopt.targets import PLACEMENTS
@@ -32,6 +33,9 @@ from tests.training.nets import build
 
 torch.set_num_threads(1)
 _T = TensorProto
+
+
+REFUSED = "ONNX Runtime makes integer kernels of %s weights and refuses them then: take --activations none"
 
 
 def qdq_net(*, floats: bool = False, weight: Any = _T.INT8, opset: int = 21) -> onnx.ModelProto:
@@ -345,6 +349,16 @@ def float_net(channels: int = 4, kernel: int = 3, stride: int = 1) -> onnx.Model
     return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
 
 
+def test_weights_in_small_floats_are_quantized_alone() -> None:
+    """No runtime has kernels of them and integers."""
+    x = _samples()["x"]
+    (y,) = execute(float_net(), {"x": x})
+    how: dict[str, Any] = {"labels": "t", "loss": "mse", "holdout": 0, "epochs": 1}
+    found = train_qat(float_net(), {"x": x, "t": y}, weights="float8e4m3fn", lr=0.0, **how)
+    assert found.report.final.start is not None
+    assert -0.01 < found.report.final.start < 0
+
+
 @pytest.mark.parametrize("activations", ["", "none"])
 def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations: str) -> None:
     """Twice what the weights give is what they learn to give: those near the ends come to lie beyond them."""
@@ -362,6 +376,25 @@ def test_three_bits_are_stored_as_four_and_stay_within_eight_levels(activations:
     ints = weight.astype(int)
     assert (ints.min(), ints.max()) == (-4, 3)
     assert ((ints == -4) | (ints == 3)).mean() > 0.2
+
+
+@pytest.mark.parametrize(("weights", "least", "notes"), [("int8", -128, 1), ("int7", -64, 0)])
+def test_where_sums_can_saturate_is_said_and_seven_bits_avoid_it(
+    weights: str, least: int, notes: int
+) -> None:
+    """CPUs with AVX2 and no VNNI; what is learned stays within 7 bits."""
+    x = _samples()["x"]
+    (y,) = execute(float_net(), {"x": x})
+    found = train_qat(
+        float_net(), {"x": x, "t": 2 * y}, labels="t", loss="mse", weights=weights, lr=0.05, batch_size="8",
+        groups="scales{lr=0}", metric="loss", holdout=0,
+    )  # fmt: skip
+    weight = next(one for one in tensors(load(found.model)).values() if one.shape == (4, 2, 3, 3))
+    assert weight.dtype == np.int8
+    assert weight.min() == least
+    assert len(find_saturation(found.graph)) == notes
+    said = "on CPUs without VNNI, sums of 1 layers can saturate; --weights int7 avoids it"
+    assert found.report.notes.count(said) == notes
 
 
 def test_weights_with_one_scale_each_are_balanced_across_layers() -> None:
@@ -449,6 +482,10 @@ def test_bad_options_are_told_in_one_line(options: dict[str, Any], told: str) ->
     ("options", "told"),
     [
         ({"weights": "int5"}, "unknown quantized type 'int5' (did you mean 'int8'?)"),
+        (
+            {"weights": "float8e4m3fn", "activations": "uint8"},
+            f"qat: {REFUSED % 'float8e4m3fn'}",
+        ),
         ({"target": "cuda"}, "qat: target cuda has no integer kernels: take cpu, arm, tensorrt or generic"),
         (
             {"keep": "nothing"},

@@ -15,6 +15,7 @@ from onnx import TensorProto as T
 from onnxopt.runtimes import open_session
 from onnxopt.training import to_torch
 from onnxopt.training.interpreter.ops.quantize import fake_quantize
+from tests.support import execute, text_model
 
 INTEGERS = ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4", "INT2", "UINT2")
 FLOATS = ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
@@ -133,6 +134,21 @@ def test_integers_are_an_output_of_their_own_type() -> None:
     found = to_torch(model)({"x": x})
     assert found["q"].dtype == torch.uint8
     assert found["q"].tolist() == [[0, 126, 130], [130, 158, 255]]  # ties go to the even number
+
+
+def test_zeros_alone_are_quantized_dynamically() -> None:
+    """Their scale is 1, and products of them are 0, as with silence."""
+    model = text_model(
+        """<ir_version: 10, opset_import: ["": 18]> g (float[2, 3] x) => (int32[2, 2] y, float s, uint8 z)
+        <uint8[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+            q, s, z = DynamicQuantizeLinear(x)
+            y = MatMulInteger(q, w, z)
+        }"""
+    )
+    for x in (np.zeros((2, 3), np.float32), np.eye(2, 3, dtype=np.float32)):
+        found = to_torch(model)(x=x)
+        for have, want in zip(found.values(), execute(model, {"x": x}), strict=True):
+            np.testing.assert_array_equal(have.numpy(), want)
 
 
 def test_gradients_are_those_of_lsq() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
+import shutil
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from onnxopt.protobuf import dump
 from onnxopt.training import distill, finetune, prune, to_torch, train_qat, write_back
 from onnxopt.training.interpreter.stages import cuts
 from onnxopt.training.interpreter.values import whole as unsharded
+from onnxopt.training.loop import parallel
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.parallel import World, world
 from onnxopt.training.loop.sharding import shard
@@ -314,3 +318,49 @@ def test_an_initializer_that_is_an_input_keeps_being_one() -> None:
     value = written.graph.initializers["w"].const_value
     assert value is not None
     assert value.numpy().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("patience", [datetime.timedelta(days=1), datetime.timedelta(seconds=7)])
+def test_processes_wait_for_an_evaluation_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, patience: datetime.timedelta
+) -> None:
+    """By default for a day: torch gives up after half an hour, or 10 minutes on GPUs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**launched, "TORCHELASTIC_RUN_ID": "t"}.items():
+        monkeypatch.setenv(name, value)
+    if patience.days == 0:
+        monkeypatch.setattr(parallel, "_PATIENCE", patience)
+    with world("cpu") as one:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        assert group._get_backend(CPU).options._timeout == patience
+        assert (one.rank, one.size) == (0, 1)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_graphs_go_over_devices_and_processes(tmp_path: Path) -> None:
+    """As they do when they are not compiled, up to the order of sums."""
+    write_digits(tmp_path)
+    options = {**TOGETHER, "epochs": 1}
+    given = {"labels": "y", "devices": "cpu,cpu", **options}
+    model, data = tmp_path / "model.onnx", str(tmp_path / "train.npz")
+    curves = [finetune(model, data, compile=way, **given).report.curves for way in (False, True)]
+    np.testing.assert_allclose(curves[1]["loss"], curves[0]["loss"], rtol=1e-4)
+    compiled, sharded = {"compile": True}, {"compile": True, "shard": True}
+    found = []
+    for name, more in {"plain": {}, "compiled": compiled, "sharded": sharded}.items():
+        assert Pair(tmp_path, f"{name}.onnx", "finetune", {**options, **more}).told() == ["", ""]
+        last = load(tmp_path / f"{name}.onnx.train" / "last.onnx").graph.initializers
+        found.append({key: constant_array(value) for key, value in last.items()})
+    for one in found[1:]:
+        for key, array in found[0].items():
+            other = one[key]
+            assert array is not None
+            assert other is not None
+            np.testing.assert_allclose(other, array, atol=1e-3, err_msg=key)

@@ -44,7 +44,6 @@ def to_torch(
             batches of all processes of `torch.distributed`, as SyncBatchNorm of torch.
         tied: what stays one parameter of what several nodes read: "auto" all but tensors that hold one
             number all over, which exporters share because they are equal before training; "all"; "none".
-
         outputs: the graph outputs that are computed; by default all.
 
     Raises:

@@ -128,7 +128,10 @@ class BiasScale(NamedTuple):
 
 
 def bias_scale(bias: ir.Value) -> BiasScale | None:
-    """That of a bias behind DequantizeLinear, where both operands of its product are dequantized, too."""
+    """That of a bias behind DequantizeLinear, where both operands of its product are dequantized, too.
+
+    A bias that several layers read has the scale of the first: it is one tensor, and so are its numbers.
+    """
     one = reading(bias)
     if one is None or operator_of(one.node) not in DEQUANTIZE:
         return None

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from onnxopt.training.seeds import seed_of
 
 __all__ = ["World", "world"]
 
+_PATIENCE = timedelta(days=1)
+"""How long processes wait for the first one, which alone evaluates: torch gives up after 10 minutes (nccl) or
+30 (gloo). Where a process ends, torchrun ends the others."""
 Sample = Callable[[], Mapping[str, Any]]
 
 
@@ -128,7 +132,7 @@ def world(devices: str, sharded: bool = False) -> Iterator[World]:
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield World(device, dist.get_rank(), dist.get_world_size(), sharded=sharded)
         dist.barrier()  # a process that leaves first can hang the others

@@ -112,10 +112,7 @@ class FileJudge:
 
 def outputs_of(data: Dataset, run: Run) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each batch of a dataset and what the model gives for it; a fixed batch size is filled up."""
-    inputs = data.contract.required
-    sizes = [one.dims[0] for one in inputs if one.dims and isinstance(one.dims[0], int)]
-    fixed = sizes[0] if sizes and data.stacks else 0
-    names = [one.name for one in inputs]
+    fixed, names = data.fixed, [one.name for one in data.contract.required]
     for batch in data.evaluated(fixed or _TOGETHER):
         feeds: Feeds = {name: batch.arrays[name] for name in names}
         short = batch.size < fixed
@@ -143,7 +140,8 @@ def _accuracy(
     term = objective.terms[0]
     y, label = outputs[term.output], batch.arrays[term.label]
     axis = y.ndim - 1 if label.shape == y.shape[:-1] else 1
-    found, counted = y.argmax(axis), label != getattr(term.loss, "ignore", -100)
+    found = np.where(np.isnan(y).any(axis), -1, y.argmax(axis))  # NaN is the largest of all to argmax
+    counted = label != getattr(term.loss, "ignore", -100)
     if found.shape != label.shape or not ((label >= 0) & (label < y.shape[axis]))[counted].all():
         raise UsageError(
             f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "

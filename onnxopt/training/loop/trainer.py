@@ -88,6 +88,8 @@ class Trainer:
             named[name].requires_grad_(False)
         self.forward: Any = world.wrapped(module, self._sample)
         self.trained = own = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        if recipe.precision == "float16" and any(one.dtype == torch.float16 for one in own.values()):
+            raise UsageError("precision float16: the weights are float16 already: leave it, or take bfloat16")
         self.optimizer = make_optimizer(
             own, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, groups=recipe.groups
         )
@@ -210,9 +212,8 @@ class Trainer:
 
     def _loss(self, piece: Batch, arrays: dict[str, Tensor]) -> Tensor:
         """The mean loss of one piece."""
-        shares = None
-        if piece.shares is not None:  # mixup: each sample with the one as far from the other end
-            shares = self._tensor(piece.shares)
+        shares = None if piece.shares is None else self._tensor(piece.shares)
+        if shares is not None:  # mixup: each sample with the one as far from the other end
             names = [name for name in self.module.input_names if arrays[name].is_floating_point()]  # type: ignore[union-attr]
             for name in names:
                 own = shares.reshape(-1, *[1] * (arrays[name].ndim - 1))

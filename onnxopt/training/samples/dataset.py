@@ -71,6 +71,12 @@ class Dataset:
         return len({size if isinstance(size, int) else "" for size in sizes}) < 2
 
     @property
+    def fixed(self) -> int:
+        """How many samples a run of the model takes; 0: any number."""
+        sizes = [item.dims[0] for item in self.contract.required if item.dims]
+        return next((n for n in sizes if isinstance(n, int)), 0) if self.stacks else 0
+
+    @property
     def length(self) -> int | None:
         """How many samples there are; None: as many as the stream gives."""
         if isinstance(self.source, Stream):
@@ -149,14 +155,15 @@ class Dataset:
             yield self._batch(rows, None, len(rows))
 
     def samples(self) -> Samples:
-        """Complete feeds of one sample each, as calibration takes them."""
-        names = self._inputs
+        """Complete feeds, as calibration takes them: of one sample each, or of as many as a run takes."""
+        size, length = self.fixed or 1, self.length or 0
 
         def read(number: int) -> Feeds:
-            arrays = self._batch(np.array([number]), None, 1).arrays
-            return {name: array for name, array in arrays.items() if name in names}
+            rows = np.arange(number * size, (number + 1) * size) % length
+            arrays = self._batch(rows, None, size).arrays
+            return {name: array for name, array in arrays.items() if name in self._inputs}
 
-        return Samples(self.length or 0, read)
+        return Samples(-(-length // size), read)
 
     def _batch(self, index: np.ndarray, epoch: int | None, size: int) -> Batch:
         assert isinstance(self.source, Table)

@@ -3,6 +3,9 @@
 Integers that QuantizeLinear gives are carried as floats, so that gradients reach what is before it; behind
 DequantizeLinear the two are one step, `fake_quantize`. Gradients: straight through the rounding, and for
 the scale those of LSQ (Esser et al., arXiv 1902.08153), which need the clip before the rounding.
+
+float16 is divided in single precision, as ONNX Runtime did up to 1.31. By the standard, since opset 23, and
+in ONNX Runtime 1.32 the division is in the type of the scale: next to a tie that is another integer.
 """
 
 from __future__ import annotations
@@ -210,7 +213,7 @@ def _both(
 
 def _dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    scale = (high - low) / 255
+    scale = torch.where(high == low, 1, (high - low) / 255)  # zeros alone have a scale, too
     zero = (-low / scale).clamp(0, 255).round()
     return quantize(x, scale, zero, _T.UINT8, 0, 0), scale, zero
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
@@ -22,17 +23,21 @@ def _grid_sample(
     return F.grid_sample(x, grid, _SAMPLING.get(mode, mode), padding_mode, bool(align_corners))
 
 
-def _sampled(planes: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """[channels, ...]: planes of [channels, height, width] between their elements; nothing lies outside."""
+def _neighbours(planes: Tensor, y: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """[channels, ...]: the four elements around places in planes of [channels, height, width], times how near
+    they are; nothing lies outside."""
     height, width = planes.shape[1:]
     low_y, low_x = torch.floor(y), torch.floor(x)
-    total = torch.zeros((), dtype=planes.dtype, device=planes.device)
     for at_y, part_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
         for at_x, part_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
             inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
             found = planes[:, at_y.long().clamp(0, height - 1), at_x.long().clamp(0, width - 1)]
-            total = total + torch.where(inside, part_y * part_x, 0) * found
-    return total
+            yield torch.where(inside, part_y * part_x, 0) * found
+
+
+def _sampled(planes: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Planes between their elements."""
+    return functools.reduce(torch.add, _neighbours(planes, y, x))
 
 
 def _deform_conv(
@@ -101,25 +106,13 @@ def _roi_align(
         grid_y = ys.clamp(0, height - 1).unsqueeze(1).expand(-1, len(xs))
         grid_x = xs.clamp(0, width - 1).expand(len(ys), -1)
         if mode == "max":
-            rows.append(_largest_part(x[batch], grid_y, grid_x, inside, ny, nx))
+            # as the standard has it: the largest of the weighted neighbours of all samples
+            found = functools.reduce(torch.maximum, _neighbours(x[batch], grid_y, grid_x))
+            rows.append(F.max_pool2d(torch.where(inside, found, 0), (ny, nx)))
             continue
         found = torch.where(inside, _sampled(x[batch], grid_y, grid_x), 0)
         rows.append(F.avg_pool2d(found, (ny, nx)))
     return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1], output_height, output_width)
-
-
-def _largest_part(planes: Tensor, y: Tensor, x: Tensor, inside: Tensor, ny: int, nx: int) -> Tensor:
-    """As the standard has it: the largest of the four weighted neighbours of all samples."""
-    height, width = planes.shape[1:]
-    low_y, low_x = torch.floor(y), torch.floor(x)
-    best: Tensor | None = None
-    for at_y, part_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
-        for at_x, part_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
-            found = planes[:, at_y.long().clamp(0, height - 1), at_x.long().clamp(0, width - 1)]
-            part = torch.where(inside, part_y * part_x * found, 0)
-            best = part if best is None else torch.maximum(best, part)
-    assert best is not None
-    return F.max_pool2d(best, (ny, nx))
 
 
 def _max_unpool(
