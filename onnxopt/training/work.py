@@ -118,6 +118,7 @@ def train(
         show("scoring the original", None)
         before, begin = scores(model), None if start is None else scores(start)
         trainer.fit(resume=resume)
+        trainer.forward = module  # that of several processes has to be gone before they part, see `world`
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
         after, least = scores(best), None if floor is None else scores(floor)[1]
