@@ -64,6 +64,7 @@ SCRATCH: dict[str, Any] = {
 }
 """Training from nothing."""
 FEW = 100
+FEW_MACS = "macs=0.03,multiple=1,least=0.05"
 RATES = {"finetune": 3e-3, "distill": 1e-2}
 """With few labels: the best of 1e-3, 3e-3 and 1e-2 for each, on the training digits that are not among the
 few, over three seeds that the figures are not of."""
@@ -124,12 +125,17 @@ def distill(options: argparse.Namespace) -> None:
 
 
 def prune(options: argparse.Namespace) -> None:
-    """The dense model, and with 80 % and 90 % zeros: at once, trained, with the dense one, on a ramp."""
+    """The dense model, and with 80 % and 90 % zeros: at once, trained, with the dense one, on a ramp.
+
+    Then with channels for 3 % of its multiply-adds: cut at once with samples, trained, on ramps.
+    """
     kinds: dict[str, dict[str, Any]] = {
         "80% trained": {"sparsity": 0.8},
         "90% trained": {"sparsity": 0.9},
         "90% trained, labels and the dense model": {"sparsity": 0.9, "temperature": 4.0},
         "90% on a cubic ramp": {"sparsity": 0.9, "ramp": "cubic"},
+        "3% of the MACs on a cubic ramp, taylor": {"channels": FEW_MACS, "ramp": "cubic", "score": "taylor"},
+        "3% of the MACs on a cubic ramp, obs": {"channels": f"{FEW_MACS},score=obs", "ramp": "cubic"},
     }
     tuned: dict[str, Any] = {"epochs": 20, "lr": 3e-3, "holdout": 0.0, "metric": last}
 
@@ -140,6 +146,12 @@ def prune(options: argparse.Namespace) -> None:
         for share in (0.8, 0.9):
             at_once = onnxopt.prune(dense, f"prune-weights{{sparsity={share},scope=global}}", bench=False)
             found[f"{share:.0%} at once"] = accuracy(at_once.graph, test)
+        seen = [{"x": train["x"][i : i + 1]} for i in range(256)]
+        cut = onnxopt.prune(dense, f"prune-channels{{{FEW_MACS}}}", data=seen, bench=False).graph
+        found["3% of the MACs at once"] = accuracy(cut, test)
+        labels: dict[str, Any] = {"labels": "label", "mix": 0.0, "max_drop": "", "seed": seed}
+        recovered = training.recover(cut, dense, train, **tuned, **labels).graph
+        found["3% of the MACs at once, trained"] = accuracy(recovered, test)
         for name, more in kinds.items():
             taught: dict[str, Any] = {"teacher": dense} if "temperature" in more else {}
             result = training.prune(dense, train, labels="label", seed=seed, **tuned, **more, **taught)

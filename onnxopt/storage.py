@@ -166,10 +166,11 @@ def stage(model: ir.Model, folder: Path, name: str, *, external_data: bool) -> S
             entry.value = data_file.name
     model_file = folder / name
     model_file.write_bytes(serialize(proto))
-    return Staged(model_file, data_file, _sources(model))
+    return Staged(model_file, data_file, source_files(model))
 
 
-def _sources(model: ir.Model) -> frozenset[Path] | None:
+def source_files(model: ir.Model) -> frozenset[Path] | None:
+    """The files that the weights of a model are read from; None: they cannot be told."""
     files = [sources(tensor) for tensor in tensors(model)]
     return None if None in files else frozenset().union(*filter(None, files))
 

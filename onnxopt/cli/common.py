@@ -118,13 +118,17 @@ def config_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def keep_apart(json_file: str | None, *others: Path | None, option: str = "--json") -> None:
-    """Refuse a report that would be written over one of the other files."""
+    """Refuse a report that would be written over one of the other files, or over what is no report."""
     if json_file is None or json_file == "-":
         return
     place = Path(json_file).resolve()
-    if any(other is not None and other.resolve() == place for other in others):
+    taken = any(other is not None and other.resolve() == place for other in others)
+    if place.is_file() and option == "--json":
+        with place.open("rb") as stream:
+            taken = taken or stream.read(2) not in (b"", b"{\n")  # as reports begin
+    if taken:
         raise UsageError(
-            f"{option} {json_file}: this is a file of a model or of another report; give it one of its own"
+            f"{option} {json_file}: this is no report, but a file of something else; give it one of its own"
         )
 
 

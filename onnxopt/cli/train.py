@@ -77,21 +77,24 @@ def run_training(
 ) -> int:
     """Call the function of that name of `onnxopt.training`; print, and write what it gives."""
     import onnxopt.training
+    from onnxopt.model import load
     from onnxopt.reporting.training_tables import print_training
-    from onnxopt.storage import check_target
+    from onnxopt.storage import check_target, source_files
 
-    keep_apart(json_file, model, output, recipe)
     if output is None:
         raise click.UsageError("say where to write: -o OUT")
+    train = getattr(onnxopt.training, function)
     check_target(output)
     asked = {name: value for name, value in given.items() if value not in (None, ())}
-    read = (model, recipe, *(asked.get(name) for name in ("data", "validation", "test")))
-    for one in (*read, *_all_of(asked.get("teacher"))):
-        if one is not None and Path(one).resolve() == output.resolve():
-            raise click.UsageError(f"-o {output}: the training reads this file: give another one")
+    models = [model, *(Path(one) for one in _all_of(asked.get("teacher")) if one is not None)]
+    others = (recipe, *(asked.get(name) for name in ("data", "validation", "test")))
+    read = [*models, *(Path(one) for one in others if one is not None)]
+    keep_apart(json_file, output, *read)
+    weights = (file for one in models for file in source_files(load(one)) or ())
+    if output.resolve() in (*(one.resolve() for one in read), *weights):
+        raise click.UsageError(f"-o {output}: the training reads this file: give another one")
     folder = output.with_name(f"{output.name}.train")
     with progress() as show:
-        train = getattr(onnxopt.training, function)
         result = train(model, recipe=recipe, folder=folder, resume=resume, progress=show, **asked)
         report = result.report
         if report.process[0]:
@@ -165,14 +168,15 @@ def distill(
 def prune(
     model: Path, output: Path | None, recipe: Path | None, resume: bool, json_file: str | None, **given: Any
 ) -> int:
-    """Set weights of MODEL to zero, and train the rest to do without them.
+    """Set weights of MODEL to zero, or cut its channels, and train the rest to do without them.
 
     \b
     onnxopt train prune model.onnx -o out.onnx --data train.npz --labels y --sparsity 0.9 --ramp cubic
     onnxopt train prune model.onnx -o out.onnx --data inputs.npz --nm 2:4
+    onnxopt train prune model.onnx -o half.onnx --data inputs.npz --channels macs=0.5 --ramp cubic
 
     Without labels the model itself, as it was, is the teacher. `onnxopt prune --recover` trains what is left
-    when channels or layers are cut. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
+    when channels or layers are cut at once. Exit codes: 0 written, 1 it got worse or diverged, 2 bad input.
     """
     return run_training("prune", model, output, recipe, resume, json_file, given)
 

@@ -59,7 +59,7 @@ def select(
 
     Args:
         structure: of a model.
-        scores: of each group's channels, float [channels].
+        scores: of each group's channels, float [channels]; those of -inf go, whatever the budget.
         budget: what is to be left.
         fixed: whether each group keeps all its channels.
 
@@ -88,6 +88,7 @@ class _Line:
         self._orders = [np.argsort(one, kind="stable") for one in self._scores]
         self._every = np.sort(np.concatenate(self._scores)) if self._scores else np.zeros(0)
         self._sorted = [one[order] for one, order in zip(self._scores, self._orders, strict=True)]
+        self._most = [len(one) - int(np.searchsorted(one, -math.inf, "right")) for one in self._sorted]
 
     def longest(self, multiple: int) -> list[int] | None:
         """How many channels each group keeps if as few as can be go; None where the budget is not met."""
@@ -108,7 +109,7 @@ class _Line:
         for n in best:
             more = list(kept)
             more[n] = self._rounded_one(n, kept[n] + 1, multiple)
-            if self._is_met(more):
+            if more[n] > kept[n] and self._is_met(more):
                 kept = more
         return kept
 
@@ -119,7 +120,7 @@ class _Line:
     def _without(self, count: int, multiple: int) -> list[int]:
         """What is kept without the first so many in the line."""
         if count == 0:
-            return [len(one) for one in self._orders]
+            return self._most
         last = self._every[count - 1]
         return self._rounded(
             [len(one) - int(np.searchsorted(one, last, "right")) for one in self._sorted], multiple
@@ -130,9 +131,10 @@ class _Line:
 
     def _rounded_one(self, n: int, kept: int, multiple: int) -> int:
         """Up to the multiple of elements, of which a channel has one or more along an axis."""
-        size = len(self._orders[n])
+        size, most = len(self._orders[n]), self._most[n]
         step = multiple // math.gcd(multiple, self._groups[n].width)
-        return min(-(-max(kept, math.ceil(size * self._budget.least - _ROUNDING), 1) // step) * step, size)
+        up = -(-max(kept, math.ceil(size * self._budget.least - _ROUNDING), 1) // step) * step
+        return up if up <= most else most if most in (size, most % step) else most - most % step
 
     def gone(self, kept: Sequence[int]) -> np.ndarray:
         """The channels that go where groups keep so many."""

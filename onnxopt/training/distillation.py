@@ -38,7 +38,7 @@ from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.recipe import read_recipe
 from onnxopt.training.samples.dataset import Dataset
 from onnxopt.training.samples.transforms import Normalize, parse_transforms
-from onnxopt.training.teachers import Teacher, fitting, looks_random, paired, pairs
+from onnxopt.training.teachers import Teacher, fitting, known, looks_random, paired, pairs
 from onnxopt.training.work import train
 
 __all__ = ["Distiller", "distill", "train_taught"]
@@ -164,7 +164,13 @@ class Distiller(Hook):
     ) -> Iterator[Tensor]:
         for one, theirs in self.answers:
             activation = self.teachers[number].activations.get(theirs[number], "")
-            yield one(outputs[one.seen], told[theirs[number]], activation)
+            y, target = outputs[one.seen], told[theirs[number]]
+            if y.numel() != target.numel():
+                raise UsageError(
+                    f"distill: {one.name!r} is of shape {tuple(y.shape)}, a teacher's {theirs[number]!r} of "
+                    f"{tuple(target.shape)}: give one of the same task, or outputs=STUDENT=TEACHER"
+                )
+            yield one(y, target, activation)
 
     def _open(self, device: torch.device) -> None:
         """Open the teachers, and find what of them goes with which output."""
@@ -192,8 +198,12 @@ class Distiller(Hook):
                 )
             )
             self._matches.append([Match(*one) for one in hidden])
+        known("inputs", (mine for mine, _ in pairs(recipe.inputs)), inputs)
+        taken = [name for one in self.teachers for name in one.inputs]
+        known("inputs", (theirs for _, theirs in pairs(recipe.inputs)), taken)
         floats = [one.name or "" for one in self.student.graph.outputs if one.dtype in FLOATS]
         renamed = dict(pairs(recipe.outputs))
+        known("outputs", renamed, floats)
         names = [
             paired("output", list(renamed) or floats, teacher.outputs, renamed) for teacher in self.teachers
         ]

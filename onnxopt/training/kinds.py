@@ -49,7 +49,7 @@ class DistillRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mix <= 1 or min(self.temperature, self.match_weight, self.cache) < 0:
+        if not (0 <= self.mix <= 1 and min(self.match_weight, self.cache) >= 0 and self.temperature >= 0):
             raise UsageError("mix is from 0 to 1; temperature, match_weight and cache are at least 0")
 
     @property
@@ -65,6 +65,7 @@ class PruneRecipe(DistillRecipe):
     max_drop: str = ""
     sparsity: float = 0.5
     nm: str = ""
+    channels: str = ""
     scope: Literal["global", "layer", "row"] = "global"
     score: Literal["l1", "l2", "random", "taylor"] = "l1"
     options: str = ""
@@ -79,6 +80,7 @@ class PruneRecipe(DistillRecipe):
         "max_drop": "How much of the metric of the dense model may be lost: 0.005, or 1%.",
         "sparsity": "Share of zeros to reach; 0: only what is zero already stays zero.",
         "nm": "N of M in a row stay, as 2:4, instead of a share.",
+        "channels": "Instead whole channels, cut out of what is written: options of prune-channels: macs=0.5",
         "scope": "What competes for the zeros: global, layer or row.",
         "score": "What goes first: l1, l2 (LAMP), random, or taylor: |w times its gradient| (1906.10771).",
         "options": "Other options of the pass prune-weights: small=128,protect=first.",
@@ -95,8 +97,14 @@ class PruneRecipe(DistillRecipe):
             raise UsageError("sparsity, ramp_begin and, after it, ramp_end are from 0 to less than 1")
         if self.ramp_updates < 1:
             raise UsageError(f"ramp_updates: {self.ramp_updates} is less than 1")
+        if self.channels and any(getattr(self, name) != getattr(PruneRecipe, name) for name in _OF_WEIGHTS):
+            raise UsageError(f"channels: {', '.join(_OF_WEIGHTS)} are of single weights: give no such option")
         if self.nm and self.ramp != "one-shot":
             raise UsageError("ramp: the share of zeros of a pattern N:M does not grow: it takes one-shot")
+
+
+_OF_WEIGHTS = ("sparsity", "nm", "scope", "options")
+"""Options that say which single weights go."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from onnxopt.runtimes import open_session
 from onnxopt.scope import Names
 from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.interpreter.statistics import Follows
+from onnxopt.training.loop.batching import tensors_of
 from onnxopt.training.loop.hooks import Hook
 from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.recipe import Recipe
@@ -51,7 +52,7 @@ class Estimate(Hook):
             for size, pieces in batches:
                 module.batches.size, seen = size / len(pieces), seen + size
                 for piece in pieces:
-                    trainer.forward(trainer.tensors(piece))
+                    trainer.forward(tensors_of(piece, module, trainer.world.device))
                 if seen >= _MEASURED:
                     break
         module.batches.measured = None

@@ -145,6 +145,8 @@ def parse_schedule(text: str, warmup: int = 0) -> Schedule:
     schedule = parse_spelled(text, SCHEDULES, "schedule")
     if min(getattr(schedule, "period", 1), getattr(schedule, "every", 1)) < 1 or warmup < 0:
         raise UsageError(f"schedule {text}: period and every are at least 1, and warmup is not negative")
+    if not all(value >= 0 for value in vars(schedule).values()):
+        raise UsageError(f"schedule {text}: an option is less than 0")
 
     def warmed(at: Clock) -> float:
         if at.step < warmup:

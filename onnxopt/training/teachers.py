@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,13 +15,13 @@ from onnxopt.data.contract import contract_of
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.graph import FLOATS
 from onnxopt.model import ModelLike, load
-from onnxopt.runtimes import open_session
+from onnxopt.runtimes import RunError, open_session
 from onnxopt.training.interpreter.module import to_torch
 from onnxopt.training.interpreter.values import NATIVE
 from onnxopt.training.loop.scoring import final_activations
 from onnxopt.training.samples.dataset import Dataset
 
-__all__ = ["Teacher", "fitting", "looks_random", "paired", "pairs"]
+__all__ = ["Teacher", "fitting", "known", "looks_random", "paired", "pairs"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -68,6 +68,13 @@ def paired(
     if not found:
         raise UsageError(f"distill: the model has no float {what} to learn with")
     return found
+
+
+def known(what: str, names: Iterable[str], there: Sequence[str]) -> None:
+    """Raise UsageError where one of the names is not there."""
+    for name in names:
+        if name not in there:
+            raise UsageError(f"distill: {what}: there is no {name!r}{did_you_mean(name, there)}")
 
 
 class Teacher:
@@ -145,17 +152,24 @@ class Teacher:
         count: of samples; 0: the arrays differ along axis 0, as with a state: they are one feed as they are.
         """
         if not count:
-            return _floats(self._session.run(feeds))
+            return self._said(feeds)
         size = self._fixed or count
         parts = []
         for first in range(0, count, size):
-            piece = _part(feeds, first, size)
+            piece, left = _part(feeds, first, size), count - first
             filled = {
                 name: np.resize(array, (size, *array.shape[1:])) if array.ndim else array
                 for name, array in piece.items()
             }
-            parts.append(_floats(self._session.run(filled)))
-        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+            found = self._said(filled)
+            parts.append(found if left >= size else _part(found, 0, left))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _said(self, feeds: Arrays) -> Arrays:
+        try:
+            return _floats(self._session.run(feeds))
+        except RunError as error:
+            raise UsageError(f"distill: the teacher does not take these inputs: {error}") from error
 
 
 def _part(feeds: Arrays, first: int, size: int) -> Arrays:

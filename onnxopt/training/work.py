@@ -61,7 +61,7 @@ def train(
     hooks: Sequence[Hook] = (),
     share: float = 1.0,
     reference: ModelLike | None = None,
-    floor: ir.Model | None = None,
+    floor: Callable[[], ir.Model | None] = lambda: None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -77,7 +77,8 @@ def train(
         hooks: what they add to the loop.
         share: what the recipe's loss is multiplied with; 0: hooks give all of it.
         reference: what metrics such as agreement compare with, where it is another one than `model`.
-        floor: a model that the result has to be as good as, where it is another one than `model`.
+        floor: asked once hooks have started, for a model that the result has to be as good as; where there is
+            one, the result need not be better than `start`.
         folder: keeps log, checkpoint and the best model; None: nothing is kept.
         resume: go on from the checkpoint in the folder, if there is one.
         progress: called with what is being done.
@@ -116,12 +117,13 @@ def train(
         )
         scores = functools.partial(_scores, metric, where)
         show("scoring the original", None)
-        before, begin = scores(model), None if start is None else scores(start)
+        worst = floor()
+        before, begin = scores(model), scores(begun) if start is not None and worst is None else None
         trainer.fit(resume=resume)
         trainer.forward = module  # that of several processes has to be gone before they part, see `world`
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
-        after, least = scores(best), None if floor is None else scores(floor)[1]
+        after, least = scores(best), None if worst is None else scores(worst)[1]
         if serves and start is not None and begin is not None and after[1] <= begin[1]:
             best, after = _recorded(start, job), begin
     choice = Score(metric.name, before[0], after[0], False, begin and begin[0])

@@ -241,9 +241,9 @@ def test_pipes_and_devices_are_no_models_and_no_places(optimize: Optimize) -> No
 @pytest.mark.parametrize(
     ("place", "complaint"),
     [
-        ("m.onnx", "this is a file of a model"),
-        ("./out.onnx", "this is a file of a model"),
-        ("out.session.json", "this is a file of a model"),
+        ("m.onnx", "this is no report"),
+        ("./out.onnx", "this is no report"),
+        ("out.session.json", "this is no report"),
         ("none/r.json", "there is no folder 'none'"),
         (".", "it is a folder"),
     ],

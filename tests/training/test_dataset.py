@@ -190,7 +190,7 @@ def test_a_share_is_held_out() -> None:
     parts = [next(one.evaluated(10)).arrays["y"].tolist() for one in (first, second)]
     assert [len(one) for one in parts] == [7, 3]
     assert sorted([*parts[0], *parts[1]]) == Y.tolist()
-    with pytest.raises(UsageError, match=r"holdout 0.99: expected a share of the 10 samples"):
+    with pytest.raises(UsageError, match=r"holdout 0.99: of 10 samples some have to be left"):
         first.__class__(first.source, PAIR, ("y",)).split(0.99)
 
 

@@ -296,9 +296,13 @@ _READ = ("model.onnx", "train.npz", "test.npz")
         ("-o o.onnx --data more.npz --labels y", 2, "'y': 51 from 7 to 16; expected 51 of the 10 classes"),
         ("-o o.onnx --data more.npz --labels single", 2, "(class indices are integers): the label is 51"),
         ("-o o.onnx --data more.npz --labels text", 2, "label 'text' is of type <U2; expected numbers"),
-        ("-o o.onnx --data more.npz --labels y --loss ctc", 2, "label 'y' (51 int64) do not go together"),
+        (
+            "-o o.onnx --data more.npz --labels y --loss ctc",
+            2,
+            "it takes outputs of samples, time and classes",
+        ),
         ("-o o.onnx --data none.npz --labels y", 2, "none.npz holds no samples"),
-        ("-o o.onnx --data one.npz --labels y", 2, "holdout 0.1: expected a share of the 1 samples"),
+        ("-o o.onnx --data one.npz --labels y", 2, "holdout 0.1: of 1 samples some have to be left"),
         ("-o o.onnx --data train.npz --labels y --max-drop x", 2, "--max-drop 'x': expected a drop such as"),
         (
             "-o o.onnx --data train.npz --labels y --transforms shift{by=-1}",

@@ -103,7 +103,7 @@ class PruneChannels(Pass):
         for site, pin in structure.pinned.items():
             ledger.decline(_RULE, site, f"its channels stay: {pin.reason}")
         try:
-            gone = self._selected(structure, model)
+            gone = self.selected(structure, model)
         except Declined as reason:
             ledger.decline(_RULE, "", str(reason))
             return
@@ -128,8 +128,8 @@ class PruneChannels(Pass):
         first = self.samples[0] if self.samples else {}
         return survey(model, {**{name: array.shape for name, array in first.items()}, **(self.shapes or {})})
 
-    def _selected(self, structure: Structure, model: ir.Model) -> np.ndarray:
-        """The channels that go."""
+    def selected(self, structure: Structure, model: ir.Model) -> np.ndarray:
+        """The channels that go of a model of that structure, bool [channels]. Raises Declined as `select`."""
         kept = kept_sites(model, self.keep)
         fixed = [
             any(site in kept for site in group.layers)

@@ -15,49 +15,21 @@ from onnxopt.graph import (
     ints_attr,
     sizes_of,
     sole_user,
-    subgraphs_of,
-    walk,
 )
-from onnxopt.index import operator_of
 from onnxopt.inference import refine
-from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training.interpreter import registry
 from onnxopt.training.interpreter.frozen import FrozenPart
-from onnxopt.training.interpreter.functions import FunctionBody, has_function
+from onnxopt.training.interpreter.functions import label, operator_for
 from onnxopt.training.interpreter.graph import Body, Plan, Step
 from onnxopt.training.interpreter.quantized import add_quantized, called
 from onnxopt.training.interpreter.registry import Context, Operator
 from onnxopt.training.interpreter.state import State, is_statistic
 from onnxopt.training.interpreter.values import HOST_LIMIT, Host, host_of, tensor_of
 
-__all__ = ["Builder", "label", "operator_for", "unknown_nodes"]
+__all__ = ["Builder"]
 
 _SHAPES = ("Shape", "Size")
 _GRAPH = ir.AttributeType.GRAPH
-
-
-def label(node: ir.Node, version: int) -> str:
-    """How messages call a node: operator, domain, version and name."""
-    return f"{node.domain or 'ai.onnx'}::{node.op_type}-{version} (node {node.name!r})"
-
-
-def unknown_nodes(graph: ir.Graph) -> list[tuple[ir.Node, str]]:
-    """The nodes of a main graph that cannot be computed here, by themselves or for what is in them."""
-    found = []
-    for node in graph:
-        for inner in (node, *(one for body in subgraphs_of(node) for one in walk(body))):
-            version = graph.opset_imports.get(inner.domain, 1)
-            if operator_of(inner) not in QUANTIZED and operator_for(inner, version) is None:
-                found.append((node, label(inner, version)))
-    return found
-
-
-def operator_for(node: ir.Node, version: int) -> Operator | None:
-    """The function of a node's operator: its row, else the body that its schema gives it."""
-    found = registry.find(node.domain, node.op_type, version)
-    if found is None and has_function(node, version):
-        return Operator(FunctionBody(ir.to_proto(node), version), raw=True, host=False)
-    return found
 
 
 class Builder:
@@ -101,7 +73,7 @@ class Builder:
             self.slots[value, False] if (value, False) in self.slots else self._new(value)
             for value in body.inputs
         )
-        if self.outer is not None:
+        if self.outer is not None or body is not graph:  # what calls a function may give numbers, too
             self._host.update(body.inputs)
         for node in body:
             if node.op_type == "Constant" and not node.domain and node.outputs[0] in self.states:
@@ -131,6 +103,8 @@ class Builder:
         number = self.slots[value, host] = self._next()
         if self.outer is not None:
             self.captures.append((value, host))
+            if self.outer._is_host(value):
+                self._host.add(value)
         elif value in self.states:
             self.needed[value] = number
         else:

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from onnxopt.calibration.exposing import cut
 from onnxopt.errors import ModelError
-from onnxopt.graph import subgraphs_of, walk
+from onnxopt.graph import constant_of, subgraphs_of, walk
+from onnxopt.index import operator_of
 from onnxopt.model import clone
+from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.protobuf import dump
 from onnxopt.runtimes import Session, open_session
+from onnxopt.training.interpreter.functions import label, operator_for
 from onnxopt.training.interpreter.registry import Operator
 from onnxopt.training.interpreter.values import Host, receive, to_device
 
-__all__ = ["Frozen", "FrozenPart", "frozen_part"]
+__all__ = ["Frozen", "FrozenPart", "frozen_part", "unknown_nodes"]
 
 
 class FrozenPart(NamedTuple):
@@ -65,6 +68,19 @@ class Frozen:
         return tuple(results)
 
 
+def unknown_nodes(graph: ir.Graph) -> list[tuple[ir.Node, str]]:
+    """The nodes of a main graph that cannot be computed here, by themselves or for what is in them."""
+    found = []
+    for node in graph:
+        for inner in (node, *(one for body in subgraphs_of(node) for one in walk(body))):
+            version = graph.opset_imports.get(inner.domain, 1)
+            values = [one for one in (*inner.inputs, *inner.outputs) if one is not None]
+            text = any(getattr(constant_of(one), "dtype", one.dtype) == ir.DataType.STRING for one in values)
+            if text or (operator_of(inner) not in QUANTIZED and operator_for(inner, version) is None):
+                found.append((node, label(inner, version)))
+    return found
+
+
 def frozen_part(
     model: ir.Model, unknown: Iterable[tuple[ir.Node, str]], trained: set[ir.Value]
 ) -> FrozenPart | None:
@@ -101,7 +117,9 @@ def frozen_part(
     results = [value for node in ordered for value in node.outputs if value in outside]
     names = [value.name or "" for value in results]
     inputs = [value for value in model.graph.inputs if any(value in _read(node) for node in ordered)]
-    data = dump(cut(clone(model), names)).SerializeToString(deterministic=True)
+    part = cut(clone(model), names)
+    part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses()]
+    data = dump(part).SerializeToString(deterministic=True)
     types = [(name, value.dtype) for name, value in zip(names, results, strict=True)]
     run = Frozen(data, [value.name or "" for value in inputs], types)
     return FrozenPart(Operator(run, raw=True, host=False), nodes, inputs, results)

@@ -9,18 +9,32 @@ import onnx_ir as ir
 import torch
 
 from onnxopt.graph import walk
+from onnxopt.training.interpreter import registry
 from onnxopt.training.interpreter.graph import Body
-from onnxopt.training.interpreter.registry import Context
+from onnxopt.training.interpreter.registry import Context, Operator
 from onnxopt.training.interpreter.values import NATIVE, Host
 
-__all__ = ["FunctionBody", "has_function"]
+__all__ = ["FunctionBody", "label", "operator_for"]
 
 _TYPES = {torch_type: dtype for dtype, torch_type in NATIVE.items()}
 
 _Types = tuple[tuple[ir.DataType | None, tuple[int, ...] | None], ...]
 
 
-def has_function(node: ir.Node, version: int) -> bool:
+def label(node: ir.Node, version: int) -> str:
+    """How messages call a node: operator, domain, version and name."""
+    return f"{node.domain or 'ai.onnx'}::{node.op_type}-{version} (node {node.name!r})"
+
+
+def operator_for(node: ir.Node, version: int) -> Operator | None:
+    """The function of a node's operator: its row, else the body that its schema gives it."""
+    found = registry.find(node.domain, node.op_type, version)
+    if found is None and _has_function(node, version):
+        return Operator(FunctionBody(ir.to_proto(node), version), raw=True, host=False)
+    return found
+
+
+def _has_function(node: ir.Node, version: int) -> bool:
     """Whether the operator's schema says how others compute it."""
     if not onnx.defs.has(node.op_type, version, node.domain):
         return False
@@ -61,7 +75,7 @@ class FunctionBody:
         _fill_in(function, node, self._version)
         for value, (dtype, _) in zip(function.inputs, types, strict=False):
             value.type = None if dtype is None else ir.TensorType(dtype)
-        return Body(Builder(function.opset_imports, {}).build(function.graph)), places
+        return Body(Builder(function.opset_imports, {}).build(function)), places
 
 
 def _schema(op_type: str, version: int, domain: str) -> Any:

@@ -11,11 +11,11 @@ from torch import nn
 
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.model import ModelLike, load
-from onnxopt.training.interpreter.build import Builder, unknown_nodes
-from onnxopt.training.interpreter.frozen import frozen_part
+from onnxopt.training.interpreter.build import Builder
+from onnxopt.training.interpreter.frozen import frozen_part, unknown_nodes
 from onnxopt.training.interpreter.logits import Logits, final_logits
 from onnxopt.training.interpreter.preparation import initial, prepare
-from onnxopt.training.interpreter.stages import Stage, moved, run_stages, staged
+from onnxopt.training.interpreter.stages import Stage, hold_at, moved, run_stages, staged
 from onnxopt.training.interpreter.state import Options, State, Tying, collect
 from onnxopt.training.interpreter.statistics import Batches, Follows, followed
 from onnxopt.training.interpreter.values import deliver, receive, whole
@@ -63,7 +63,7 @@ class GraphModule(nn.Module):
 
     The keys of `state_dict` are the ONNX names. Where one cannot be a torch name (an empty part between two
     dots, an attribute of `nn.Module`, the name of a parent of another) underscores are added; `keys` has the
-    key of each name.
+    key of each name. Parameters of 16 bits are held in 32, and rounded as they are read: steps are too small.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class GraphModule(nn.Module):
         self._logits = final_logits(graph.graph)
         self.keys: dict[str, str] = {}
         self._owners: list[tuple[int, nn.Module, str]] = []
+        self.halves: dict[int, torch.dtype] = {}
         for state in states:
             if state.value in builder.needed:
                 self._hold(state, builder.needed[state.value])
@@ -148,6 +149,8 @@ class GraphModule(nn.Module):
             values[slot] = constant
         for slot, owner, attribute in self._owners:
             values[slot] = getattr(owner, attribute)
+        for slot, half in self.halves.items():
+            values[slot] = values[slot].to(half)
         for slot, (name, dtype) in zip(self._plan.inputs, self._inputs, strict=True):
             if name not in given:
                 raise UsageError(f"training: input {name!r} is not fed{did_you_mean(name, given)}")
@@ -182,7 +185,7 @@ class GraphModule(nn.Module):
         self._anchor = self._anchor.to(targets[0])
         for slot, owner, name in self.states:
             readers = self.readers(slot)
-            _move(owner, name, readers[0].device if len(readers) == 1 else targets[0])
+            hold_at(owner, name, readers[0].device if len(readers) == 1 else targets[0])
 
     def readers(self, slot: int) -> list[Stage]:
         """The stages that read the value at a position."""
@@ -259,23 +262,13 @@ class GraphModule(nn.Module):
             taken.append(part)
         last = _free(owner, last, inner=False)
         if state.trainable:
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                self.halves[slot], tensor = tensor.dtype, tensor.float()
             owner.register_parameter(last, nn.Parameter(tensor))
         else:
             owner.register_buffer(last, tensor, persistent=tensor.is_floating_point())
         self.keys[state.name] = ".".join((*taken, last))
         self._owners.append((slot, owner, last))
-
-
-def _move(owner: nn.Module, name: str, device: torch.device) -> None:
-    """Bring a parameter, a buffer or what is computed in a module to a device."""
-    if name in owner._parameters:
-        parameter = owner._parameters[name]
-        assert parameter is not None
-        owner._parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
-    elif name in owner._buffers:
-        owner._buffers[name] = getattr(owner, name).to(device)
-    else:
-        owner.to(device)
 
 
 def _free(owner: nn.Module, part: str, *, inner: bool) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onnxopt.training.interpreter.graph import Plan, Step
 
-__all__ = ["Stage", "cuts", "moved", "run_stages", "staged"]
+__all__ = ["Stage", "cuts", "hold_at", "moved", "run_stages", "staged"]
 
 _SLACK = 1.1
 """How much more than necessary the largest stage may hold where fewer bytes cross then."""
@@ -32,13 +32,14 @@ class Stage(nn.Module):
     """The steps `begin` to `end` of a plan, from the values they read to those that are read after them.
 
     kept: bytes that a training keeps for it. held: position -> attribute of this module, of states that no
-    other stage reads and that it holds itself.
+    other stage reads and that it holds itself. halves: the type that it reads some of those as.
     """
 
     def __init__(self, plan: Plan, begin: int, end: int, device: torch.device, kept: int = 0) -> None:
         super().__init__()
         self.begin, self.end, self.device, self.kept = begin, end, device, kept
         self.held: dict[int, str] = {}
+        self.halves: dict[int, torch.dtype] = {}
         self._anchor = torch.empty(0, device=device)
         self.connect(plan)
 
@@ -69,7 +70,8 @@ class Stage(nn.Module):
         for i, one in given.items():
             values[i] = moved(one, self.device)
         for i, name in self.held.items():
-            values[i] = getattr(self, name)
+            one = getattr(self, name)
+            values[i] = one.to(self.halves.get(i, one.dtype))
         return dict(zip(self.plan.outputs, self.plan.run(values, self._anchor), strict=True))
 
 
@@ -81,6 +83,18 @@ def run_stages(stages: Sequence[Stage], values: list[Any]) -> None:
             values[i] = None
         for i, one in found.items():
             values[i] = one
+
+
+def hold_at(owner: nn.Module, name: str, device: torch.device) -> None:
+    """Bring a parameter, a buffer or what is computed in a module to a device."""
+    if name in owner._parameters:
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        owner._parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+    elif name in owner._buffers:
+        owner._buffers[name] = getattr(owner, name).to(device)
+    else:
+        owner.to(device)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -22,6 +22,7 @@ from onnxopt.training.interpreter.statistics import readers
 
 __all__ = [
     "INLINED",
+    "MOVES",
     "NAME",
     "NUMBER",
     "Options",
@@ -87,7 +88,7 @@ _QUANTIZED_WEIGHTS = {
     if row.float_op
 }
 """Of operators on quantized data, by their own table: weight and bias."""
-_MOVES = frozenset(
+MOVES = frozenset(
     {
         *("Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile"),
         *("Transpose", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"),
@@ -211,7 +212,7 @@ def is_weight(value: ir.Value) -> bool:
                 return True
             if position in _QUANTIZED_WEIGHTS.get(user.op_type, ()):
                 return True
-            if user.op_type in _MOVES and position == 0:
+            if user.op_type in MOVES and position == 0:
                 work += [one for one in user.outputs if one not in seen]
                 seen.update(user.outputs)
     return False

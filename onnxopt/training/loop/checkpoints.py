@@ -41,9 +41,9 @@ def read_checkpoint(path: Path, made_for: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(f"--resume: {path} is no checkpoint, or damaged: remove it to start anew") from error
-    if state.get("made_for") != made_for:
+    if not isinstance(state, dict) or state.get("made_for") != made_for:
         raise UsageError(f"--resume: {path} is of another model or recipe: start anew without --resume")
-    return state
+    return dict(state)

@@ -49,6 +49,9 @@ class Hook:
     ) -> Tensor | None:
         """A loss of each sample, (N,), or one for all, to be added to that of the recipe."""
 
+    def backward(self, trainer: Trainer) -> None:
+        """Once a step has its gradients, of the whole batch, as the loss has them; without gradients."""
+
     def stepped(self, trainer: Trainer) -> None:
         """After each step of the optimizer, without gradients."""
 

@@ -19,7 +19,7 @@ import torch.nn.functional as nf
 from torch import Tensor
 
 from onnxopt.data import python_target
-from onnxopt.data.python import names_target
+from onnxopt.data.python import names_target, told
 from onnxopt.errors import OnnxoptError, UsageError, did_you_mean, one_line
 from onnxopt.recipe import parse_spelled
 
@@ -105,19 +105,34 @@ class Bce(Loss):
 class Ctc(Loss):
     """Connectionist temporal classification: logits (N, time, classes), target (N, length), -1 where it ends.
 
-    Divided by the length of the target.
+    Divided by the length of the target, which takes a step in time for each class and one more between equal
+    ones.
     """
 
     looks_through = "Softmax"
     blank: int = 0
 
     def __call__(self, y: Tensor, target: Tensor) -> Tensor:
-        lengths = (target >= 0).sum(1)
+        if y.ndim != 3 or target.ndim != 2 or target.is_floating_point():
+            raise UsageError(
+                "loss ctc: it takes outputs of samples, time and classes, and rows of integers as labels"
+            )
+        there = target >= 0
+        if not ((target < y.shape[2]) & (target != self.blank)).all() or (there[:, 1:] > there[:, :-1]).any():
+            raise UsageError(
+                f"loss ctc: labels are classes from 0 to {y.shape[2] - 1} but the blank, {self.blank}, and "
+                f"-1 after the last one; found {int(target.min())} to {int(target.max())}"
+            )
+        lengths = there.sum(1)
+        least = lengths + (there & (target == target.roll(1, 1)))[:, 1:].sum(1)
+        if (least > y.shape[1]).any():
+            raise UsageError(
+                f"loss ctc: a label of {int(lengths[least.argmax()])} classes takes {int(least.max())} steps "
+                f"in time, the output has {y.shape[1]}: leave such samples out"
+            )
         times = torch.full_like(lengths, y.shape[1])
         odds = y.log_softmax(-1).transpose(0, 1)
-        each = nf.ctc_loss(
-            odds, target.long().clamp(min=0), times, lengths, self.blank, reduction="none", zero_infinity=True
-        )
+        each = nf.ctc_loss(odds, target.long().clamp(min=0), times, lengths, self.blank, reduction="none")
         return each / lengths.clamp(min=1)
 
 
@@ -200,8 +215,20 @@ class Objective:
     def __call__(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The loss of each sample, (N,), or one for all of them."""
         if self.function is not None:
-            return self.function(outputs, arrays)
+            return _asked(self.function, outputs, arrays)
         return torch.stack([_worked_out(term, outputs, arrays) for term in self.terms]).sum(0)
+
+
+def _asked(
+    function: Callable[..., Any], outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+) -> Tensor:
+    try:
+        found = function(outputs, arrays)
+    except Exception as error:  # the user's own code may raise anything
+        raise UsageError(f"loss: the function failed: {told(error)}") from error
+    if not isinstance(found, Tensor):
+        raise UsageError(f"loss: the function gives a {type(found).__name__}; expected a tensor")
+    return found
 
 
 def _worked_out(term: Term, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
@@ -245,6 +272,8 @@ def parse_loss(spec: str | Callable[..., Any]) -> Objective:
 def _only(what: str, name: str, some: Sequence[str], known: Sequence[str], hint: str) -> str:
     if not name and len(some) == 1:
         return some[0]
+    if what == "output" and not some:
+        raise UsageError("loss: the model has no float output to learn with: cut what turns it into integers")
     if not name:
         raise UsageError(f"loss: {len(some)} possible {what}s ({', '.join(some) or 'none'}): {hint}")
     if name not in known:

@@ -147,7 +147,8 @@ def _accuracy(
             f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "
             f"expected {'x'.join(map(str, found.shape))} of the {y.shape[axis]} classes of {term.output!r}"
         )
-    return float((found == label)[counted].sum()), int(counted.sum())
+    right = math.nan if np.isnan(y).any() else float((found == label)[counted].sum())
+    return right, int(counted.sum())
 
 
 def _negated_loss(

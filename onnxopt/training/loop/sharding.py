@@ -53,7 +53,7 @@ def shard(module: GraphModule, device: torch.device, feeds: Mapping[str, Any]) -
         if len(readers) == 1 and parameter is not None and parameter.ndim:
             stage, own = readers[0], f"state_{slot}"
             stage.register_parameter(own, parameter)
-            stage.held[slot] = own
+            stage.held[slot], stage.halves = own, module.halves
             homes.append((owner, name, stage, own))
     for stage in module.stages:
         fully_shard(stage, mesh=mesh)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from onnxopt.errors import OnnxoptError, UsageError, one_line
-from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.interpreter.values import array_tensor, whole
+from onnxopt.training.loop.batching import takes_batches, tensors_of
 from onnxopt.training.loop.checkpoints import read_checkpoint, write_checkpoint
 from onnxopt.training.loop.divergence import diverged
 from onnxopt.training.loop.hooks import Hook, Judge
@@ -70,7 +70,8 @@ class Trainer:
     """Sum of the losses since the last evaluation, and how many samples they are of."""
 
     def __post_init__(self) -> None:
-        recipe, module, data, world = self.recipe, self.module, self.data, self.world
+        recipe, module, world = self.recipe, self.module.eval(), self.world  # hooks may run it
+        data = self.data = replace(self.data, apart=not takes_batches(module, self.data))
         self._schedule = parse_schedule(recipe.schedule, recipe.warmup)
         self._sizes = parse_sizes(recipe.batch_size, parse_schedule(recipe.batch_schedule), recipe.seed)
         steps = data.steps(self._sizes, recipe.epochs)
@@ -79,7 +80,6 @@ class Trainer:
         self.total = min(steps or recipe.steps, recipe.steps or steps)
         if world.sharded and (recipe.precision == "float16" or any(hook.whole for hook in self.hooks)):
             raise UsageError("shard: it is for finetune and distill, in float32 or bfloat16")
-        module.eval()  # hooks may run it
         world.place(module, self._sample)
         for hook in self.hooks:
             hook.start(self)
@@ -133,13 +133,6 @@ class Trainer:
         part, pieces, epochs = (self.world.rank, self.world.size), self.recipe.accumulate, self.recipe.epochs
         return self.data.batches(self._sizes, self.epoch, epochs, start=start, part=part, pieces=pieces)
 
-    def tensors(self, piece: Batch) -> dict[str, Tensor]:
-        """What is going to be run; a piece that does not count is in no statistics."""
-        self.piece = piece
-        if isinstance(self.module, GraphModule):
-            self.module.batches.counts = piece.size > 0
-        return {name: self._tensor(array) for name, array in piece.arrays.items()}
-
     def _sample(self) -> dict[str, Tensor]:
         """The inputs of a batch, on the CPU."""
         _, pieces = next(self.data.batches(self._sizes, 0, self.recipe.epochs, pieces=self.recipe.accumulate))
@@ -188,14 +181,17 @@ class Trainer:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
         for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1
-            arrays = self.tensors(piece)
+            self.piece, last = piece, number == len(pieces) - 1
+            arrays = tensors_of(piece, self.module, self.world.device)
             with self.world.joined(self.forward, last):
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
                 self._scaler.scale(loss).backward()
             total = total + loss.detach()
         self.world.share(self.trained.values())
         self._scaler.unscale_(self.optimizer)
+        with torch.no_grad():
+            for hook in self.hooks:
+                hook.backward(self)
         total = self.world.mean(total)
         total = total + penalize(self.trained.values(), self.recipe.l1, self.recipe.l2, self.world.device)
         found, norm = torch.stack((total, self._clip())).tolist()  # all that a step waits for
@@ -228,12 +224,15 @@ class Trainer:
                 other = self.objective(outputs, mirrored)  # type: ignore[misc]
                 parts = [shares * parts[0] + (1 - shares) * other]
             parts += [one for hook in self.hooks if (one := hook.loss(self, outputs, arrays)) is not None]
-            return torch.stack([part.mean() for part in parts]).sum()
+            loss = torch.stack([part.mean() for part in parts]).sum()
         except OnnxoptError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             shown = ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in arrays.items())
             raise UsageError(f"train: step {self.step + 1} on {shown} failed: {one_line(error)}") from error
+        if not loss.requires_grad:
+            raise UsageError("train: the loss depends on nothing that is trained: look at loss and freeze")
+        return loss
 
     def _tensor(self, array: np.ndarray, device: str | torch.device | None = None) -> Tensor:
         return array_tensor(array).to(device or self.world.device)

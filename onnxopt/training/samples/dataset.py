@@ -22,7 +22,7 @@ from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
 from onnxopt.training.samples.sizes import Sizes
 from onnxopt.training.samples.sources import Arrays, Source, Stream, Table, batches_of, shuffled
-from onnxopt.training.samples.transforms import Mixup, Transform
+from onnxopt.training.samples.transforms import Mixup, Transform, is_for
 
 __all__ = ["Batch", "Dataset"]
 
@@ -55,6 +55,8 @@ class Dataset:
     """Of a stream, samples that are held to draw the next one of a batch from; 0: as they come."""
     chosen: np.ndarray | None = None
     """Rows that belong to it; None: all."""
+    apart: bool = False
+    """The model takes one sample at once, whatever its inputs say."""
     _inputs: dict[str, Input] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Dataset:
         A state of shape [layers, batch, features] beside an input [batch, time] does not stack.
         """
         sizes = [item.dims[0] if item.dims else "" for item in self.contract.required if item.dims != ()]
-        return len({size if isinstance(size, int) else "" for size in sizes}) < 2
+        return not self.apart and len({size if isinstance(size, int) else "" for size in sizes}) < 2
 
     @property
     def fixed(self) -> int:
@@ -93,7 +95,9 @@ class Dataset:
             )
         held = max(round(self.length * share), 1)
         if not 0 < share < 1 or held >= self.length:
-            raise UsageError(f"holdout {share:g}: expected a share of the {self.length} samples, such as 0.1")
+            raise UsageError(
+                f"holdout {share:g}: of {self.length} samples some have to be left: give more, or 0"
+            )
         order = np.random.default_rng((self.seed, 0, 2)).permutation(self.length)
         first, second = np.sort(order[held:]), np.sort(order[:held])
         return dataclasses.replace(self, chosen=first), dataclasses.replace(self, chosen=second)
@@ -197,7 +201,7 @@ class Dataset:
             array = given[name]
             if item.dims is not None and array.ndim == len(item.dims) + 1:  # a sample axis in front of feeds
                 array = array[0] if not self.stacks else array[:, 0] if array.shape[1] == 1 else array
-            changes = [one for one in self.transforms if _is_for(one, item, array)]
+            changes = [one for one in self.transforms if is_for(one, item, array)]
             if changes:
                 array = array.astype(item.dtype) if array.dtype == np.uint8 else array
                 pairs = zip(array if self.stacks else array[None], rows, strict=True)
@@ -255,7 +259,7 @@ class Dataset:
         held: list[Arrays] = []
         size = next(sizes)
         given = batches_of(self.source, self.labels)
-        rows = (row for arrays in given for row in (_rows(arrays) if self.stacks else [arrays]))
+        rows = (row for arrays in given for row in (_rows(arrays) if self.stacks or self.apart else [arrays]))
         for row in rows if random is None else shuffled(rows, self.shuffle, random):
             if len(held) == size or (held and self.stacks and _shapes(row) != _shapes(held[0])):
                 yield len(held), functools.partial(_joined, held)
@@ -292,9 +296,3 @@ def _any_batch(contract: Contract) -> Contract:
         return dataclasses.replace(item, dims=("samples", *item.dims[1:])) if item.dims else item
 
     return Contract(tuple(map(freed, contract.required)), tuple(map(freed, contract.optional)))
-
-
-def _is_for(one: Transform, item: Input, array: np.ndarray) -> bool:
-    if one.input:
-        return one.input == item.name
-    return array.ndim > 2 and item.dtype.kind == "f" and (array.dtype.kind == "f" or array.dtype == np.uint8)

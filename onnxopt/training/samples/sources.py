@@ -113,7 +113,9 @@ def _items(count: int, read: Callable[[int], Mapping[str, Any]]) -> Table:
         try:
             whole = {name: [np.atleast_1d(one[name]) for one in samples] for name in samples[0]}
             return {name: np.concatenate(arrays) for name, arrays in whole.items()}
-        except (ValueError, KeyError) as error:
+        except KeyError as error:
+            raise UsageError(f"data: there is a sample without the array {error}") from None
+        except ValueError as error:
             raise UsageError(f"data: samples that differ need batch_size=1: {told(error)}") from None
 
     return Table(count, rows)
@@ -209,8 +211,11 @@ def _load(path: Path) -> np.ndarray:
 def _read_csv(path: Path, labels: Sequence[str]) -> Arrays:
     """Labels by their column; all other columns, in their order, are the row of the model's one input."""
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            head, *rows = list(csv.reader(stream))
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            head, *rows = [row for row in csv.reader(stream) if row] or [[]]
+        for row in rows:
+            if len(row) != len(head):
+                raise ValueError(f"{len(row)} fields in {','.join(row)!r}, {len(head)} in the first line")
         table = np.array(rows, np.float64)
     except (OSError, ValueError) as error:
         raise UsageError(f"--data: {path}: expected a line of names, then numbers: {told(error)}") from None
@@ -253,7 +258,7 @@ def batches_of(stream: Stream, labels: Sequence[str]) -> Iterator[Arrays]:
     Raises:
         UsageError: the user's code fails, or gives something else.
     """
-    batches = iter(_told(stream.start))
+    batches = _told(lambda: iter(stream.start()))
     while True:
         item = _told(lambda: next(batches, None))
         if item is None:

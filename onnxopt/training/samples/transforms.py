@@ -13,8 +13,9 @@ import numpy as np
 
 from onnxopt.errors import UsageError, one_line
 from onnxopt.recipe import parse_spelled
+from onnxopt.synthesis.inputs import Input
 
-__all__ = ["TRANSFORMS", "Mixup", "Transform", "parse_transforms"]
+__all__ = ["TRANSFORMS", "Mixup", "Transform", "is_for", "parse_transforms"]
 
 Random = np.random.Generator | None
 
@@ -173,3 +174,10 @@ TRANSFORMS: Mapping[str, Callable[..., Transform]] = {
 def parse_transforms(texts: Sequence[str]) -> tuple[Transform, ...]:
     """The transforms of these spellings. Raises UsageError where one cannot be read."""
     return tuple(parse_spelled(text, TRANSFORMS, "transform") for text in texts)
+
+
+def is_for(one: Transform, item: Input, array: np.ndarray) -> bool:
+    """Whether a transform is for that input and what it is given."""
+    if one.input:
+        return one.input == item.name
+    return array.ndim > 2 and item.dtype.kind == "f" and (array.dtype.kind == "f" or array.dtype == np.uint8)

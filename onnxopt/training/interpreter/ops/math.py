@@ -51,6 +51,12 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b).to(a.dtype)
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Its gradient at 0, which is no number, is 0: the magnitude of a silent bin has none."""
+    zero = x == 0
+    return torch.sqrt(x.masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
 def _shift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
     return a << b if direction == "LEFT" else a >> b
 
@@ -150,7 +156,7 @@ _UNARY: dict[str, Callable[..., Tensor]] = {
     "Sign": torch.sign,
     "Sin": torch.sin,
     "Sinh": torch.sinh,
-    "Sqrt": torch.sqrt,
+    "Sqrt": _sqrt,
     "Tan": torch.tan,
 }
 

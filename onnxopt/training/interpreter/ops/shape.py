@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor
 
-from onnxopt.training.interpreter.registry import Context, Table, op
+from onnxopt.training.interpreter.registry import Context, Operator, Table, op
 from onnxopt.training.interpreter.values import CARRIERS, Host
 
 __all__ = ["TABLE"]
@@ -151,6 +151,28 @@ def _constant_of_shape(shape: Sequence[int], *, value: Any = None) -> Tensor:
     return torch.full(tuple(shape), filler.data[0], dtype=filler.dtype)
 
 
+def _normal(x: Tensor, *, mean: float = 0.0, scale: float = 1.0, **_: Any) -> Tensor:
+    return torch.randn_like(x) * scale + mean
+
+
+def _uniform(x: Tensor, *, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
+    return torch.rand_like(x) * (high - low) + low
+
+
+def _drawn(name: str, draw: Callable[..., Tensor]) -> dict[str, Operator]:
+    """Of a shape, and like a tensor; torch's seed counts, the numbers of `seed` are the runtime's own."""
+
+    def of_shape(*, shape: Sequence[int], dtype: int = _FLOAT, **how: Any) -> Tensor:
+        return draw(torch.empty(tuple(shape), dtype=CARRIERS[ir.DataType(dtype)]), **how)
+
+    def like(x: Tensor, *, dtype: int | None = None, **how: Any) -> Tensor:
+        own = x.dtype if dtype is None else CARRIERS[ir.DataType(dtype)]
+        return draw(torch.empty_like(x, dtype=own), **how)
+
+    to_device = op(of_shape, host=False, either=(0,))
+    return {name: to_device, f"{name}Like": op(like, host=False)}
+
+
 def _range(start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any], *, ctx: Context) -> Tensor:
     count = max(math.ceil((limit[0] - start[0]) / delta[0]), 0)
     known = ctx.inputs[0] or (_INT if isinstance(start[0], int) else _FLOAT)
@@ -177,6 +199,8 @@ def _space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 
 TABLE: Table = {
+    **_drawn("RandomNormal", _normal),
+    **_drawn("RandomUniform", _uniform),
     "Concat": op(_concat),
     "Constant": op(_constant, raw=True),
     "ConstantOfShape": op(_constant_of_shape, 0),
