@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxopt.training.distillation import distill
     from onnxopt.training.finetuning import finetune
-    from onnxopt.training.interpreter.module import GraphModule, Logits, to_torch
+    from onnxopt.training.interpreter.logits import Logits
+    from onnxopt.training.interpreter.module import GraphModule, to_torch
     from onnxopt.training.interpreter.writing import write_back
     from onnxopt.training.kinds import DistillRecipe, PruneRecipe, QatRecipe
     from onnxopt.training.qat import train_qat
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DistillRecipe": "kinds",
     "GraphModule": "interpreter.module",
-    "Logits": "interpreter.module",
+    "Logits": "interpreter.logits",
     "PruneRecipe": "kinds",
     "QatRecipe": "kinds",
     "Recipe": "recipe",

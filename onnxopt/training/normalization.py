@@ -1,26 +1,80 @@
-"""BatchNormalization for the time of training: put in after each Conv, folded back into it at the end.
+"""BatchNormalization in training: put in after each Conv and folded back at the end, or measured anew.
 
 A folded Conv keeps its weights under their own names, which `fold-batchnorm`, made for any graph, does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_array, constant_of, value_names
+from onnxopt.graph import constant_array, constant_of, float_attr, nodes
 from onnxopt.model import clone
 from onnxopt.runtimes import open_session
+from onnxopt.scope import Names
+from onnxopt.training.interpreter.module import GraphModule
+from onnxopt.training.interpreter.statistics import Follows
+from onnxopt.training.loop.batching import tensors_of
+from onnxopt.training.loop.hooks import Hook
+from onnxopt.training.loop.trainer import Trainer
+from onnxopt.training.recipe import Recipe
 
-__all__ = ["fold_batchnorm", "with_batchnorm"]
+__all__ = ["Estimate", "fold_batchnorm", "follows", "with_batchnorm"]
 
 _EPSILON = 1e-5
 _PARTS = ("scale", "bias", "mean", "var")
+_MEASURED = 4096
+"""Samples of an epoch that statistics are measured on, at most."""
+
+
+class Estimate(Hook):
+    """Measures all statistics anew before each evaluation, with the weights that are judged.
+
+    They are the means over batches of the epoch, in float32 where training is in less. Source: Wu & Johnson,
+    "Rethinking 'Batch' in BatchNorm", 2021 (2105.07576), section 3.
+    """
+
+    whole = False
+
+    def evaluated(self, trainer: Trainer) -> None:
+        module, seen = trainer.module.train(), 0
+        assert isinstance(module, GraphModule)
+        module.batches.measured = {}
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, contextlib.closing(trainer.batches()) as batches:
+            for size, pieces in batches:
+                module.batches.size, seen = size / len(pieces), seen + size
+                for piece in pieces:
+                    trainer.forward(tensors_of(piece, module, trainer.world.device))
+                if seen >= _MEASURED:
+                    break
+        module.batches.measured = None
+        module.eval()
+
+
+def follows(recipe: Recipe, model: ir.Model, processes: int) -> Follows:
+    """Whether the BatchNormalization nodes of a model go by the batch in a training.
+
+    Raises:
+        UsageError: there are none, or they would never follow.
+    """
+    found = [node for node in nodes(model) if node.op_type == "BatchNormalization"]
+    mode = {"auto": "batch" if recipe.batchnorm else "frozen"}.get(recipe.statistics, recipe.statistics)
+    if mode == "frozen":
+        return False
+    if recipe.statistics == mode and not found:
+        why = "what is trained has no BatchNormalization (qat and prune --channels fold it)"
+        raise UsageError(f"statistics={mode}: {why}")
+    if mode == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
+        raise UsageError("statistics=batch: with the momentum 1 of a node they would stay: take estimate")
+    return "union" if processes > 1 else True
 
 
 def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model, tuple[str, ...]]:
@@ -34,17 +88,19 @@ def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model,
         UsageError: there are no samples.
     """
     model = clone(model)
-    graph, taken = model.graph, value_names(model)
+    graph, names = model.graph, Names(model)
     convs = [node for node in graph if _lacks(node)]
     if convs and not len(samples):
         raise UsageError("batchnorm: statistics are taken from samples by number, which a stream has not")
     sites = tuple(node.outputs[0].name or "" for node in convs)
-    moments = _moments(model, sites, samples)
+    moments = _moments(model, sites, samples) if sites else []
     for node, site, (mean, variance) in zip(convs, sites, moments, strict=True):
         value = node.outputs[0]
+        result = ir.Value(name=site, type=value.type, shape=value.shape)
+        value.replace_all_uses_with(result)
         arrays = (np.sqrt(variance + _EPSILON), mean, mean, variance)
         parts = [
-            _add(graph, _unused(f"{site}_bn_{part}", taken), array)
+            _add(graph, names.fresh(f"{site}_bn_{part}"), array)
             for part, array in zip(_PARTS, arrays, strict=True)
         ]
         norm = ir.Node(
@@ -52,13 +108,10 @@ def with_batchnorm(model: ir.Model, samples: Sequence[Feeds]) -> tuple[ir.Model,
             "BatchNormalization",
             [value, *parts],
             [ir.AttrFloat32("epsilon", _EPSILON)],
-            outputs=[ir.Value(name=site, type=value.type, shape=value.shape)],
-            name=_unused(f"{site}_bn", taken),
+            outputs=[result],
+            name=names.fresh(f"{site}_bn"),
         )
-        for user, position in tuple(value.uses()):
-            if user is not norm:
-                user.replace_input_with(position, norm.outputs[0])
-        value.name = _unused(f"{site}_before_bn", taken)
+        value.name = names.fresh(f"{site}_before_bn")
         graph.insert_after(node, norm)
     return model, sites
 
@@ -83,14 +136,13 @@ def fold_batchnorm(model: ir.Model, sites: Sequence[str]) -> None:
         old = conv.inputs[2] if len(conv.inputs) > 2 else None
         shift = (-mean if old is None else _array(old) - mean) * factor + bias
         if old is None:
-            own = _add(graph, _unused(f"{site}_bias", value_names(model)), shift)
+            own = _add(graph, Names(model).fresh(f"{site}_bias"), shift)
             conv.resize_inputs(3)
             conv.replace_input_with(2, own)
         else:
             _store(old, shift)
         parts = [part for part in norm.inputs[1:] if part is not None]
-        for user, position in tuple(norm.outputs[0].uses()):
-            user.replace_input_with(position, inner)
+        norm.outputs[0].replace_all_uses_with(inner)
         graph.remove(norm, safe=True)
         inner.name = site
         for part in parts:
@@ -103,8 +155,7 @@ def _lacks(node: ir.Node) -> bool:
         return False
     weights = [one for one in node.inputs[1:] if one is not None]
     own = all(
-        one.is_initializer() and constant_of(one) is not None and len(tuple(one.uses())) == 1
-        for one in weights
+        one.is_initializer() and constant_of(one) is not None and len(one.uses()) == 1 for one in weights
     )
     floats = weights[0].dtype == ir.DataType.FLOAT
     return own and floats and all(use.node.op_type != "BatchNormalization" for use in node.outputs[0].uses())
@@ -114,8 +165,6 @@ def _moments(
     model: ir.Model, names: Sequence[str], samples: Sequence[Feeds]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mean and variance by channel (axis 1) of tensors."""
-    if not names:
-        return []
     sums: dict[str, list[np.ndarray]] = {}
     with open_session(cut(clone(model), names), level="none") as session:
         for feeds in samples:
@@ -145,11 +194,3 @@ def _add(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    """The name, or one like it that is not taken; it is from now on."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name

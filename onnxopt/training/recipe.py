@@ -75,6 +75,7 @@ class Recipe:
     compile: bool = False
     init: tuple[str, ...] = ()
     batchnorm: bool = False
+    statistics: Literal["auto", "frozen", "batch", "estimate"] = "auto"
     patience: int = 0
     seed: int = 0
     devices: str = "auto"
@@ -117,6 +118,8 @@ class Recipe:
         "compile": "Compile the graph with torch.compile: a slow first step, then faster ones.",
         "init": "Start anew: fc.*=kaiming; xavier, orthogonal, normal, zeros, ones or constant.",
         "batchnorm": "Train with a BatchNormalization after each Conv, folded back at the end.",
+        "statistics": "Of BatchNormalization: frozen, batch, or estimate: of the batch, then measured; auto: "
+        "frozen, with --batchnorm batch.",
         "patience": "Stop after so many evaluations without a better score; 0: never.",
         "seed": "Seed of everything random.",
         "devices": "auto, cpu, cuda, cuda:1, mps, xla; cuda:0,cuda:1 has half of the graph each.",

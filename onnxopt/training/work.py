@@ -37,7 +37,7 @@ from onnxopt.training.loop.losses import Objective, parse_loss
 from onnxopt.training.loop.parallel import World, world
 from onnxopt.training.loop.scoring import FileJudge, final_activations, find_metric, score
 from onnxopt.training.loop.trainer import Trainer
-from onnxopt.training.normalization import fold_batchnorm, with_batchnorm
+from onnxopt.training.normalization import Estimate, fold_batchnorm, follows, with_batchnorm
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.samples.dataset import Dataset
 
@@ -95,10 +95,11 @@ def train(
     model, show = reusable(model), progress or silent
     show("reading the model", None)
     original = load(model)
+    hooks = [*hooks, *([Estimate()] if recipe.statistics == "estimate" else [])]
     begun, sha256 = original if start is None else start, fingerprint(model, original)
     job = _Job(command, recipe, hooks, model, original, begun, sha256, *datasets_of(recipe, original))
     with world(recipe.devices, recipe.shard) as where, _folder(folder) as place:
-        module, finish = _prepared(job)
+        module, finish = _prepared(job, where)
         objective = _objective(recipe, original, job.data) if share or recipe.labels else None
         metric = _metric(job, objective, model if reference is None else reference)
         judge = FileJudge(metric, finish, place, writes=where.first)
@@ -119,6 +120,7 @@ def train(
         worst = floor()
         before, begin = scores(model), scores(begun) if start is not None and worst is None else None
         trainer.fit(resume=resume)
+        trainer.forward = module  # that of several processes has to be gone before they part, see `world`
         best = judge.best if judge.best is not None else load(place / "best.onnx")
         show("scoring the result", None)
         after, least = scores(best), None if worst is None else scores(worst)[1]
@@ -146,12 +148,12 @@ class _Job:
     test: Dataset | None
 
 
-def _prepared(job: _Job) -> tuple[GraphModule, Callable[[nn.Module], ir.Model]]:
+def _prepared(job: _Job, where: World) -> tuple[GraphModule, Callable[[nn.Module], ir.Model]]:
     """The module that is trained, and what makes a model of it that can be judged and written."""
     recipe, model, sites = job.recipe, job.begun, tuple[str, ...]()
     if recipe.batchnorm:
         model, sites = with_batchnorm(model, job.data.samples()[:_PROBED])
-    module = to_torch(model, batch_statistics=recipe.batchnorm)
+    module = to_torch(model, batch_statistics=follows(recipe, model, where.size))
     initialize(module, model, recipe.init, recipe.seed)
 
     def finish(trained: nn.Module) -> ir.Model:

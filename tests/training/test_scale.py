@@ -204,6 +204,7 @@ def test_two_processes_are_one_also_with_weights_in_parts_that_are_killed(tmp_pa
     write_digits(tmp_path)
     options: dict[str, Any] = {"optimizer": "sgd{momentum=0.9}", "ema": 0.9, "clip_norm": 1.0, "l2": 0.01}
     options |= {"max_drop": 9, "match": "Relu_5=Relu_8", "teacher": tmp_path / "model.onnx"}
+    options["statistics"] = "estimate"
     pair = Pair(tmp_path, "pair.onnx", "distill", options)
     parts = Pair(tmp_path, "parts.onnx", "distill", {**options, "shard": True})
     parts.kill_in(4)

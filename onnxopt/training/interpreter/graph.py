@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from onnxopt.training.interpreter.registry import Context, Operator
+from onnxopt.training.interpreter.statistics import Batches
 from onnxopt.training.interpreter.values import Host, numbers_of, on_host, to_device
 
 __all__ = ["Body", "Plan", "Step"]
@@ -38,7 +39,6 @@ class Step:
         self.plain = not (operator.static or operator.either or maybe_host or captures or operator.raw)
         self.free: tuple[int, ...] = ()
         self.bodies = any(isinstance(one, Body) for one in options.values())
-        self.tracks = False
         self.bind()
 
     def bind(self) -> None:
@@ -118,17 +118,14 @@ class Plan:
                 values[i] = None
         return [values[i] for i in self.outputs]
 
-    def track_statistics(self) -> None:
-        """Let BatchNormalization go by the statistics of the batch while it is trained."""
+    def follow(self, batches: Batches) -> None:
+        """Let BatchNormalization, also in bodies, go by the statistics of the batch where it is told to."""
         for step in self.steps:
-            if step.operator.key == "BatchNormalization":
-                step.tracks = True
-
-    def set_training(self, mode: bool) -> None:
-        """Tell the steps that track statistics whether they are being trained."""
-        for step in self.steps:
-            if step.tracks:
-                step.options["batch"] = mode
+            for one in step.options.values():
+                if isinstance(one, Body):
+                    one.plan.follow(batches)
+            if step.operator.key == "BatchNormalization" and not step.options.get("training_mode"):
+                step.options["batches"] = batches
                 step.bind()
 
     def finish(self) -> None:

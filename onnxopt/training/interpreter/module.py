@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from onnxopt.errors import UsageError, did_you_mean
-from onnxopt.graph import int_attr
 from onnxopt.model import ModelLike, load
 from onnxopt.training.interpreter.build import Builder
 from onnxopt.training.interpreter.frozen import frozen_part, unknown_nodes
+from onnxopt.training.interpreter.logits import Logits, final_logits
 from onnxopt.training.interpreter.preparation import initial, prepare
 from onnxopt.training.interpreter.stages import Stage, hold_at, moved, run_stages, staged
 from onnxopt.training.interpreter.state import Options, State, Tying, collect
+from onnxopt.training.interpreter.statistics import Batches, Follows, followed
 from onnxopt.training.interpreter.values import deliver, receive, whole
 
-__all__ = ["GraphModule", "Logits", "final_logits", "to_torch"]
-
-_FINAL = ("Softmax", "LogSoftmax", "Sigmoid")
-
-
-class Logits(NamedTuple):
-    """What a final activation is computed from: the tensor's name, the activation, and its axis."""
-
-    name: str
-    activation: str
-    axis: int
+__all__ = ["GraphModule", "to_torch"]
 
 
 def to_torch(
@@ -37,7 +28,7 @@ def to_torch(
     *,
     trainable: Sequence[str] | None = None,
     expose: Sequence[str] = (),
-    batch_statistics: bool = False,
+    batch_statistics: Follows = False,
     tied: Tying = "auto",
     outputs: Sequence[str] | None = None,
 ) -> GraphModule:
@@ -49,14 +40,16 @@ def to_torch(
             that an operator reads as its weights. Everything else is a buffer.
         expose: hidden tensors that are outputs as well.
         batch_statistics: BatchNormalization uses the statistics of the batch while the module is in training
-            mode, and follows them with its own; by default its statistics are constants.
+            mode, and follows them with its own; by default its statistics are constants. "union": of the
+            batches of all processes of `torch.distributed`, as SyncBatchNorm of torch.
         tied: what stays one parameter of what several nodes read: "auto" all but tensors that hold one
             number all over, which exporters share because they are equal before training; "all"; "none".
         outputs: the graph outputs that are computed; by default all.
 
     Raises:
         ModelError: not a model, or an operator that cannot be computed here.
-        UsageError: an exposed tensor, or a pattern, that the model does not have.
+        UsageError: an exposed tensor, or a pattern, that the model does not have, or statistics that cannot
+            follow the batch.
     """
     chosen = None if outputs is None else tuple(outputs)
     options = Options(None if trainable is None else tuple(trainable), tied, chosen)
@@ -74,7 +67,7 @@ class GraphModule(nn.Module):
     """
 
     def __init__(
-        self, graph: ir.Model, options: Options, batch_statistics: bool = False, shown: Sequence[str] = ()
+        self, graph: ir.Model, options: Options, batch_statistics: Follows = False, shown: Sequence[str] = ()
     ) -> None:
         super().__init__()
         self.options = options
@@ -102,8 +95,12 @@ class GraphModule(nn.Module):
         for state in states:
             if state.value in builder.needed:
                 self._hold(state, builder.needed[state.value])
+        self.batches = Batches(union=batch_statistics == "union")
+        self._following: list[int] = []
         if batch_statistics:
-            self._plan.track_statistics()
+            values = followed(graph, [state.value for state in states], self.batches.union)
+            self._following = [builder.needed[one] for one in values if one in builder.needed]
+            self._plan.follow(self.batches)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -177,9 +174,14 @@ class GraphModule(nn.Module):
         """Split the graph over devices, see `split`, and put states where the stage is that reads them.
 
         What several stages read is on the first, and so are inputs and outputs.
+
+        Raises:
+            UsageError: statistics that follow the batches are of nodes on several devices.
         """
         targets = [torch.device(one) for one in devices]
         self.split(targets, feeds)
+        if any(len({one.device for one in self.readers(i)}) > 1 for i in self._following):
+            raise UsageError("devices: statistics that nodes on several share cannot follow the batches")
         self._anchor = self._anchor.to(targets[0])
         for slot, owner, name in self.states:
             readers = self.readers(slot)
@@ -241,7 +243,7 @@ class GraphModule(nn.Module):
     def train(self, mode: bool = True) -> GraphModule:
         """As of `nn.Module`; it matters to BatchNormalization with batch statistics only."""
         super().train(mode)
-        self._plan.set_training(mode)
+        self.batches.on = mode
         return self
 
     def _hold(self, state: State, slot: int) -> None:
@@ -274,19 +276,3 @@ def _free(owner: nn.Module, part: str, *, inner: bool) -> str:
     while not part or (hasattr(owner, part) and not (inner and part in owner._modules)):
         part += "_"
     return part
-
-
-def final_logits(graph: ir.Graph) -> dict[str, Logits]:
-    """By graph output, what the Softmax, LogSoftmax or Sigmoid that gives it reads; also behind Identity."""
-    found = {}
-    for output in graph.outputs:
-        value: ir.Value | None = output
-        while value is not None and (node := value.producer()) is not None:
-            if node.op_type in _FINAL and not node.domain and node.inputs[0] is not None:
-                default = -1 if graph.opset_imports.get("", 13) >= 13 else 1
-                axis = int_attr(node, "axis", default)
-                found[output.name or ""] = Logits(node.inputs[0].name or "", node.op_type, axis)
-            if node.op_type not in ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear"):
-                break
-            value = node.inputs[0]
-    return found

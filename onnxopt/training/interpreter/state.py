@@ -18,6 +18,7 @@ from onnxopt.graph import FLOATS, constant_array, constant_of, function_name, gr
 from onnxopt.index import operator_of
 from onnxopt.passes.shared.quantized import QUANTIZED
 from onnxopt.training.interpreter.quantized import reading
+from onnxopt.training.interpreter.statistics import readers
 
 __all__ = [
     "INLINED",
@@ -195,12 +196,7 @@ def _is_trained(state: State, patterns: Sequence[str] | None) -> bool:
 
 def is_statistic(value: ir.Value) -> bool:
     """Whether BatchNormalization reads the value, as it is, as the statistics that it has seen."""
-    for user, position in value.uses():
-        if user.op_type == "BatchNormalization" and position > 2:
-            return True
-        if user.op_type == "Identity" and is_statistic(user.outputs[0]):
-            return True
-    return False
+    return any(user.op_type == "BatchNormalization" and position > 2 for user, position in readers(value))
 
 
 def is_weight(value: ir.Value) -> bool:

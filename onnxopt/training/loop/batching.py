@@ -1,4 +1,4 @@
-"""Whether a graph takes samples together: what was traced with one has that size in its Reshapes."""
+"""Samples for a graph: together, if it takes them so; what was traced with one has that size in Reshapes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from onnxopt.errors import OnnxoptError
+from onnxopt.training.interpreter.module import GraphModule
 from onnxopt.training.interpreter.values import array_tensor
-from onnxopt.training.samples.dataset import Dataset
+from onnxopt.training.samples.dataset import Batch, Dataset
 
-__all__ = ["takes_batches"]
+__all__ = ["takes_batches", "tensors_of"]
 
 
 def takes_batches(module: nn.Module, data: Dataset) -> bool:
@@ -29,6 +30,13 @@ def takes_batches(module: nn.Module, data: Dataset) -> bool:
         return False
     finally:
         module.train(mode)
+
+
+def tensors_of(piece: Batch, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """What the module is going to run; a piece that does not count is in no statistics."""
+    if isinstance(module, GraphModule):
+        module.batches.counts = piece.size > 0
+    return {name: array_tensor(array).to(device) for name, array in piece.arrays.items()}
 
 
 def _alike(both: Tensor, each: Tensor) -> bool:

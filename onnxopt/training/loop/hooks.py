@@ -55,6 +55,9 @@ class Hook:
     def stepped(self, trainer: Trainer) -> None:
         """After each step of the optimizer, without gradients."""
 
+    def evaluated(self, trainer: Trainer) -> None:
+        """Before each evaluation, with the parameters that are judged."""
+
     def written(self, model: ir.Model) -> None:
         """A model that is to be judged or written; it may be changed."""
 

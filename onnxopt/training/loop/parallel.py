@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,6 +139,7 @@ def world(devices: str, sharded: bool = False) -> Iterator[World]:
         dist.barrier()  # a process that leaves first can hang the others
     finally:
         if ours:
+            gc.collect()  # DDP: its reducer would end threads of gloo later, which wait for Python meanwhile
             dist.destroy_process_group()
 
 

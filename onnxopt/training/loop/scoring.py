@@ -19,7 +19,7 @@ from onnxopt.metric import Metric, Run, Split, load_metric
 from onnxopt.model import ModelLike
 from onnxopt.runtimes import open_session
 from onnxopt.storage import save
-from onnxopt.training.interpreter.module import final_logits
+from onnxopt.training.interpreter.logits import final_logits
 from onnxopt.training.interpreter.values import array_tensor
 from onnxopt.training.loop.losses import CrossEntropy, Objective
 from onnxopt.training.samples.dataset import Batch, Dataset

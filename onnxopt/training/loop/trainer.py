@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from onnxopt.errors import OnnxoptError, UsageError, one_line
 from onnxopt.training.interpreter.values import array_tensor, whole
-from onnxopt.training.loop.batching import takes_batches
+from onnxopt.training.loop.batching import takes_batches, tensors_of
 from onnxopt.training.loop.checkpoints import read_checkpoint, write_checkpoint
 from onnxopt.training.loop.divergence import diverged
 from onnxopt.training.loop.hooks import Hook, Judge
@@ -47,7 +47,7 @@ class Trainer:
     stands for model and recipe in checkpoints.
 
     `step` counts optimizer steps, `epoch` and `batch` say where in the data it is, `piece` what samples the
-    loss is being worked out for. `trained` are the parameters that are, by name.
+    loss is being worked out for. `trained` are the parameters that are, by name; `forward` is what runs.
     """
 
     module: nn.Module
@@ -70,7 +70,7 @@ class Trainer:
     """Sum of the losses since the last evaluation, and how many samples they are of."""
 
     def __post_init__(self) -> None:
-        recipe, module, world = self.recipe, self.module, self.world
+        recipe, module, world = self.recipe, self.module.eval(), self.world  # hooks may run it
         data = self.data = replace(self.data, apart=not takes_batches(module, self.data))
         self._schedule = parse_schedule(recipe.schedule, recipe.warmup)
         self._sizes = parse_sizes(recipe.batch_size, parse_schedule(recipe.batch_schedule), recipe.seed)
@@ -86,23 +86,19 @@ class Trainer:
         named = dict(module.named_parameters())
         for name in frozen(named, recipe.freeze):
             named[name].requires_grad_(False)
-        self._forward: Any = world.wrapped(module, self._sample)
-        self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        if recipe.precision == "float16" and any(one.dtype == torch.float16 for one in self.trained.values()):
+        self.forward: Any = world.wrapped(module, self._sample)
+        self.trained = own = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        if recipe.precision == "float16" and any(one.dtype == torch.float16 for one in own.values()):
             raise UsageError("precision float16: the weights are float16 already: leave it, or take bfloat16")
         self.optimizer = make_optimizer(
-            self.trained,
-            recipe.optimizer,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            groups=recipe.groups,
+            own, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, groups=recipe.groups
         )
         self._parameters = nn.ParameterList(self.trained.values())  # them, not copies
         average = get_ema_multi_avg_fn(recipe.ema)
         self.ema = AveragedModel(self._parameters, multi_avg_fn=average) if recipe.ema else None
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
         if recipe.compile:
-            self._forward = torch.compile(self._forward)
+            self.forward = torch.compile(self.forward)
 
     @property
     def clock(self) -> Clock:
@@ -132,21 +128,23 @@ class Trainer:
                 self._run_epoch(log)
         return self.curves
 
+    def batches(self, start: int = 0) -> Generator[tuple[int, list[Batch]]]:
+        """Of this epoch: the size of each, and what this process has of it."""
+        part, pieces, epochs = (self.world.rank, self.world.size), self.recipe.accumulate, self.recipe.epochs
+        return self.data.batches(self._sizes, self.epoch, epochs, start=start, part=part, pieces=pieces)
+
     def _sample(self) -> dict[str, Tensor]:
         """The inputs of a batch, on the CPU."""
         _, pieces = next(self.data.batches(self._sizes, 0, self.recipe.epochs, pieces=self.recipe.accumulate))
         return {name: self._tensor(pieces[0].arrays[name], "cpu") for name in self.module.input_names}  # type: ignore[union-attr]
 
     def _run_epoch(self, log: Log) -> None:
-        recipe, part = self.recipe, (self.world.rank, self.world.size)
+        recipe = self.recipe
         for hook in self.hooks:
             hook.epoch(self, self.epoch)
         self.module.train()
         self.world.seed(recipe.seed, 0, self.epoch)  # for loaders of torch: alike in all processes
-        batches = self.data.batches(
-            self._sizes, self.epoch, recipe.epochs, start=self.batch, part=part, pieces=recipe.accumulate
-        )
-        with contextlib.closing(batches):
+        with contextlib.closing(self.batches(self.batch)) as batches:
             for size, pieces in batches:
                 loss, rate = self._train_on(size, pieces)
                 self.step, self.batch = self.step + 1, self.batch + 1
@@ -184,8 +182,8 @@ class Trainer:
         total = torch.zeros((), device=self.world.device)
         for number, piece in enumerate(pieces):
             self.piece, last = piece, number == len(pieces) - 1
-            arrays = {name: self._tensor(array) for name, array in piece.arrays.items()}
-            with self.world.joined(self._forward, last):
+            arrays = tensors_of(piece, self.module, self.world.device)
+            with self.world.joined(self.forward, last):
                 loss = self._loss(piece, arrays) * (piece.size * self.world.size / size)
                 self._scaler.scale(loss).backward()
             total = total + loss.detach()
@@ -198,7 +196,7 @@ class Trainer:
         total = total + penalize(self.trained.values(), self.recipe.l1, self.recipe.l2, self.world.device)
         found, norm = torch.stack((total, self._clip())).tolist()  # all that a step waits for
         if not math.isfinite(found + norm):
-            raise diverged(self.module, self._forward, self.step + 1, found, self.trained, arrays)
+            raise diverged(self.module, self.forward, self.step + 1, found, self.trained, arrays)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         with torch.no_grad():
@@ -219,7 +217,7 @@ class Trainer:
         dtype = _TYPES.get(self.recipe.precision)
         try:
             with torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
-                outputs = self._forward({name: arrays[name] for name in self.module.input_names})  # type: ignore[union-attr]
+                outputs = self.forward({name: arrays[name] for name in self.module.input_names})  # type: ignore[union-attr]
             parts = [] if self.objective is None else [self.objective(outputs, arrays)]
             if shares is not None and parts:
                 mirrored = {**arrays, **{name: arrays[name].flip(0) for name in self.data.labels}}
@@ -255,15 +253,16 @@ class Trainer:
         self.progress(f"epoch {self.epoch + 1}: evaluating in ONNX Runtime", self.step / self.total)
         self.module.eval()
         with averaged(self._parameters, self.ema):
+            for hook in self.hooks:
+                hook.evaluated(self)
             score = self.world.agreed(self.judge.score(self.module))
             if score >= max(self.curves.score, default=-torch.inf):
                 self.judge.keep()
         self.curves.step.append(self.step)
         self.curves.loss.append(self._losses[0] / self._losses[1])
         self.curves.score.append(score)
-        self.curves.lr.append(
-            self.optimizer.param_groups[0]["lr"] / (self.optimizer.param_groups[0]["factor"] or 1)
-        )
+        group = self.optimizer.param_groups[0]
+        self.curves.lr.append(group["lr"] / (group["factor"] or 1))
         log(self.step, epoch=self.epoch + 1, mean_loss=self.curves.loss[-1], score=score)
         self._losses = [0.0, 0.0]
         self.module.train()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onnxopt.calibration import windows
 from onnxopt.training.interpreter.registry import Context, Table, op
+from onnxopt.training.interpreter.statistics import Batches
 
 __all__ = ["CONV", "TABLE", "conv", "flat", "padding"]
 
@@ -113,10 +114,10 @@ def _batch_norm(
     epsilon: float = 1e-5,
     momentum: float = 0.9,
     training_mode: int = 0,
-    batch: bool = False,
+    batches: Batches | None = None,
 ) -> Any:
-    if batch:
-        return F.batch_norm(x, mean, var, scale, bias, True, 1 - momentum, epsilon)
+    if batches is not None and batches.on:
+        return batches.normalize(x, (scale, bias, mean, var), epsilon, momentum)
     if not training_mode:
         if mean.dtype != x.dtype:
             mean, var = mean.to(x.dtype), var.to(x.dtype)
