@@ -150,12 +150,15 @@ def _turn(
     beside = beside_of(node, place)
     squares, products = np.zeros((groups, summands, summands)), np.zeros((groups, summands, height))
     mean, shift, positions = np.zeros((groups, summands, 1)), np.zeros((groups, height, 1)), 0
+    bias, center = _bias(node, groups * height), np.zeros((groups, summands), np.float32)
     for states in zip(now, was, strict=True):
         here, there = (
             operand_rows(node, state[source.name or ""], array.shape[2:], most).astype(np.float32, copy=False)
             for state in states
         )
-        read, lacks = here.swapaxes(0, 1), (there - here).swapaxes(0, 1) @ plain
+        if bias is not None and not positions and len(here):
+            center = here.mean(0)  # about zero, the squares of what hardly varies are less than their errors
+        read, lacks = (here - center).swapaxes(0, 1), (there - here).swapaxes(0, 1) @ plain
         if beside:
             added, wanted = (result_rows(node, state[beside], most) for state in states)
             lacks += (wanted - added).reshape(-1, groups, height).swapaxes(0, 1)
@@ -164,12 +167,12 @@ def _turn(
         mean += read.sum(1, dtype=np.float64)[:, :, None]
         shift += lacks.sum(1, dtype=np.float64)[:, :, None]
         positions += read.shape[1]
-    bias = _bias(node, groups * height)
     mean /= max(positions, 1)
     shift /= max(positions, 1)
     if bias is not None:
         squares -= positions * mean @ mean.swapaxes(1, 2)
         products -= positions * mean @ shift.swapaxes(1, 2)
+    mean += center[:, :, None]
     own = squares * np.eye(summands)
     return Turn(node, bias, rows, squares + _DAMPING * own, products, mean, shift)
 

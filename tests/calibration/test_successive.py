@@ -91,6 +91,17 @@ def test_nothing_is_missing_where_nothing_changed() -> None:
         np.testing.assert_array_equal(turn.target, turn.rows)
 
 
+def test_what_hardly_varies_has_moments_about_its_mean() -> None:
+    """Single-precision sums of its squares about zero are off by more than the moments are."""
+    model = ir.from_proto(net())
+    far = [{"x": feeds["x"] / 8 + np.float32(1000)} for feeds in samples()]
+    (turn,) = in_turn(model, layers(model)[:1], far)
+    x = np.concatenate([feeds["x"] for feeds in far]).astype(np.float64)
+    wanted = np.cov(x.T, bias=True) * len(x)
+    np.testing.assert_allclose(turn.moments[0], wanted + 0.2 * np.diag(np.diag(wanted)), atol=0.01)
+    np.testing.assert_allclose(turn.mean[0, :, 0], x.mean(0))
+
+
 @pytest.mark.parametrize("memory", [0, 1 << 30])
 def test_fewer_samples_are_held_where_they_need_much(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     monkeypatch.setattr(successive, "_MEMORY", memory)
