@@ -232,6 +232,28 @@ def test_the_union_with_nobody_else_is_the_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(modules[0].get_buffer(name), modules[1].get_buffer(name))
 
 
+@pytest.mark.parametrize("how", [True, "union"])
+def test_one_value_a_channel_goes_by_what_there_is(how: Any, tmp_path: Path) -> None:
+    """As the last batch of an epoch may have, behind pooling."""
+    names = ("scale", "bias", "mean", "var")
+    arrays = {name: np.arange(1, 3, dtype=np.float32) + i for i, name in enumerate(names)}
+    model = build(f"g (float[n, 2] x) => (float[n, 2] y) {{ y = {NORM} }}", arrays)
+    module = to_torch(model, batch_statistics=how).train()
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        found = module({"x": torch.tensor([[3.0, 9.0]])})["y"]
+        found.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    np.testing.assert_allclose(
+        found.detach(), execute(model, {"x": np.array([[3, 9]], np.float32)})[0], rtol=1e-6
+    )
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(module.get_buffer(name), arrays[name])
+    assert module.get_parameter("scale").grad is not None
+
+
 NORM = "BatchNormalization(x, scale, bias, mean, var)"
 INSIDE = build(
     f"""g (float[n, 2, 3] x, bool c) => (float[n, 2, 3] y) {{

@@ -40,10 +40,15 @@ class Batches:
     size: float = 1.0
 
     def normalize(self, x: Tensor, parts: Sequence[Tensor], epsilon: float, momentum: float) -> Tensor:
-        """The batch normalized by itself; of scale, bias, mean and variance, (C,), the latter two follow."""
+        """The batch normalized by itself; of scale, bias, mean and variance, (C,), the latter two follow.
+
+        Where a channel has one value in all, there is nothing to measure: it goes by what there is.
+        """
         mean, var = parts[2:]
         scale, bias = (one.to(mean.dtype) for one in parts[:2])
         share = 1 - momentum
+        if x.numel() == x.shape[1] and not self.union:
+            return nn.functional.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
         if self.measured is not None:
             self.measured[id(mean)] = seen = self.measured.get(id(mean), 0.0) + self.size
             share = self.size / seen
@@ -58,9 +63,10 @@ class Batches:
         wide = x.to(torch.promote_types(mean.dtype, torch.float32))
         own = wide.new_full((1,), x.numel() // x.shape[1])
         sums = _sum(torch.cat([wide.sum(over), own]) * self.counts)
-        middle, count = sums[:-1] / sums[-1], sums[-1]
+        count, single = sums[-1], sums[-1] < 2
+        middle = torch.where(single, mean, sums[:-1] / count)
         off = wide - middle.reshape(channels)
-        spread = _sum(off.square().sum(over) * self.counts) / count
+        spread = torch.where(single, var, _sum(off.square().sum(over) * self.counts) / count)
         with torch.no_grad():
             mean.lerp_(middle.to(mean.dtype), share)
             var.lerp_((spread * (count / (count - 1).clamp(min=1))).to(var.dtype), share)
