@@ -279,6 +279,7 @@ def test_sizes_that_differ_make_batches_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="samples that differ need batch_size=1"):
         list(data.batches(sizes("4"), 0, 1))
     assert len(list(data.batches(sizes("1"), 0, 1))) == 6
+    assert [one.arrays["x"].shape for one in data.evaluated(2)] == [(2, 2), (2, 3), (1, 3), (1, 2)]
 
 
 def test_pixels_of_8_bits_become_floats_where_a_transform_says_what_they_mean() -> None:
@@ -290,6 +291,14 @@ def test_pixels_of_8_bits_become_floats_where_a_transform_says_what_they_mean() 
     np.testing.assert_array_equal(read, pixels.astype(np.float32) / np.float32(255))
     with pytest.raises(UsageError, match="input 'x' takes float32, found uint8; convert it"):
         next(make().evaluated(2))
+
+
+def test_a_number_that_comes_with_each_sample_is_one_for_all() -> None:
+    text = "agraph (double[n, 2] x, double c) => (double[n, 2] y) { y = Mul(x, c) }"
+    make = functools.partial(dataset, contract=contract_of(load(text_model(text))), labels=())
+    assert next(make({"x": X, "c": np.full(10, 3.0)}).evaluated(4)).arrays["c"].shape == ()
+    with pytest.raises(UsageError, match="input 'c'"):
+        next(make({"x": X, "c": X[:, 0]}).evaluated(4))
 
 
 def test_a_sample_axis_in_front_of_complete_feeds_is_taken_off() -> None:

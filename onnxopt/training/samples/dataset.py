@@ -21,7 +21,7 @@ from onnxopt.data.contract import Contract
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
 from onnxopt.training.samples.sizes import Sizes
-from onnxopt.training.samples.sources import Arrays, Source, Stream, Table, batches_of, shuffled
+from onnxopt.training.samples.sources import Arrays, DifferError, Source, Stream, Table, batches_of, shuffled
 from onnxopt.training.samples.transforms import Mixup, Transform, is_for
 
 __all__ = ["Batch", "Dataset"]
@@ -156,7 +156,10 @@ class Dataset:
             return
         for first in range(0, self.length or 0, size):
             rows = np.arange(first, min(first + size, self.length or 0))
-            yield self._batch(rows, None, len(rows))
+            try:
+                yield self._batch(rows, None, len(rows))
+            except DifferError:
+                yield from (self._batch(row, None, 1) for row in rows[:, None])
 
     def samples(self) -> Samples:
         """Complete feeds, as calibration takes them: of one sample each, or of as many as a run takes."""
@@ -199,7 +202,9 @@ class Dataset:
             if name not in given:
                 continue
             array = given[name]
-            if item.dims is not None and array.ndim == len(item.dims) + 1:  # a sample axis in front of feeds
+            if item.dims == () and array.ndim == 1 and (array == array[:1]).all():
+                array = array[0]
+            elif item.dims and array.ndim == len(item.dims) + 1:  # a sample axis in front of feeds
                 array = array[0] if not self.stacks else array[:, 0] if array.shape[1] == 1 else array
             changes = [one for one in self.transforms if is_for(one, item, array)]
             if changes:

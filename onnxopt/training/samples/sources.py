@@ -21,10 +21,25 @@ from onnxopt.data.images import PREPROCESS_FILE, image_files, read_image
 from onnxopt.data.python import names_target, told
 from onnxopt.errors import UsageError
 
-__all__ = ["Arrays", "Rows", "Source", "Stream", "Table", "batches_of", "open_source", "shuffled"]
+__all__ = [
+    "Arrays",
+    "DifferError",
+    "Rows",
+    "Source",
+    "Stream",
+    "Table",
+    "batches_of",
+    "open_source",
+    "shuffled",
+]
 
 Arrays = dict[str, np.ndarray]
 """Inputs and labels by name; the first axis of each is that of the samples."""
+
+
+class DifferError(UsageError):
+    """Samples that are asked for together do not go into one array."""
+
 
 Rows = Callable[[np.ndarray], Mapping[str, Any]]
 
@@ -116,7 +131,7 @@ def _items(count: int, read: Callable[[int], Mapping[str, Any]]) -> Table:
         except KeyError as error:
             raise UsageError(f"data: there is a sample without the array {error}") from None
         except ValueError as error:
-            raise UsageError(f"data: samples that differ need batch_size=1: {told(error)}") from None
+            raise DifferError(f"data: samples that differ need batch_size=1: {told(error)}") from None
 
     return Table(count, rows)
 
