@@ -65,6 +65,6 @@ def quantize_entirely(
             if unit.site in nodes and unit.is_layer and unit.weight == 1
         }
         axis_of = partial(kernel_axis, position=1) if plan.per_channel else lambda _: None
-        found = round_in_turn(model, layers, samples, plan.weight, axis_of)
+        found = round_in_turn(model, layers, samples, plan.weight, axis_of, progress)
         plan = replace(plan, rounded={layers[node]: one for node, one in found.items()})
     return write(model, placement, plan)[0] if nodes else None

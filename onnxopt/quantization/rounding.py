@@ -70,6 +70,7 @@ def round_in_turn(
     samples: Sequence[Feeds],
     form: Format,
     axis_of: Callable[[ir.Node], int | None],
+    progress: Callable[[str, float], None] = lambda *_: None,
 ) -> dict[ir.Node, tuple[np.ndarray, QuantParams]]:
     """The integers of the weights of layers, one layer after the other, and what they stand for.
 
@@ -84,10 +85,12 @@ def round_in_turn(
         samples: complete feeds.
         form: of integers.
         axis_of: the axis of a node's weight along which there are scales of their own; None: one for all.
+        progress: called before each layer: one of 1024 x 1024 takes some seconds.
     """
     found = {}
     layers = [node for node in nodes if _takes_turns(node)]
-    for turn in in_turn(model, layers, samples, times=_TIMES):
+    for number, turn in enumerate(in_turn(model, layers, samples, times=_TIMES)):
+        progress("rounding layer after layer", number / len(layers))
         tensor = constant_of(turn.node.inputs[1])
         assert tensor is not None  # it has rows
         target = from_rows(turn.node, turn.target, sizes_of(tensor))
@@ -113,22 +116,19 @@ def _takes_turns(node: ir.Node) -> bool:
 
 def _nearest(turn: Turn, target: np.ndarray, params: QuantParams) -> tuple[np.ndarray, QuantParams]:
     """Of some scales those with the least error: for each row that has its own, or for all together."""
-    rows, ratios, shape = weight_rows(turn.node, target), np.array(_RATIOS, np.float32), params.scale.shape
-    tried, errors = [], []
-    for ratio in ratios:
+    rows, shape = weight_rows(turn.node, target), params.scale.shape
+    ints, least, best = np.zeros(target.shape), np.full(shape, np.inf), np.ones(shape, np.float32)
+    for ratio in map(np.float32, _RATIOS):
         narrow = replace(params, scale=params.scale * ratio)
-        tried.append(_rounded(turn.node, rows, turn.moments, target.shape, narrow))
-        change = weight_rows(turn.node, dequantize(tried[-1], narrow)) - rows
+        tried = _rounded(turn.node, rows, turn.moments, target.shape, narrow)
+        change = weight_rows(turn.node, dequantize(tried, narrow)) - rows
         error = square_error(change, damped(turn.moments))
-        errors.append(
-            error.reshape(shape) if error.size == params.scale.size else np.full(shape, error.sum())
-        )
-    best = np.argmin(errors, axis=0)
-    _, which = shaped(replace(params, zero_point=best), target.ndim, target.shape)
-    ints = np.take_along_axis(np.stack(tried), np.broadcast_to(which, target.shape)[None], 0)[0]
-    return ints.astype(params.format.dtype.numpy()), replace(
-        params, scale=np.asarray(params.scale * ratios[best])
-    )
+        error = error.reshape(shape) if error.size == params.scale.size else np.full(shape, error.sum())
+        better = error < least
+        least, best = np.where(better, error, least), np.where(better, ratio, best)
+        _, which = shaped(replace(params, zero_point=better), target.ndim, target.shape)
+        ints = np.where(which, tried, ints)
+    return ints.astype(params.format.dtype.numpy()), replace(params, scale=np.asarray(params.scale * best))
 
 
 def round_rows(

@@ -158,7 +158,7 @@ def _quantized(
             "take --activations none"
         )
     if few or recipe.activations == "none":
-        found = _weights_quantized(model, samples, recipe, kept)
+        found = _weights_quantized(model, samples, recipe, kept, progress)
     elif not len(samples):
         raise UsageError(
             "qat: a stream cannot be calibrated on: give a quantized model, or --activations none"
@@ -175,7 +175,7 @@ def _quantized(
 
 
 def _weights_quantized(
-    model: ir.Model, samples: Sequence[Feeds], recipe: QatRecipe, kept: frozenset[str]
+    model: ir.Model, samples: Sequence[Feeds], recipe: QatRecipe, kept: frozenset[str], progress: Progress
 ) -> ir.Model | None:
     """A copy with its weights alone quantized; None where nothing can be."""
     plain = QuantizeWeights(type=recipe.weights, per_channel=recipe.per_channel, clip=True)
@@ -186,6 +186,6 @@ def _weights_quantized(
     sites, whole = {rewrite.site for rewrite in made.granted}, clone(model)
     layers = [node for node in whole.graph if site_of(node) in sites]
     axis_of = partial(weight_axis, position=1) if recipe.per_channel else lambda _: None
-    found = round_in_turn(whole, layers, samples, form, axis_of)
+    found = round_in_turn(whole, layers, samples, form, axis_of, progress)
     known = {node.inputs[1].name or "": one for node, one in found.items() if node.inputs[1] is not None}
     return Pipeline((dataclasses.replace(plain, known=known),)).run(opener(whole), veto=veto).model

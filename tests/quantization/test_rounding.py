@@ -92,9 +92,13 @@ def to_nearest(model: ir.Model) -> ir.Model:
 
 def test_layers_make_up_for_what_rounding_costs() -> None:
     model = net()
-    found = round_in_turn(model, layers(model), samples(1), INT4, by_channel)
+    told: list[float] = []
+    found = round_in_turn(
+        model, layers(model), samples(1), INT4, by_channel, lambda _, share: told.append(share)
+    )
     assert loss(model) < 0.4 * loss(to_nearest(net()))
     assert len(found) == 5
+    assert told == [0, 0.2, 0.4, 0.6, 0.8]
 
 
 def test_a_layer_gets_what_its_integers_stand_for() -> None:
