@@ -70,7 +70,7 @@ def follows(recipe: Recipe, model: ir.Model, processes: int) -> Follows:
     if mode == "frozen":
         return False
     if recipe.statistics == mode and not found:
-        why = "what is trained has no BatchNormalization (qat and prune --channels fold it)"
+        why = "what is trained has no BatchNormalization (qat and onnxopt prune --channels fold it)"
         raise UsageError(f"statistics={mode}: {why}")
     if mode == "batch" and any(float_attr(node, "momentum", 0.9) == 1 for node in found):
         raise UsageError("statistics=batch: with the momentum 1 of a node they would stay: take estimate")

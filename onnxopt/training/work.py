@@ -209,9 +209,9 @@ def _report(
         notes += [one.summary for one in module.stages]
     notes += [note for hook in job.hooks for note in hook.notes]
     gained = final.start is None or final.after > final.start
-    if serves and not gained:
-        notes.append("training gained nothing: what is written is the model as it was when it began")
     reason = _objection(final, recipe.max_drop, gained or serves)
+    if serves and not gained and not reason:
+        notes.append("training gained nothing: what is written is the model as it was when it began")
     if least is not None:
         notes.append(f"without training: {final.metric} {least:.6g}")
         reason = reason or ("" if final.after >= least else f"training made it worse: {notes[-1]}")

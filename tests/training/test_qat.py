@@ -461,6 +461,13 @@ def test_nothing_gained_is_nothing_written(tmp_path: Path, capsys: Any) -> None:
     assert "training gained nothing" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_a_float_model_that_loses_too_much_is_not_said_to_be_written() -> None:
+    data = {"x": _samples()["x"]}
+    found = train_qat(float_net(), data, weights="int4", epochs=1, lr=0.0, max_drop="1e-9")
+    assert found.report.reason.endswith("max_drop is 1e-9")
+    assert not any("what is written" in note for note in found.report.notes)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
