@@ -253,6 +253,18 @@ def test_a_graph_that_mixes_samples_gets_one_at_a_time() -> None:
     assert not takes_batches(to_torch(model), seen)
 
 
+@pytest.mark.parametrize(("first", "size"), [("1", 1), ("1", 4), ("N", 1)])
+def test_samples_of_different_lengths(first: str, size: int, tmp_path: Path) -> None:
+    model = build(
+        f"g (float[{first}, L, 8] x) => (float[{first}, L, 8] y) {{ y = MatMul(x, w) }}", {"w": random(8, 8)}
+    )
+    for number in range(10):
+        np.savez(tmp_path / f"{number}.npz", x=random(1, 2 + number % 4, 8))
+    report = train_qat(model, tmp_path, weights="int4", batch_size=size, epochs=2).report
+    assert report.steps == 2 * -(-9 // size)
+    assert report.final.after < report.final.before
+
+
 def test_a_teacher_may_give_more_rows_than_there_are_samples() -> None:
     """As a tagger of one text, whose rows are places."""
     model = build(

@@ -18,7 +18,10 @@ def takes_batches(module: nn.Module, data: Dataset) -> bool:
     sizes = [item.dims[0] for item in data.contract.required if item.dims]
     if not data.stacks or 1 not in sizes or (data.length or 2) < 2:
         return True
-    arrays = next(data.evaluated(2)).arrays
+    batch = next(data.evaluated(2))
+    if batch.size < 2:
+        return False  # they are of different sizes
+    arrays = batch.arrays
     feeds = {name: array_tensor(arrays[name]) for name in module.input_names}  # type: ignore[union-attr]
     parts = [{name: one[i : i + 1] if one.ndim else one for name, one in feeds.items()} for i in range(2)]
     mode = module.training

@@ -21,7 +21,7 @@ from onnxopt.data.contract import Contract
 from onnxopt.errors import UsageError, did_you_mean
 from onnxopt.synthesis.inputs import Input
 from onnxopt.training.samples.sizes import Sizes
-from onnxopt.training.samples.sources import Arrays, DifferError, Source, Stream, Table, batches_of, shuffled
+from onnxopt.training.samples.sources import Arrays, Ragged, Source, Stream, Table, batches_of, shuffled
 from onnxopt.training.samples.transforms import Mixup, Transform, is_for
 
 __all__ = ["Batch", "Dataset"]
@@ -158,7 +158,7 @@ class Dataset:
             rows = np.arange(first, min(first + size, self.length or 0))
             try:
                 yield self._batch(rows, None, len(rows))
-            except DifferError:
+            except Ragged:
                 yield from (self._batch(row, None, 1) for row in rows[:, None])
 
     def samples(self) -> Samples:

@@ -21,23 +21,13 @@ from onnxopt.data.images import PREPROCESS_FILE, image_files, read_image
 from onnxopt.data.python import names_target, told
 from onnxopt.errors import UsageError
 
-__all__ = [
-    "Arrays",
-    "DifferError",
-    "Rows",
-    "Source",
-    "Stream",
-    "Table",
-    "batches_of",
-    "open_source",
-    "shuffled",
-]
+__all__ = ["Arrays", "Ragged", "Rows", "Source", "Stream", "Table", "batches_of", "open_source", "shuffled"]
 
 Arrays = dict[str, np.ndarray]
 """Inputs and labels by name; the first axis of each is that of the samples."""
 
 
-class DifferError(UsageError):
+class Ragged(UsageError):  # noqa: N818 - so such samples are called
     """Samples that are asked for together do not go into one array."""
 
 
@@ -131,7 +121,7 @@ def _items(count: int, read: Callable[[int], Mapping[str, Any]]) -> Table:
         except KeyError as error:
             raise UsageError(f"data: there is a sample without the array {error}") from None
         except ValueError as error:
-            raise DifferError(f"data: samples that differ need batch_size=1: {told(error)}") from None
+            raise Ragged(f"data: samples that differ need batch_size=1: {told(error)}") from None
 
     return Table(count, rows)
 
