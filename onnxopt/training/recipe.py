@@ -94,7 +94,7 @@ class Recipe:
         "test": "Samples for the last word, as --data.",
         "preprocess": "How images become arrays: resize=256,crop=224,scale=1/255,...",
         "transforms": "normalize, flip, shift, crop, noise, gain, erase or mixup: shift{by=2}.",
-        "metric": "accuracy, loss, agreement, mse, sqnr or file.py:function, in ONNX Runtime; more is better.",
+        "metric": "In ONNX Runtime: accuracy, loss, agreement, mse, sqnr, file.py:function; more is better.",
         "max_drop": "How much of the metric may be lost: 0.005, or 1%.",
         "loss": "cross-entropy, kl, bce, ctc, mse, l1, cosine, a sum of them, or file.py:function.",
         "l1": "Times the sum of |w| over weights, added to the loss.",
