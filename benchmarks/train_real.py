@@ -167,6 +167,13 @@ def quantize(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, Trai
     return nearest.report.final.start, training.train_qat(str(ev.model), data, **how).report
 
 
+def zeroed(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, TrainingReport]:
+    """Nine of ten weights zero, the rest distilled from the dense model: the score without, and the training."""
+    masked = onnxopt.prune(str(ev.model), "prune-weights{sparsity=0.9,scope=global}", bench=False).graph
+    lost = how["metric"](open_session(masked).run, "final")
+    return lost, training.prune(str(ev.model), data, sparsity=0.9, **how).report
+
+
 RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dict[str, Any]]]] = {
     "ppocr_cls": {
         "half": (recover, {**LINES, "epochs": 5, "warmup": 50}),
@@ -178,10 +185,15 @@ RUNS: dict[str, dict[str, tuple[Callable[..., tuple[float, TrainingReport]], dic
         "half, ramp": (on_a_ramp, {**KEYWORDS, **RAMP, "epochs": 200, "evaluate": 80, "lr": 2e-3}),
         "W4": (quantize, {**KEYWORDS, **W4, "epochs": 120, "lr": 1e-3, "groups": (FIXED,)}),
         "W4 a tensor": (quantize, {**KEYWORDS, **W4_TENSOR, "epochs": 120, "lr": 1e-3, "groups": (FIXED,)}),
+        "zeros": (zeroed, {**KEYWORDS, "epochs": 60, "lr": 2e-3}),
+        "zeros, batch": (zeroed, {**KEYWORDS, "epochs": 60, "lr": 2e-3, "statistics": "batch"}),
     },
     "cifar10_resnet8_bn": {
         "half": (recover, {**PICTURES, "epochs": 200, "lr": 2e-3}),
         "half, ramp": (on_a_ramp, {**PICTURES, **RAMP, "epochs": 200, "evaluate": 60, "lr": 2e-3}),
+        "W4": (quantize, {**PICTURES, **W4, "epochs": 100, "lr": 1e-4, "groups": (FIXED,)}),
+        "zeros": (zeroed, {**PICTURES, "epochs": 20, "lr": 1e-3}),
+        "zeros, batch": (zeroed, {**PICTURES, "epochs": 20, "lr": 1e-3, "statistics": "batch"}),
     },
     "efficientnet_lite0_bn": {
         "half": (recover, {**PHOTOS, "epochs": 4, "lr": 1e-3}),

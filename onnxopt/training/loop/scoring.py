@@ -136,7 +136,10 @@ def _classifies(objective: Objective, data: Dataset) -> bool:
 def _accuracy(
     objective: Objective, _: Mapping[str, str], batch: Batch, outputs: Mapping[str, np.ndarray]
 ) -> tuple[float, int]:
-    """How many labels are where the largest element along the axis of the classes is, of how many."""
+    """How many labels are where the largest element along the axis of the classes is, of how many.
+
+    What a model makes of numbers that are none is no score; where it makes none of numbers, it is wrong.
+    """
     term = objective.terms[0]
     y, label = outputs[term.output], batch.arrays[term.label]
     axis = y.ndim - 1 if label.shape == y.shape[:-1] else 1
@@ -147,8 +150,8 @@ def _accuracy(
             f"labels {term.label!r}: {'x'.join(map(str, label.shape))} from {label.min()} to {label.max()}; "
             f"expected {'x'.join(map(str, found.shape))} of the {y.shape[axis]} classes of {term.output!r}"
         )
-    right = math.nan if np.isnan(y).any() else float((found == label)[counted].sum())
-    return right, int(counted.sum())
+    missing = any(one.dtype.kind == "f" and np.isnan(one).any() for one in batch.arrays.values())
+    return math.nan if missing else float((found == label)[counted].sum()), int(counted.sum())
 
 
 def _negated_loss(

@@ -88,8 +88,6 @@ class Trainer:
             named[name].requires_grad_(False)
         self.forward: Any = world.wrapped(module, self._sample)
         self.trained = own = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        if recipe.precision == "float16" and any(one.dtype == torch.float16 for one in own.values()):
-            raise UsageError("precision float16: the weights are float16 already: leave it, or take bfloat16")
         self.optimizer = make_optimizer(
             own, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, groups=recipe.groups
         )
