@@ -168,7 +168,7 @@ def quantize(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, Trai
 
 
 def zeroed(ev: Any, data: Arrays, how: Mapping[str, Any]) -> tuple[float, TrainingReport]:
-    """Nine of ten weights zero, the rest distilled from the dense one: the score without, the training."""
+    """Nine of ten weights zero, the rest distilled from the dense model: the score without, the training."""
     masked = onnxopt.prune(str(ev.model), "prune-weights{sparsity=0.9,scope=global}", bench=False).graph
     lost = how["metric"](open_session(masked).run, "final")
     return lost, training.prune(str(ev.model), data, sparsity=0.9, **how).report

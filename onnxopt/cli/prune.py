@@ -199,6 +199,7 @@ def command(
         )
         if recover and result.report.ok:
             trained = learn(result.graph, show)
+            trained = replace(trained, report=replace(trained.report, source=str(model)))
             result = replace(result, graph=trained.graph)
         written = result.save(output) if result.report.ok else None
     shown = console(json_file)

@@ -45,6 +45,7 @@ def print_training(report: TrainingReport, console: Console, *, written: Path | 
     for note in report.notes:
         console.print(Text(f"note     {note}", style="dim"))
     if report.reason:
-        console.print(Text(f"nothing was written: {report.reason}", style="red"))
+        said = "nothing was written" if written is None else "what is written was not trained"
+        console.print(Text(f"{said}: {report.reason}", style="red"))
     if written is not None:
         print_written(written, (), console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 import torch
@@ -20,7 +21,9 @@ __all__ = ["SCHEMES", "initialize"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """Fills a weight [out, in, ...] in place."""
+    """Fills a weight [out, in, ...] in place. axes: what it is for has so many at least."""
+
+    axes: ClassVar[int] = 0
 
     def fill(self, weight: Tensor, random: torch.Generator) -> None:
         raise NotImplementedError
@@ -30,6 +33,7 @@ class Scheme:
 class Kaiming(Scheme):
     """Normal, of variance 2 / fan_in (1502.01852); where `uniform`, of the same variance."""
 
+    axes = 2
     uniform: bool = False
 
     def fill(self, weight: Tensor, random: torch.Generator) -> None:
@@ -41,6 +45,7 @@ class Kaiming(Scheme):
 class Xavier(Scheme):
     """Normal, of variance 2 / (fan_in + fan_out) (Glorot 2010); where `uniform`, of the same variance."""
 
+    axes = 2
     uniform: bool = False
 
     def fill(self, weight: Tensor, random: torch.Generator) -> None:
@@ -52,6 +57,7 @@ class Xavier(Scheme):
 class Orthogonal(Scheme):
     """A (semi-)orthogonal matrix times `gain` (1312.6120)."""
 
+    axes = 2
     gain: float = 1.0
 
     def fill(self, weight: Tensor, random: torch.Generator) -> None:
@@ -88,6 +94,7 @@ SCHEMES: Mapping[str, Callable[..., Scheme]] = {
 def initialize(module: nn.Module, model: ir.Model, specs: Sequence[str], seed: int) -> None:
     """Give parameters new values: "fc.*=kaiming" and the like, the last that fits counts.
 
+    Vectors, such as biases, that a scheme is not for stay as they are where it fits other parameters, too.
     Weights that stand [in, out, ...] in the model are filled as their transpose. Each parameter has its own
     random numbers, of `seed` and its position.
 
@@ -97,23 +104,25 @@ def initialize(module: nn.Module, model: ir.Model, specs: Sequence[str], seed: i
     rules = []
     named = dict(module.named_parameters())
     for spec in specs:
-        pattern, equals, scheme = spec.partition("=")
+        pattern, equals, text = spec.partition("=")
         if not equals:
             raise UsageError(f"init {spec!r}: expected PATTERN=SCHEME, such as fc.*=kaiming")
-        if not fnmatch.filter(named, pattern):
+        fitting = [name for name in named if fnmatch.fnmatchcase(name, pattern)]
+        if not fitting:
             raise UsageError(
                 f"init: no parameter is called {pattern!r}; some are {', '.join(list(named)[:4])}"
             )
-        rules.append((pattern, parse_spelled(scheme, SCHEMES, "scheme")))
+        scheme = parse_spelled(text, SCHEMES, "scheme")
+        rules.append(([name for name in fitting if named[name].ndim >= scheme.axes] or fitting, scheme))
     turned = _turned(model) if rules else set()
     for number, (name, parameter) in enumerate(named.items()):
-        fitting = [scheme for pattern, scheme in rules if fnmatch.fnmatchcase(name, pattern)]
-        if not fitting:
+        schemes = [scheme for names, scheme in rules if name in names]
+        if not schemes:
             continue
         random = torch.Generator(parameter.device).manual_seed(seed_of(seed, number))
         weight = parameter.detach()
         try:
-            fitting[-1].fill(weight.transpose(0, 1) if name in turned else weight, random)
+            schemes[-1].fill(weight.transpose(0, 1) if name in turned else weight, random)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"init: parameter {name!r} of shape {list(parameter.shape)}: {error}") from None
 

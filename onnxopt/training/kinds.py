@@ -125,7 +125,7 @@ class QatRecipe(DistillRecipe):
     meanings: ClassVar[Mapping[str, str]] = {
         **DistillRecipe.meanings,
         "max_drop": "How much of the float model's metric may be lost: 0.005, or 1%; by default anything.",
-        "weights": "Of a float model: int8, int7 (for CPUs without VNNI), int4, int3 (8 levels), int2, ...",
+        "weights": "Of a float model: int8, int7 (CPUs without VNNI), int4, int3, int2, float8e4m3fn, ...",
         "activations": "Of a float model: uint8, int8, uint16, ... or none; by default the target's.",
         "per_channel": "Of a float model: a scale for each output channel of a weight.",
         "target": "Of a float model: what its integers are for: cpu, arm, tensorrt or generic.",

@@ -94,7 +94,7 @@ class Recipe:
         "test": "Samples for the last word, as --data.",
         "preprocess": "How images become arrays: resize=256,crop=224,scale=1/255,...",
         "transforms": "normalize, flip, shift, crop, noise, gain, erase or mixup: shift{by=2}.",
-        "metric": "accuracy, loss, agreement, mse, sqnr or file.py:function, in ONNX Runtime.",
+        "metric": "In ONNX Runtime: accuracy, loss, agreement, mse, sqnr, file.py:function; more is better.",
         "max_drop": "How much of the metric may be lost: 0.005, or 1%.",
         "loss": "cross-entropy, kl, bce, ctc, mse, l1, cosine, a sum of them, or file.py:function.",
         "l1": "Times the sum of |w| over weights, added to the loss.",
@@ -116,7 +116,7 @@ class Recipe:
         "ema": "Evaluate and write the moving average of the parameters, of this decay; 0: none.",
         "precision": "float32, bfloat16 or float16 (autocast).",
         "compile": "Compile the graph with torch.compile: a slow first step, then faster ones.",
-        "init": "Start anew: fc.*=kaiming; xavier, orthogonal, normal, zeros, ones or constant.",
+        "init": "Start anew: fc.*=kaiming, fc.bias=zeros; xavier, orthogonal, normal, ones or constant.",
         "batchnorm": "Train with a BatchNormalization after each Conv, folded back at the end.",
         "statistics": "Of BatchNormalization: frozen, batch, or estimate: of the batch, then measured; auto: "
         "frozen, with --batchnorm batch.",

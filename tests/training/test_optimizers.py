@@ -124,6 +124,9 @@ def test_fresh_weights_have_the_variance_of_their_scheme_in_either_layout() -> N
     assert (
         np.corrcoef(dict(module.named_parameters())["a"].detach().numpy().ravel(), again.ravel())[0, 1] < 0.1
     )
+    for scheme in ("kaiming", "xavier", "orthogonal"):  # vectors that a pattern fits stay
+        initialize(module, model, ["c=ones", f"*={scheme}"], seed=3)
+        assert np.all(dict(module.named_parameters())["c"].detach().numpy() == 1)
     for spec, told in {
         "a": "expected PATTERN=SCHEME",
         "q=zeros": "no parameter is called 'q'",

@@ -11,7 +11,12 @@ from click.testing import CliRunner
 
 from onnxopt.cli.train import command
 from onnxopt.errors import UsageError
+from onnxopt.training.initialization import SCHEMES
+from onnxopt.training.loop.losses import LOSSES
+from onnxopt.training.loop.optimizers import OPTIMIZERS
 from onnxopt.training.recipe import Recipe, read_recipe
+from onnxopt.training.samples.transforms import TRANSFORMS
+from onnxopt.training.schedules import SCHEDULES
 
 
 def test_toml_python_and_text_give_the_same_recipe(tmp_path: Path) -> None:
@@ -95,3 +100,12 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UsageError, match=f"recipe .*{name}: {told}"):
             read_recipe(Recipe, tmp_path / name, {})
+
+
+def test_the_page_names_all_that_is_spelled_and_what_each_takes() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    for known in (LOSSES, OPTIMIZERS, SCHEDULES, SCHEMES, TRANSFORMS):
+        for name, made in known.items():
+            fields = dataclasses.fields(made) if isinstance(made, type) and name != "zeros" else ()
+            taken = ",".join(one.name for one in fields if one.name != "input")
+            assert f"`{name}{f'{{{taken}}}' if taken else ''}`" in page

@@ -312,7 +312,20 @@ def test_prune_recovers_what_it_lost_in_one_command(place: Path) -> None:
     report = json.loads(Path("report.json").read_text())
     assert (report["schema"], report["recovered"]["command"]) == ("onnxopt.prune/1", "recover")
     assert report["recovered"]["final"]["after"] > report["recovered"]["final"]["before"]
+    assert report["recovered"]["source"] == "m.onnx"
     assert load("out.onnx").metadata_props["onnxopt.passes"].startswith("prune-channels{macs=0.08")
+
+
+def test_recovery_that_fails_is_not_written(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = ("prune", "m.onnx", "--channels", "--macs", "0.5", "--data", "in.npz", "--no-bench")
+    Path("how.toml").write_text("epochs = 1\nlr = 1.0\n")
+    assert run(*cut, "-o", "cut.onnx") == 0
+    capsys.readouterr()
+    assert run(*cut, "-o", "out.onnx", "--recover", "--recover-with", "how.toml") == 0
+    said = capsys.readouterr().out
+    assert "what is written was not trained: " in said
+    assert "nothing was written" not in said
+    assert Path("out.onnx").read_bytes() == Path("cut.onnx").read_bytes()
 
 
 def test_recovery_keeps_zeros(place: Path) -> None:

@@ -44,7 +44,7 @@ def find_metric(
     test: Dataset | None,
     original: ModelLike,
 ) -> Metric:
-    """The metric of that name: `accuracy`, `loss` (negated), or what `load_metric` takes.
+    """The metric of that name: `accuracy`, `loss` (negated, so called "-loss"), or what `load_metric` takes.
 
     None stands for accuracy where the first loss is a cross-entropy with class indices, else for the loss.
     activations: graph output -> the activation that gives it, see `final_activations`.
@@ -69,7 +69,7 @@ def find_metric(
                 total, count = total + figure, count + counted
             return total / max(count, 1)
 
-        return Metric(str(spec), measured, test is not None)
+        return Metric("-loss" if spec == "loss" else str(spec), measured, test is not None)
     finals = test.samples() if test is not None else ()
     return load_metric(spec, open_session(original).run, data.samples(), finals)
 

@@ -7,6 +7,7 @@ when it runs and let go after it, so that those of the next are on their way whi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,7 @@ def shard(module: GraphModule, device: torch.device, feeds: Mapping[str, Any]) -
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # no operator writes in place
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     module.split([device] * _GROUPS, feeds)
     homes = []
