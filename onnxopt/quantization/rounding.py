@@ -142,30 +142,26 @@ def round_rows(
 
     Args:
         rows: float64 [groups, rows, summands].
-        scale: what each whole number is multiplied with; broadcasts with the rows.
+        scale: what the whole numbers of each row are multiplied with; broadcasts to [groups, rows, 1].
         moments: float64 [groups, summands, summands], the second moments of what is multiplied.
-        low, high: bounds of the whole numbers; broadcast with the rows.
+        low, high: bounds of the whole numbers, likewise.
 
     Of each row, the mean square of the difference is at most that of rounding to nearest.
     """
     nearest = np.rint(rows / scale).clip(low, high)
     size = np.diagonal(moments, axis1=1, axis2=2)
     order = np.argsort(-size, axis=1, kind="stable")
-
-    def ordered(one: np.ndarray | float) -> np.ndarray:
-        return np.take_along_axis(np.broadcast_to(one, rows.shape), order[:, None], 2)
-
-    steps, least, most = map(ordered, (scale, low, high))
+    sorted_rows = np.take_along_axis(rows, order[:, None], 2)
     sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, None], 2), order[:, :, None], 1)
     ends = [*range(_BLOCK, rows.shape[2], _BLOCK), rows.shape[2]]
+    steps, least, most = (np.broadcast_to(one, (*rows.shape[:2], 1))[..., 0] for one in (scale, low, high))
 
     def change(i: int, left: np.ndarray, _: np.ndarray) -> np.ndarray:
-        whole = np.rint(left[..., i] / steps[..., i]).clip(least[..., i], most[..., i])
-        return np.asarray(whole * steps[..., i])
+        return np.asarray(np.rint(left[..., i] / steps).clip(least, most) * steps)
 
-    changed = change_summands(ordered(rows), sorted_moments, ends, change)
+    changed = change_summands(sorted_rows, sorted_moments, ends, change)
     found = np.empty_like(changed)
-    np.put_along_axis(found, np.broadcast_to(order[:, None], rows.shape), np.rint(changed / steps), 2)
+    np.put_along_axis(found, np.broadcast_to(order[:, None], rows.shape), np.rint(changed / scale), 2)
     better = square_error(found * scale - rows, moments) < square_error(nearest * scale - rows, moments)
     return np.where(better, found, nearest)
 
@@ -175,7 +171,7 @@ def _rounded(
 ) -> np.ndarray:
     """The integers of a weight of that shape. Of symmetric ones, the least is not used."""
     scale, zero = (
-        weight_rows(node, np.broadcast_to(one, shape).astype(np.float64))
+        weight_rows(node, np.broadcast_to(one, shape))[..., :1].astype(np.float64)
         for one in shaped(params, len(shape), shape)
     )
     low, high = params.format.low - zero, params.format.high - zero
