@@ -118,7 +118,7 @@ class Masks(Hook):
         """What is judged and written has all its zeros, also where training has not come to them yet."""
         kept = self.kept if self.final else self._chosen(1.0)
         masks = {name: one.cpu().numpy() for name, one in kept.items()}
-        _apply(PruneWeights(masks=masks), model)
+        PruneWeights(masks=masks).apply(model, Ledger(pass_name=PruneWeights.name))
         zeros = sum(int((~one).sum()) for one in masks.values())
         if zeros:
             share = zeros / sum(one.numel() for one in self.weights.values())
@@ -146,12 +146,15 @@ class Masks(Hook):
         """Raises UsageError where there is nothing to prune."""
         if not (self.recipe.sparsity or self.recipe.nm):
             return None
-        model = self._pruned(1.0, None)
+        ledger = Ledger(pass_name=PruneWeights.name)
+        model = self._pruned(1.0, None, ledger)
         if all(one.all() for name, one in kept_elements(model).items() if name in self.weights):
-            raise UsageError("prune: no weight could be pruned; options=small=0 takes small ones")
+            reasons = "; ".join(dict.fromkeys(ledger.declined.values())) or "it has none"
+            hint = "; options=small=0 takes small ones" if "fewer than" in reasons else ""
+            raise UsageError(f"prune: no weight could be pruned: {reasons}{hint}")
         return model
 
-    def _pruned(self, share: float, score: Score | None) -> ir.Model:
+    def _pruned(self, share: float, score: Score | None, ledger: Ledger | None = None) -> ir.Model:
         """A copy of the model with its zeros, as `prune-weights` chooses them by these scores."""
         recipe, model = self.recipe, clone(self.model)
         by = f"sparsity={recipe.sparsity * share},scope={recipe.scope}"
@@ -160,7 +163,8 @@ class Masks(Hook):
         spelled = ",".join(filter(None, [by, f"score={base}", f"seed={recipe.seed}", recipe.options]))
         one = parse_pass(f"prune-weights{{{spelled}}}")
         assert isinstance(one, PruneWeights)
-        _apply(dataclasses.replace(one, saliency=score, only=tuple(self.weights)), model)
+        one = dataclasses.replace(one, saliency=score, only=tuple(self.weights))
+        one.apply(model, ledger or Ledger(pass_name=one.name))
         return model
 
     def _choose(self, share: float) -> None:
@@ -205,7 +209,3 @@ class Masks(Hook):
         if trainer.ema is not None:
             trainer.ema.n_averaged.zero_()
         self._early = {}
-
-
-def _apply(one: PruneWeights, model: ir.Model) -> None:
-    one.apply(model, Ledger(pass_name=one.name))

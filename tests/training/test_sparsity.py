@@ -258,7 +258,10 @@ def test_masks_of_a_checkpoint_go_to_where_the_weights_are() -> None:
         ({"nm": "4:2"}, "nm is '4:2'; expected such as 2:4"),
         ({"score": "wanda"}, "score: .*wanda"),
         ({"options": "smal=3"}, "no option 'smal'|unknown option 'smal'"),
-        ({"options": "small=9999"}, "no weight could be pruned"),
+        ({"options": "small=9999"}, "pruned: the weight has fewer than 9999 elements; options=small=0"),
+            {"options": "small=9999"},
+            "could be pruned: the weight has fewer than 9999 elements; options=small=0",
+        ),
         ({"data": None}, "nothing to train on"),
     ],
 )
