@@ -20,11 +20,14 @@ from onnxopt.calibration import exposable, split, spread
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
 from onnxopt.graph import nodes
+from onnxopt.index import operator_of
 from onnxopt.job import Progress
 from onnxopt.ledger import site_of
 from onnxopt.model import ModelLike, clone, load, opener, reusable
 from onnxopt.passes.eliminate.eliminate_dead import EliminateDead
+from onnxopt.passes.quantize.dequantize import Dequantize
 from onnxopt.passes.quantize.quantize_weights import QuantizeWeights
+from onnxopt.passes.shared.plain import PLAIN
 from onnxopt.pipeline import Pipeline
 from onnxopt.quantization.branches import name_values_apart
 from onnxopt.quantization.entire import quantize_entirely
@@ -49,6 +52,11 @@ from onnxopt.training.recipe import read_recipe
 from onnxopt.training.scales import untie_scales
 
 __all__ = ["train_qat"]
+
+_UNFUSED = (
+    "quantized operators are written as floating-point ones between DequantizeLinear and QuantizeLinear, "
+    "which the runtime fuses back"
+)
 
 
 def train_qat(
@@ -85,6 +93,9 @@ def train_qat(
     chosen, show = read_recipe(QatRecipe, recipe, given), progress or silent
     model = reusable(model)
     original = load(model)
+    fused = any(operator_of(node) in PLAIN for node in nodes(original))
+    if fused:
+        original = Pipeline((Dequantize(form="qdq"),)).run(opener(original)).model
     is_quantized = any(node.op_type == "DequantizeLinear" for node in nodes(original))
     taught = bool(chosen.labels or chosen.teachers)
     if is_quantized and not taught:
@@ -110,11 +121,12 @@ def train_qat(
         resume=resume,
         progress=progress,
     )
+    notes = [_UNFUSED] if fused and result.report.ok else []
     saturating = find_saturation(result.graph) if find_target(chosen.target).placement == "x86" else ()
-    if not saturating:
-        return result
-    said = f"on CPUs without VNNI, sums of {len(saturating)} layers can saturate; --weights int7 avoids it"
-    report = dataclasses.replace(result.report, notes=(*result.report.notes, said))
+    if saturating:
+        said = f"on CPUs without VNNI, sums of {len(saturating)} layers can saturate"
+        notes.append(f"{said}; --weights int7 avoids it")
+    report = dataclasses.replace(result.report, notes=(*result.report.notes, *notes))
     return dataclasses.replace(result, report=report)
 
 

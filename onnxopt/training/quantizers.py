@@ -56,10 +56,7 @@ class Quantizers(Hook):
         groups = scale_groups(self._model)
         self.scales = learn_scales(module, groups)
         if not self.scales:
-            raise UsageError(
-                "qat: nothing is dequantized by a constant scale that could be learned; finetune and distill "
-                "train the weights of QLinear operators, at the scales that they have"
-            )
+            raise UsageError("qat: nothing is dequantized by a constant scale that could be learned")
         if self._floats is not None:
             _adopt(module, self._model, self._floats)
         for one in module.parameters():

@@ -445,6 +445,29 @@ def test_a_quantized_model_learns_from_a_float_one() -> None:
     assert mixed.report.curves["loss"] == pytest.approx(found.report.curves["loss"], rel=0.02)
 
 
+def test_fused_quantized_operators_are_trained_with_their_scales() -> None:
+    text = """g (float[n, 4] x) => (float[n, 3] y) {
+        q = QuantizeLinear(x, s, z)  r = QLinearMatMul(q, s, z, w, t, u, v, o)  y = DequantizeLinear(r, v, o)
+    }"""
+    weight = np.random.default_rng(0).integers(-128, 128, (4, 3)).astype(np.int8)
+    numbers = {"s": np.float32(0.05), "t": np.float32(0.01), "v": np.float32(0.1)}
+    zeros = {"z": np.uint8(120), "u": np.int8(0), "o": np.uint8(128)}
+    model = build(text, {name: np.array(one) for name, one in {**numbers, **zeros, "w": weight}.items()})
+    x = np.random.default_rng(1).standard_normal((64, 4)).astype(np.float32)
+    data = {"x": x, "t": execute(model, {"x": x})[0] * np.float32(1.07)}
+    found = train_qat(model, data, labels="t", loss="mse", epochs=20, lr=3e-3, holdout=0, workers=0)
+    final, graph = found.report.final, load(found.model).graph
+    assert final.start == pytest.approx(final.before, rel=0.05)
+    assert final.after > 0.6 * final.before
+    assert [node.op_type for node in graph].count("MatMul") == 1
+    assert not any(node.op_type == "QLinearMatMul" for node in graph)
+    floats = [one for one in tensors(load(found.model)).values() if one.dtype == np.float32]
+    assert len(floats) >= 3
+    assert not any(np.isin(one, list(numbers.values())).any() for one in floats)
+    assert any("which the runtime fuses back" in note for note in found.report.notes)
+    assert model.graph.node[1].op_type == "QLinearMatMul"
+
+
 def test_nothing_gained_is_nothing_written(tmp_path: Path, capsys: Any) -> None:
     from onnxopt.cli.main import main
 

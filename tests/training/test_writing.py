@@ -17,7 +17,7 @@ from onnxopt.errors import UsageError
 from onnxopt.model import load
 from onnxopt.protobuf import dump, serialize
 from onnxopt.runtimes import open_session
-from onnxopt.training import finetune, to_torch, train_qat, write_back
+from onnxopt.training import finetune, to_torch, write_back
 from tests.support import execute, text_model
 from tests.training.nets import HEAD, build, feeds, net
 
@@ -282,10 +282,10 @@ def test_an_exported_network_trains_as_it_would_have_in_torch(tmp_path: Path) ->
     torch.testing.assert_close(to_torch(write_back(graph, proto))({name: x})["y"], native(x))
 
 
-def test_scales_of_qlinear_operators_are_not_learned_and_their_weights_are() -> None:
+def test_qlinear_operators_are_finetuned_as_they_are() -> None:
     x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
     how: dict[str, Any] = {"labels": "t", "loss": "mse", "batch_size": "2", "lr": 1.0, "holdout": 0}
     data = {"x": x, "t": x[:, :2]}
-    with pytest.raises(UsageError, match="finetune and distill train the weights of QLinear operators"):
-        train_qat(QOPERATOR, data, **how)
-    assert finetune(QOPERATOR, data, **how).report.ok
+    found = finetune(QOPERATOR, data, **how)
+    assert found.report.ok
+    assert "QLinearMatMul" in [node.op_type for node in load(found.model).graph]
