@@ -11,7 +11,16 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from onnxopt.graph import constant_of, int_attr, ints_attr, sizes_of, str_attr
 
-__all__ = ["from_rows", "has_rows", "operand_rows", "padding", "pads_of", "result_rows", "weight_rows"]
+__all__ = [
+    "from_rows",
+    "has_rows",
+    "operand_rows",
+    "padding",
+    "pads_of",
+    "result_rows",
+    "summands_of",
+    "weight_rows",
+]
 
 
 def has_rows(node: ir.Node) -> bool:
@@ -39,6 +48,13 @@ def weight_rows(node: ir.Node, weight: np.ndarray) -> np.ndarray:
         parts = weight.reshape(group, len(weight) // group, *weight.shape[1:])
         return parts.swapaxes(1, 2).reshape(group, weight.shape[1], -1)
     return (weight if int_attr(node, "transB", 0) else weight.T)[None]
+
+
+def summands_of(node: ir.Node) -> int:
+    """How many products a layer that has rows adds up for an element of its result."""
+    tensor = constant_of(node.inputs[1])
+    assert tensor is not None  # it has rows
+    return int(weight_rows(node, np.broadcast_to(np.float32(0), sizes_of(tensor))).shape[2])
 
 
 def from_rows(node: ir.Node, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
 from onnxopt.calibration.successive import in_turn
-from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
+from onnxopt.calibration.windows import from_rows, has_rows, summands_of, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_array, int_attr, read_once, set_constant
 from onnxopt.pruning.cut import new_constant
@@ -64,7 +64,7 @@ def why_unseen(parts: Sequence[Part], weight: StoredWeight, *, whole: bool) -> s
     if len(weight.readers) > 1:
         return "is read more than once, and obs makes up for one reader's loss"
     node = weight.readers[0].node
-    summands = weight_rows(node, np.broadcast_to(np.float32(0), weight.shape)).shape[2]
+    summands = summands_of(node)
     return f"adds up {summands} summands, more than {MOST_SUMMANDS}" if summands > MOST_SUMMANDS else ""
 
 

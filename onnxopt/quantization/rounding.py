@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxopt.calibration.compensation import change_summands, damped, square_error
 from onnxopt.calibration.moments import MOST_SUMMANDS, layers_with_moments
 from onnxopt.calibration.successive import Turn, in_turn
-from onnxopt.calibration.windows import from_rows, has_rows, weight_rows
+from onnxopt.calibration.windows import from_rows, has_rows, summands_of, weight_rows
 from onnxopt.data import Feeds
 from onnxopt.graph import constant_of, int_attr, read_once, sizes_of
 from onnxopt.quantization.draft import Draft
@@ -110,19 +110,19 @@ def _takes_turns(node: ir.Node) -> bool:
     assert tensor is not None  # it has rows
     if tensor.dtype != ir.DataType.FLOAT or not read_once(value):
         return False
-    rows = weight_rows(node, np.broadcast_to(np.float32(0), sizes_of(tensor)))
-    return bool(rows.shape[2] <= MOST_SUMMANDS)
+    return summands_of(node) <= MOST_SUMMANDS
 
 
 def _nearest(turn: Turn, target: np.ndarray, params: QuantParams) -> tuple[np.ndarray, QuantParams]:
     """Of some scales those with the least error: for each row that has its own, or for all together."""
     rows, shape = weight_rows(turn.node, target), params.scale.shape
     ints, least, best = np.zeros(target.shape), np.full(shape, np.inf), np.ones(shape, np.float32)
+    moments = damped(turn.moments)
     for ratio in map(np.float32, _RATIOS):
         narrow = replace(params, scale=params.scale * ratio)
         tried = _rounded(turn.node, rows, turn.moments, target.shape, narrow)
         change = weight_rows(turn.node, dequantize(tried, narrow)) - rows
-        error = square_error(change, damped(turn.moments))
+        error = square_error(change, moments)
         error = error.reshape(shape) if error.size == params.scale.size else np.full(shape, error.sum())
         better = error < least
         least, best = np.where(better, error, least), np.where(better, ratio, best)

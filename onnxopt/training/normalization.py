@@ -15,7 +15,7 @@ import torch
 from onnxopt.calibration.exposing import cut
 from onnxopt.data import Feeds
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_array, constant_of, float_attr, nodes
+from onnxopt.graph import constant_array, constant_of, float_attr, nodes, set_constant
 from onnxopt.model import clone
 from onnxopt.runtimes import open_session
 from onnxopt.scope import Names
@@ -131,8 +131,10 @@ def fold_batchnorm(model: ir.Model, sites: Sequence[str]) -> None:
         assert conv is not None
         scale, bias, mean, variance = (_array(part) for part in norm.inputs[1:5])
         factor = scale / np.sqrt(variance + _EPSILON)
-        weight = _array(conv.inputs[1])
-        _store(conv.inputs[1], weight * factor.reshape(-1, *[1] * (weight.ndim - 1)))
+        kernel = conv.inputs[1]
+        assert kernel is not None
+        weight = _array(kernel)
+        set_constant(kernel, weight * factor.reshape(-1, *[1] * (weight.ndim - 1)))
         old = conv.inputs[2] if len(conv.inputs) > 2 else None
         shift = (-mean if old is None else _array(old) - mean) * factor + bias
         if old is None:
@@ -140,7 +142,7 @@ def fold_batchnorm(model: ir.Model, sites: Sequence[str]) -> None:
             conv.resize_inputs(3)
             conv.replace_input_with(2, own)
         else:
-            _store(old, shift)
+            set_constant(old, shift)
         parts = [part for part in norm.inputs[1:] if part is not None]
         norm.outputs[0].replace_all_uses_with(inner)
         graph.remove(norm, safe=True)
@@ -180,11 +182,6 @@ def _array(value: ir.Value | None) -> np.ndarray:
     array = constant_array(value)
     assert array is not None
     return array.astype(np.float64)
-
-
-def _store(value: ir.Value | None, array: np.ndarray) -> None:
-    assert value is not None
-    value.const_value = ir.tensor(array.astype(np.float32), name=value.name)
 
 
 def _add(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

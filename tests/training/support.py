@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnx_ir as ir
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -202,3 +203,21 @@ class Pair:
 
     def told(self) -> list[str]:
         return [one.told() for one in self.both]
+
+
+class StoppedError(Exception):
+    """Ends a training from its progress."""
+
+
+def whole_and_resumed(train: Callable[..., Any], folder: Path, at: int) -> tuple[Any, Any]:
+    """What a training gives, and what it gives stopped at its `at`-th loss and resumed."""
+    whole, seen = train(), list[str]()
+
+    def stop(what: str, share: float | None) -> None:
+        seen.append(what)
+        if sum("loss" in one for one in seen) == at:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(folder=folder, progress=stop)
+    return whole, train(folder=folder, resume=True)

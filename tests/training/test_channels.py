@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from onnxopt.training.loop.parallel import World
 from onnxopt.training.loop.trainer import Trainer
 from tests.pruning.nets import Net
 from tests.support import execute, random_feeds, sqnr
-from tests.training.support import LossJudge, dataset
+from tests.training.support import LossJudge, dataset, whole_and_resumed
 
 IMAGES, LABELS = digits(256, 1)
 DATA = {"image": IMAGES, "y": LABELS}
@@ -244,10 +245,6 @@ def test_masks_of_a_checkpoint_go_to_where_the_weights_are() -> None:
     assert {one.device.type for one in (*masks.kept.values(), *masks._heard.values())} == {"meta"}
 
 
-class StoppedError(Exception):
-    """Ends a training from its progress."""
-
-
 @pytest.mark.parametrize("at", [9, 21])
 def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, at: int) -> None:
     proto = fully_connected()
@@ -263,17 +260,7 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, at: int) -> N
         "batch_size": 8,
         "max_drop": "",
     }
-    whole = prune(proto, **options)
-    seen = []
-
-    def stop(what: str, share: float | None) -> None:
-        seen.append(what)
-        if sum("loss" in one for one in seen) == at:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        prune(proto, folder=tmp_path / "t", progress=stop, **options)
-    again = prune(proto, folder=tmp_path / "t", resume=True, **options)
+    whole, again = whole_and_resumed(partial(prune, proto, **options), tmp_path / "t", at)
     assert ir.to_proto(again.graph).SerializeToString() == ir.to_proto(whole.graph).SerializeToString()
     assert again.report.curves == whole.report.curves
 

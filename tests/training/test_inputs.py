@@ -60,18 +60,14 @@ def test_outputs_of_bfloat16_are_scored() -> None:
     assert report.final.after > 0.4 * report.final.before
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mine", "theirs"),
+    [(ml_dtypes.bfloat16, T.BFLOAT16, T.BFLOAT16), (np.float16, T.FLOAT16, T.FLOAT)],
+)
 @pytest.mark.parametrize("place", ["onnxruntime", "torch"])
-def test_teachers_read_bfloat16(place: str) -> None:
-    w, x = random(4, 3), random(64, 4, seed=1).astype(ml_dtypes.bfloat16)
-    student, teacher = linear(T.BFLOAT16, w), linear(T.BFLOAT16, 1.5 * w)
-    report = distill(student, {"x": x}, teacher=teacher, teacher_in=place, epochs=6, lr=0.05).report
-    assert report.final.after > 0.4 * report.final.before
-
-
-@pytest.mark.parametrize("place", ["onnxruntime", "torch"])
-def test_teachers_of_other_types_are_fed_in_theirs(place: str) -> None:
-    w, x = random(4, 3), random(64, 4, seed=1).astype(np.float16)
-    student, teacher = linear(T.FLOAT16, w), linear(T.FLOAT, 1.5 * w)
+def test_teachers_are_fed_in_their_type(place: str, dtype: Any, mine: int, theirs: int) -> None:
+    w, x = random(4, 3), random(64, 4, seed=1).astype(dtype)
+    student, teacher = linear(mine, w), linear(theirs, 1.5 * w)
     report = distill(student, {"x": x}, teacher=teacher, teacher_in=place, epochs=6, lr=0.05).report
     assert report.final.after > 0.4 * report.final.before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from onnxopt.training.loop.parallel import World
 from onnxopt.training.loop.trainer import Trainer
 from onnxopt.training.masks import Masks, ramp
 from tests.support import execute, text_model
-from tests.training.support import LossJudge, dataset
+from tests.training.support import LossJudge, dataset, whole_and_resumed
 
 IMAGES, LABELS = digits(256, 1)
 SEEN, TRUTH = digits(400, 2)
@@ -207,10 +208,6 @@ def test_rewinding_brings_an_early_step_back_under_the_last_mask() -> None:
     assert (kept.sum(), len(trainer.optimizer.state), masks._early) == (32, 0, {})
 
 
-class StoppedError(Exception):
-    """Ends a training from its progress."""
-
-
 @pytest.mark.parametrize("at", [5, 13])
 def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, at: int) -> None:
     options: dict[str, Any] = {
@@ -225,17 +222,7 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path, at: int) -> N
         "data": {"x": X, "t": 2 * X},
         "ramp_updates": 4,
     }
-    whole = prune(layer(), **options)
-    seen = []
-
-    def stop(what: str, share: float | None) -> None:
-        seen.append(what)
-        if sum("loss" in one for one in seen) == at:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        prune(layer(), folder=tmp_path / "t", progress=stop, **options)
-    again = prune(layer(), folder=tmp_path / "t", resume=True, **options)
+    whole, again = whole_and_resumed(partial(prune, layer(), **options), tmp_path / "t", at)
     assert ir.to_proto(again.graph).SerializeToString() == ir.to_proto(whole.graph).SerializeToString()
     assert again.report.curves == whole.report.curves
 
